@@ -1,0 +1,1 @@
+"""cyflash: FlashAttention for people who hold arrays."""

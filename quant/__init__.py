@@ -1,0 +1,1 @@
+"""Calibration and accuracy tools of cyflash, installed as `cyflash.quant`."""

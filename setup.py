@@ -1,0 +1,93 @@
+"""The table of SIMD builds: every name below becomes one compiled module `cyflash.cpu._<name>` of the same algorithm.
+
+A build is chosen at run time (cyflash/cpu/__init__.py); flags here decide only what a compiled module may contain.
+"""
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+SIMD_BUILDS = {"baseline": []}
+if X86:
+    SIMD_BUILDS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    }
+
+# -O3: distributions build Python, and so extensions, at -O2, where the tiles are not unrolled (a third of the speed).
+# -ffp-contract=off: one order of roundings whatever the tile width; the kernels ask for fma where they want it.
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+# Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
+MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
+CPU = "cyflash/cpu"
+SHARED = [f"{CPU}/{name}" for name in ("kernel.pxi", "driver.pxi", "simd/simd.h", "simd/openmp.h")]
+
+
+def simd_extension(name, flags):
+    return Extension(
+        f"cyflash.cpu._{name}",
+        [f"{CPU}/_{name}.pyx"],
+        include_dirs=[f"{CPU}/simd"],
+        define_macros=[*MACROS, ("CYFLASH_SIMD", f'"{name}.h"')],
+        extra_compile_args=[*FLAGS, *flags],
+        depends=[*SHARED, f"{CPU}/simd/{name}.h"],
+    )
+
+
+class BuildExt(build_ext):
+    """Adds OpenMP where the compiler has it, and says what to install when there is no compiler."""
+
+    def build_extensions(self):
+        if not self._compiles():
+            sys.exit(
+                "cyflash: no working C compiler was found. Install one and try again: on Debian or Ubuntu "
+                "`apt install gcc python3-dev`, on Fedora `dnf install gcc python3-devel`, on macOS `xcode-select --install`."
+            )
+        if os.environ.get("CYFLASH_OPENMP", "1") != "0" and self._compiles("-fopenmp"):
+            for extension in self.extensions:
+                extension.extra_compile_args.append("-fopenmp")
+                extension.extra_link_args.append("-fopenmp")
+        else:
+            print("cyflash: building without OpenMP: calls will run on one thread (`cyflash info` says so)")
+        super().build_extensions()
+
+    def _compiles(self, *flags):
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.c")
+            with open(source, "w") as file:
+                file.write("#include <Python.h>\nint main(void) { return 0; }\n")
+            includes = [f"-I{path}" for path in self.include_dirs]
+            command = [*self.compiler.compiler_so, *includes, *flags, source, "-c", "-o", os.path.join(folder, "probe.o")]
+            try:
+                return subprocess.run(command, capture_output=True).returncode == 0
+            except OSError:
+                return False
+
+
+detect = Extension("cyflash.cpu.detect", [f"{CPU}/detect.pyx"], include_dirs=[f"{CPU}/simd"], depends=SHARED[-1:])
+
+setup(
+    packages=["cyflash", "cyflash.cpu", "cyflash.quant"],
+    package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
+    package_data={"cyflash": ["py.typed"]},
+    ext_modules=cythonize(
+        [detect, *(simd_extension(name, flags) for name, flags in SIMD_BUILDS.items())],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "embedsignature": True,
+        },
+        build_dir="build/cython",
+    ),
+    cmdclass={"build_ext": BuildExt},
+)
