@@ -1,1 +1,36 @@
-"""cyflash: FlashAttention for people who hold arrays."""
+"""cyflash: FlashAttention for people who hold arrays.
+
+    flash_attention(q, k, v, ...)                 FlashAttention(config).forward(q, k, v, ...)
+              |                                                 |
+       attention.py  <---------------------------------  config.py
+         |   validates, plans (plan.py), allocates, routes      tile sizes, the engine and what it reports
+         |   arrays.py: views of the caller's memory
+         v
+       cpu/          picks a SIMD build and a number of threads
+         driver.pxi    cuts the call into tasks under prange
+         kernel.pxi    the algorithm, written once in the words of simd/*.h
+
+    reference.py     the specification: float64 attention in plain NumPy
+    flops.py         what a call counts as work
+    quant/           cyflash.quant: accuracy metrics
+    cli.py           the command `cyflash`: compare.py, bench.py, info.py
+"""
+from cyflash import reference
+from cyflash.attention import flash_attention
+from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings
+from cyflash.cpu import cpu_info, set_implementation
+from cyflash.cpu.threads import set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlashAttention",
+    "FlashAttentionConfig",
+    "FlashAttentionOutput",
+    "MemorySavings",
+    "cpu_info",
+    "flash_attention",
+    "reference",
+    "set_implementation",
+    "set_num_threads",
+]

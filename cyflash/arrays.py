@@ -1,0 +1,65 @@
+"""Arrays as the kernels take them: views of the caller's memory wherever its strides allow, else copies."""
+import numpy as np
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def require_array(name, x, ndim=None):
+    """`x` if it is a NumPy array (of one of the dimensions `ndim`), else an error that names it."""
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype=np.float32)")
+    if ndim is not None and x.ndim not in ndim:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, ndim))} dimensions, got {x.ndim} with shape {x.shape}")
+    return x
+
+
+def require_float32(name, x, ndim=None):
+    """`x` if it is a native float32 array, else an error that names it."""
+    require_array(name, x, ndim)
+    if x.dtype != FLOAT32:
+        raise TypeError(
+            f"{name}: expected float32, got {_dtype_name(x.dtype)}; write {name}.astype(np.float32), "
+            "or use cyflash.reference.attention"
+        )
+    return x
+
+
+def _dtype_name(dtype):
+    return dtype.name if dtype.isnative else f"{dtype.name} in foreign byte order ({dtype.str})"
+
+
+def four_axes(x):
+    """A view of x with shape (B, H, L, D): missing leading axes are 1."""
+    return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
+
+
+def rows_in_place(x):
+    """x itself if it is aligned and its last axis is contiguous, else a copy that is."""
+    if x.flags.aligned and (x.strides[-1] == x.itemsize or x.shape[-1] == 1 or x.size == 0):
+        return x
+    return np.ascontiguousarray(x)
+
+
+def aligned(x):
+    """x itself if it is aligned, else a copy that is."""
+    return x if x.flags.aligned else x.copy()
+
+
+def overlap(a, b):
+    """Whether two arrays share an element; True as well where that takes too long to find out."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlaps_itself(x):
+    """Whether two elements of x share memory: strides smaller than what the axes inside them span."""
+    reach = x.itemsize
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(x.strides, x.shape, strict=True) if length > 1):
+        if stride < reach:
+            return True
+        reach += stride * (length - 1)
+    return False

@@ -1,0 +1,594 @@
+# The algorithm of exact fp32 attention on one panel of query rows, written once for every SIMD build.
+#
+# Queries live in lanes: a panel holds up to PANEL = LANES * VECTORS query rows, one per lane, and every tile is stored
+# transposed, [key or head dimension][query row] with a pitch of PANEL floats. Row maxima, row sums and rescaling are then
+# vertical operations without shuffles; keys and values are read in their own layout, one broadcast at a time.
+#
+#     S^T = K Q^T     scores()       register-tiled product
+#     S^T            change_scores() softcap, bias, ALiBi, masks: everything that changes a score, for every precision
+#     P^T = 2^(S-m)   softmax()      online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
+#     O^T = V^T P^T   accumulate()   the same register-tiled product
+#
+# Scores are in units of log2: scale * log2(e) is folded into the packed queries.
+#
+# Rules: every function here is noexcept nogil, allocates nothing, validates nothing. Strides are in elements. Lanes
+# beyond the last row of a panel hold zero queries; what they compute is never written.
+
+cdef extern from "simd.h" nogil:
+    ctypedef struct vf:
+        pass
+    enum:
+        LANES    # floats in a vector
+        VECTORS  # vectors of query rows in a full panel
+        ROWS     # keys (or value columns) of a register tile
+        PANEL    # LANES * VECTORS
+    vf vf_set(float) noexcept
+    vf vf_load(const float*) noexcept
+    vf vf_load_part(const float*, Py_ssize_t n) noexcept         # the first n lanes; 0 elsewhere; reads nothing beyond
+    void vf_store(float*, vf) noexcept
+    void vf_store_part(float*, vf, Py_ssize_t n) noexcept
+    vf vf_add(vf, vf) noexcept
+    vf vf_sub(vf, vf) noexcept
+    vf vf_mul(vf, vf) noexcept
+    vf vf_div(vf, vf) noexcept
+    vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
+    vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
+    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
+    vf vf_abs(vf) noexcept
+    vf vf_fraction(vf x) noexcept                                # x - floor(x) for x <= 0; finite for -inf; NaN for NaN
+    vf vf_scale2(vf a, vf x) noexcept                            # a * 2^floor(x) for x <= 0; 0 for -inf
+    vf vf_hide(vf x, vf a, vf y) noexcept                        # y where a is -inf, else x
+    vf vf_inside(vf x, vf j, vf low, vf high) noexcept           # x where low <= j <= high, else -inf
+    vf vf_keep_part(const unsigned char*, Py_ssize_t n) noexcept  # 0 where the byte is set, -inf where not; n bytes
+    void vf_transpose(vf*) noexcept                              # LANES vectors of LANES
+
+cdef extern from "math.h" nogil:
+    double exp2(double) noexcept
+    double log(double) noexcept
+    float INFINITY
+
+cdef extern from "float.h" nogil:
+    float FLT_MAX
+
+cdef extern from *:
+    """
+    #define LOG2E 1.4426950408889634f
+    #define LOG2E_DOUBLE 1.4426950408889634
+    #define LN2_DOUBLE 0.6931471805599453
+    """
+    float LOG2E
+    double LOG2E_DOUBLE
+    double LN2_DOUBLE
+
+
+cdef struct Problem:
+    # What every task of a call reads. Optional arrays are NULL when absent; a stride is 0 where an array is broadcast.
+    const float* q              # (B, H, Lq, D), the last axis contiguous, as in k, v and out
+    const float* k              # (B, Hk, Lk, D)
+    const float* v              # (B, Hk, Lk, Dv)
+    float* out                  # (B, H, Lq, Dv)
+    float* lse                  # (B, H, Lq) or NULL
+    const float* bias           # (B, H, Lq, Lk) or NULL
+    const unsigned char* mask   # (B, H, Lq, Lk) or NULL; a set byte keeps
+    const float* slopes         # (B, H) or NULL
+    const float* sinks          # (H,) or NULL
+    Py_ssize_t q_stride[3]
+    Py_ssize_t k_stride[3]
+    Py_ssize_t v_stride[3]
+    Py_ssize_t out_stride[3]
+    Py_ssize_t lse_stride[3]
+    Py_ssize_t bias_stride[4]
+    Py_ssize_t mask_stride[4]
+    Py_ssize_t slopes_stride[2]
+    Py_ssize_t sinks_stride
+    Py_ssize_t B
+    Py_ssize_t H
+    Py_ssize_t group            # query heads that share a key/value head
+    Py_ssize_t Lq
+    Py_ssize_t Lk
+    Py_ssize_t D
+    Py_ssize_t Dv
+    Py_ssize_t offset           # query i stands at position i + offset
+    Py_ssize_t left             # keys from position - left ...
+    Py_ssize_t right            # ... to position + right are visible
+    float scale                 # softmax scale in log2 units
+    float softcap               # in log2 units; 0 for none
+    Py_ssize_t Br               # query rows of a task: a multiple of PANEL
+    Py_ssize_t Bc               # keys of a block: a multiple of ROWS
+
+
+cdef struct Panel:
+    # Up to PANEL consecutive query rows of one head, their packed queries and their running state.
+    Py_ssize_t row              # the first row
+    Py_ssize_t rows             # how many
+    int vectors                 # ceil(rows / LANES)
+    Py_ssize_t first_key        # keys that its first row ...
+    Py_ssize_t last_key         # ... to its last row may see: [first_key, last_key]
+    float* q                    # [D][PANEL] queries times scale
+    float* o                    # [Dv rounded up to LANES][PANEL] running output
+    float* m                    # [PANEL] running maximum, log2 units, -inf at first
+    float* l                    # [PANEL] running denominator
+
+
+cdef struct Head:
+    # One head of one sequence: where its rows and keys begin.
+    const float* k
+    const float* v
+    const float* bias
+    const unsigned char* mask
+    float slope                 # ALiBi, log2 units
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The register-tiled product, and its two uses
+
+
+cdef inline void multiply(
+    vf* acc, const float* a, const float** b, const Py_ssize_t step, Py_ssize_t n, const int vectors
+) noexcept nogil:
+    """acc[i][j] = sum over t < n of b[i][t * step] * a[t][j], one addition after another.
+
+    a: [n][PANEL] tile. b: ROWS pointers to floats with stride `step`. acc: [ROWS][VECTORS] vectors, `vectors` of each
+    row used. `vectors` (and step = 1) are constants at every call, so that acc lives in registers.
+    """
+    cdef Py_ssize_t t
+    cdef int i, j
+    cdef vf x[VECTORS]
+    cdef vf y
+    for i in range(ROWS):
+        for j in range(vectors):
+            acc[i * VECTORS + j] = vf_set(0.0)
+    for t in range(n):
+        for j in range(vectors):
+            x[j] = vf_load(a + t * PANEL + j * LANES)
+        for i in range(ROWS):
+            y = vf_set(b[i][t * step])
+            for j in range(vectors):
+                acc[i * VECTORS + j] = vf_fma(y, x[j], acc[i * VECTORS + j])
+
+
+cdef inline void scores_tile(
+    float* s, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
+    Py_ssize_t begin, Py_ssize_t end, const int vectors
+) noexcept nogil:
+    cdef Py_ssize_t c, g, key
+    cdef int i, j
+    cdef vf acc[ROWS * VECTORS]
+    cdef const float* b[ROWS]
+    for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
+        c = g * ROWS
+        for i in range(ROWS):
+            key = min(max(c + i, begin), end - 1)
+            b[i] = k + key * k_stride
+        multiply(acc, q, b, 1, D, vectors)
+        for i in range(ROWS):
+            for j in range(vectors):
+                vf_store(s + (c + i) * PANEL + j * LANES, acc[i * VECTORS + j])
+
+
+cdef void scores(
+    float* s, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
+    Py_ssize_t begin, Py_ssize_t end, int vectors
+) noexcept nogil:
+    """S^T[c][r] = sum_d K[c][d] Q[r][d] for keys begin <= c < end of a block.
+
+    k: key 0 of the block. Whole groups of ROWS rows of s are written; the rows outside [begin, end) repeat its first or
+    last key, so that no other key is read, and the caller hides them.
+    """
+    if vectors == 1:
+        scores_tile(s, q, k, k_stride, D, begin, end, 1)
+    elif vectors == 2:
+        scores_tile(s, q, k, k_stride, D, begin, end, 2)
+    else:
+        scores_tile(s, q, k, k_stride, D, begin, end, VECTORS)
+
+
+cdef inline void accumulate_tile(
+    float* o, const float* p, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv, const float* alpha,
+    Py_ssize_t n, const int vectors
+) noexcept nogil:
+    cdef Py_ssize_t d, g, column
+    cdef int i, j
+    cdef float* row
+    cdef vf acc[ROWS * VECTORS]
+    cdef const float* b[ROWS]
+    for g in range((Dv + ROWS - 1) // ROWS):
+        d = g * ROWS
+        for i in range(ROWS):
+            column = d + i if d + i < Dv else Dv - 1
+            b[i] = v + column
+        multiply(acc, p, b, v_stride, n, vectors)
+        for i in range(ROWS):
+            row = o + (d + i) * PANEL
+            for j in range(vectors):
+                vf_store(row + j * LANES, vf_fma(vf_load(row + j * LANES), vf_load(alpha + j * LANES), acc[i * VECTORS + j]))
+
+
+cdef void accumulate(
+    float* o, const float* p, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv, const float* alpha,
+    Py_ssize_t n, int vectors
+) noexcept nogil:
+    """O^T[d][r] = alpha[r] O^T[d][r] + sum over c < n of V[c][d] P^T[c][r].
+
+    A block is summed from zero before it is added: the rounding error then grows with the number of blocks, not of
+    keys. Rows of o from Dv up to the next multiple of ROWS are scratch.
+    """
+    if vectors == 1:
+        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, 1)
+    elif vectors == 2:
+        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, 2)
+    else:
+        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, VECTORS)
+
+
+cdef void accumulate_visible(
+    float* o, const float* p, const float* hidden, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv,
+    const float* alpha, Py_ssize_t n, int vectors
+) noexcept nogil:
+    """accumulate() where a product counts only if hidden[c][r] is not -inf: NaN and inf in values do not leak into rows
+    that do not see them. The same additions in the same order, so the same bits wherever values are finite."""
+    cdef Py_ssize_t c, d
+    cdef int j
+    cdef vf acc
+    cdef float* place
+    for d in range(Dv):
+        for j in range(vectors):
+            acc = vf_set(0.0)
+            for c in range(n):
+                acc = vf_hide(
+                    vf_fma(vf_set(v[c * v_stride + d]), vf_load(p + c * PANEL + j * LANES), acc),
+                    vf_load(hidden + c * PANEL + j * LANES), acc,
+                )
+            place = o + d * PANEL + j * LANES
+            vf_store(place, vf_fma(vf_load(place), vf_load(alpha + j * LANES), acc))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax
+
+
+cdef inline vf exp2v(vf x) noexcept nogil:
+    """2^x for x <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: 2^floor(x) times a polynomial in the fraction.
+
+    The polynomial is the minimax (relative error 2.0e-9) of degree 6 on [0, 1) with constant term 1, fitted by linear
+    programming; at most 1.1 half-ulps with the rounding of its evaluation.
+    """
+    cdef vf f = vf_fraction(x)
+    cdef vf p = vf_fma(vf_set(0.00021612915923520861), f, vf_set(0.0012467846199969426))
+    p = vf_fma(p, f, vf_set(0.00967545158999772))
+    p = vf_fma(p, f, vf_set(0.05548528060831344))
+    p = vf_fma(p, f, vf_set(0.24022930555464905))
+    p = vf_fma(p, f, vf_set(0.6931470444431008))
+    p = vf_fma(p, f, vf_set(1.0))
+    return vf_scale2(p, x)
+
+
+cdef void softmax(
+    float* s, float* m, float* l, float* alpha, Py_ssize_t begin, Py_ssize_t end, int vectors
+) noexcept nogil:
+    """One step of the online softmax over rows begin <= c < end of the score tile s, in place: S^T becomes P^T.
+
+        m' = max(m, max_c S),   alpha = 2^(m - m'),   P = 2^(S - m'),   l' = alpha l + sum_c P
+
+    begin, end: multiples of ROWS, and so of 4. A row that has seen nothing yet has m' = -inf: 0 stands in for it, so that
+    P = 2^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator, whatever the maximum makes of it.
+    """
+    cdef Py_ssize_t g
+    cdef int j, u
+    cdef float* column
+    cdef vf old, top, base, a, p
+    cdef vf x[4]
+    for j in range(vectors):
+        column = s + j * LANES
+        old = vf_load(m + j * LANES)
+        for u in range(4):
+            x[u] = old
+        for g in range(begin // 4, end // 4):
+            for u in range(4):
+                x[u] = vf_max(x[u], vf_load(column + (4 * g + u) * PANEL))
+        top = vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]))
+        base = vf_hide(top, top, vf_set(0.0))
+        a = exp2v(vf_sub(old, base))
+        for u in range(4):
+            x[u] = vf_set(0.0)
+        for g in range(begin // 4, end // 4):
+            for u in range(4):
+                p = exp2v(vf_sub(vf_load(column + (4 * g + u) * PANEL), base))
+                x[u] = vf_add(x[u], p)
+                vf_store(column + (4 * g + u) * PANEL, p)
+        p = vf_add(vf_add(x[0], x[1]), vf_add(x[2], x[3]))
+        vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, p))
+        vf_store(m + j * LANES, top)
+        vf_store(alpha + j * LANES, a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What changes a score
+
+
+cdef inline vf tanhv(vf x) noexcept nogil:
+    """tanh(x) as x N(x^2) / M(x^2), both of degree 4: the minimax of the relative error (2.2e-8, fitted by reweighted
+    least squares) on |x| <= 9.02, beyond which float32's tanh is 1. At most 5.4 half-ulps with rounding."""
+    cdef vf z, n, m
+    x = vf_min(vf_set(9.02), vf_max(vf_set(-9.02), x))
+    z = vf_mul(x, x)
+    n = vf_fma(vf_set(1.3384293340447347e-08), z, vf_set(2.063582440060618e-05))
+    n = vf_fma(n, z, vf_set(0.0034974578096976443))
+    n = vf_fma(n, z, vf_set(0.1338268738313549))
+    n = vf_fma(n, z, vf_set(1.0))
+    m = vf_fma(vf_set(7.790250231186651e-07), z, vf_set(0.0003288517556652875))
+    m = vf_fma(m, z, vf_set(0.02588436145404605))
+    m = vf_fma(m, z, vf_set(0.46716008630504385))
+    m = vf_fma(m, z, vf_set(1.0))
+    return vf_div(vf_mul(x, n), m)
+
+
+cdef inline vf bias_vector(const float* bias, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """n biases in log2 units. -inf stays -inf; a finite one stays finite, though log2(e) times float32's minimum is not."""
+    cdef float buffer[LANES]
+    cdef Py_ssize_t i
+    cdef vf natural
+    if stride == 1:
+        natural = vf_load_part(bias, n)
+    else:
+        for i in range(n):
+            buffer[i] = bias[i * stride]
+        natural = vf_load_part(buffer, n)
+    return vf_hide(vf_max(vf_set(-FLT_MAX), vf_mul(natural, vf_set(LOG2E))), natural, natural)
+
+
+cdef inline vf keep_vector(const unsigned char* mask, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """0 for each of n mask bytes that is set, -inf for each that is not."""
+    cdef unsigned char buffer[LANES]
+    cdef Py_ssize_t i
+    if stride == 1:
+        return vf_keep_part(mask, n)
+    for i in range(n):
+        buffer[i] = mask[i * stride]
+    return vf_keep_part(buffer, n)
+
+
+cdef void load_addend(
+    vf* t, const float* bias, const Py_ssize_t* bias_stride, const unsigned char* mask, const Py_ssize_t* mask_stride,
+    Py_ssize_t rows, Py_ssize_t keys
+) noexcept nogil:
+    """t[key][row]: bias (log2 units) and mask (-inf) of up to LANES rows x LANES keys, as one tile to add.
+
+    Strides are those of the last two axes. Rows that share one bias and mask (stride 0) are broadcast, not read again.
+    """
+    cdef Py_ssize_t r, shared = (bias == NULL or bias_stride[0] == 0) and (mask == NULL or mask_stride[0] == 0)
+    cdef vf a
+    cdef float buffer[LANES]
+    for r in range(1 if shared else rows):
+        a = vf_set(0.0)
+        if bias != NULL:
+            a = bias_vector(bias + r * bias_stride[0], bias_stride[1], keys)
+        if mask != NULL:
+            a = vf_hide(a, keep_vector(mask + r * mask_stride[0], mask_stride[1], keys), vf_set(-INFINITY))
+        t[r] = a
+    if shared:
+        vf_store(buffer, t[0])
+        for r in range(LANES):
+            t[r] = vf_set(buffer[r])
+    else:
+        for r in range(rows, LANES):
+            t[r] = vf_set(0.0)
+        vf_transpose(t)
+
+
+cdef inline float relative(Py_ssize_t x) noexcept nogil:
+    """A key position relative to a block, exact as a float: beyond 2^23 only its sign matters."""
+    cdef Py_ssize_t limit = 1 << 23
+    return <float> (limit if x > limit else -limit if x < -limit else x)
+
+
+cdef void change_scores(
+    float* s, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
+    Py_ssize_t begin, Py_ssize_t end, bint soft, bint masked, bint edges
+) noexcept nogil:
+    """Everything that changes a score, on rows begin <= c < end of the tile s of the keys from `block` on, in the order
+    softcap, ALiBi and bias, masks. A hidden score becomes -inf whatever it was, NaN included.
+
+    soft: apply softcap. masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides
+    a part of this tile.
+    """
+    cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
+    cdef int j
+    cdef bint added = x.bias != NULL or masked
+    cdef float lane[LANES]
+    cdef vf addend[LANES]
+    cdef vf y, key, place, low, high
+    cdef vf cap = vf_set(x.softcap), per_cap = vf_set(0.0), slope = vf_set(-head.slope)
+    cdef const float* bias = NULL
+    cdef const unsigned char* mask = NULL
+    cdef float* score
+    if soft:
+        per_cap = vf_set(1.0 / x.softcap if x.softcap * FLT_MAX > 1.0 else FLT_MAX)
+    for i in range(LANES):
+        lane[i] = <float> i
+    for j in range(panel.vectors):
+        low = vf_add(vf_load(lane), vf_set(relative(position + j * LANES - x.left)))
+        high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
+        place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
+        rows = min(<Py_ssize_t> LANES, panel.rows - j * LANES)
+        c = begin
+        while c < end:
+            n = min(<Py_ssize_t> LANES, end - c)
+            if added:
+                if x.bias != NULL:
+                    bias = head.bias + (panel.row + j * LANES) * x.bias_stride[2] + (block + c) * x.bias_stride[3]
+                if masked:
+                    mask = head.mask + (panel.row + j * LANES) * x.mask_stride[2] + (block + c) * x.mask_stride[3]
+                load_addend(addend, bias, x.bias_stride + 2, mask, x.mask_stride + 2, rows, n)
+            for i in range(n):
+                score = s + (c + i) * PANEL + j * LANES
+                y = vf_load(score)
+                key = vf_set(<float> (c + i))
+                if soft:
+                    y = vf_mul(cap, tanhv(vf_mul(y, per_cap)))
+                if x.slopes != NULL:
+                    y = vf_fma(slope, vf_abs(vf_sub(place, key)), y)
+                if added:
+                    y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
+                if edges:
+                    y = vf_inside(y, key, low, high)
+                vf_store(score, y)
+            c += n
+
+
+cdef int mask_tile(const Problem* x, const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """-1 when the mask keeps no key of [begin, end) for any row of the panel, 1 when it keeps all, 0 between."""
+    cdef Py_ssize_t i, j, kept, seen = 0, all_kept = 0
+    cdef const unsigned char* row
+    for i in range(panel.rows if x.mask_stride[2] != 0 else 1):
+        row = head.mask + (panel.row + i) * x.mask_stride[2] + begin * x.mask_stride[3]
+        kept = 0
+        if x.mask_stride[3] == 1:
+            for j in range(end - begin):
+                kept += row[j] != 0
+        else:
+            for j in range(end - begin):
+                kept += row[j * x.mask_stride[3]] != 0
+        seen += end - begin
+        all_kept += kept
+        if 0 < all_kept < seen:
+            return 0
+    return -1 if all_kept == 0 else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A panel against a block of keys
+
+
+cdef void fold_block(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* hidden, float* alpha,
+    bint careful
+) noexcept nogil:
+    """Folds keys [block, block + Bc) into the running state of a panel; nothing that no row can see is read.
+
+    s, hidden: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
+    """
+    cdef Py_ssize_t c, i, low, high
+    cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
+    cdef Py_ssize_t end = min(x.Bc, panel.last_key + 1 - block)
+    cdef Py_ssize_t position = panel.row + x.offset
+    cdef bint masked = False, edges, changed
+    cdef const float* k = head.k + block * x.k_stride[2]
+    cdef const float* v
+    if begin >= end:
+        return
+    if x.mask != NULL:
+        i = mask_tile(x, head, panel, block + begin, block + end)
+        if i < 0:
+            return
+        masked = i == 0
+    # the last row's first key and the first row's last key lie inside the tile, or a part of it is hidden
+    edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
+    changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
+
+    scores(s, panel.q, k, x.k_stride[2], x.D, begin, end, panel.vectors)
+    if changed:
+        change_scores(s, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
+    low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
+    for c in range(low * PANEL, begin * PANEL):
+        s[c] = -INFINITY
+    for c in range(end * PANEL, high * PANEL):
+        s[c] = -INFINITY
+    softmax(s, panel.m, panel.l, alpha, low, high, panel.vectors)
+    v = head.v + (block + begin) * x.v_stride[2]
+    if careful and changed:
+        for c in range(begin * PANEL, end * PANEL):
+            hidden[c] = 0.0
+        change_scores(hidden, x, head, panel, block, begin, end, False, masked, edges)
+        accumulate_visible(
+            panel.o, s + begin * PANEL, hidden + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin, panel.vectors
+        )
+    else:
+        accumulate(panel.o, s + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin, panel.vectors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into and out of a panel
+
+
+cdef void begin_panel(const Problem* x, Panel* panel, const float* q) noexcept nogil:
+    """Packs the queries of a panel, times scale, and clears its state. q: the head's row 0."""
+    cdef Py_ssize_t d, r, row, n
+    cdef int j
+    cdef vf t[LANES]
+    cdef vf scale = vf_set(x.scale)
+    for r in range(PANEL):
+        panel.m[r] = -INFINITY
+        panel.l[r] = 0.0
+    for d in range(x.Dv):
+        for j in range(panel.vectors):
+            vf_store(panel.o + d * PANEL + j * LANES, vf_set(0.0))
+    for j in range(panel.vectors):
+        row = j * LANES
+        d = 0
+        while d < x.D:
+            n = min(<Py_ssize_t> LANES, x.D - d)
+            for r in range(LANES):
+                t[r] = vf_set(0.0)
+                if row + r < panel.rows:
+                    t[r] = vf_mul(scale, vf_load_part(q + (panel.row + row + r) * x.q_stride[2] + d, n))
+            vf_transpose(t)
+            for r in range(n):
+                vf_store(panel.q + (d + r) * PANEL + row, t[r])
+            d += LANES
+
+
+cdef bint panel_is_finite(const Problem* x, const Panel* panel) noexcept nogil:
+    """Whether the running output of every row of a panel is finite."""
+    cdef Py_ssize_t d, r
+    cdef int j
+    cdef vf bad, o
+    cdef float buffer[LANES]
+    for j in range(panel.vectors):
+        bad = vf_set(0.0)
+        for d in range(x.Dv):
+            o = vf_load(panel.o + d * PANEL + j * LANES)
+            bad = vf_add(bad, vf_sub(o, o))
+        vf_store(buffer, bad)
+        for r in range(min(<Py_ssize_t> LANES, panel.rows - j * LANES)):
+            if buffer[r] != 0.0:
+                return False
+    return True
+
+
+cdef void end_panel(const Problem* x, const Panel* panel, float* out, float* lse, const float* sink) noexcept nogil:
+    """Divides by the denominator and writes the caller's layout. out, lse: the head's row 0. lse and sink may be NULL.
+
+    A row that saw nothing has l = 0 and o = 0: its output is 0 and its LSE the sink, or -inf. The sink is a logit in
+    natural units that adds to the denominator only.
+    """
+    cdef Py_ssize_t d, r, row, n, rows
+    cdef int j
+    cdef double top, weight, l, logit
+    cdef vf t[LANES]
+    cdef vf factor
+    for r in range(panel.vectors * LANES):
+        top = panel.m[r]
+        l = panel.l[r]
+        weight = 1.0
+        if sink != NULL and sink[0] != -INFINITY:
+            logit = sink[0] * LOG2E_DOUBLE
+            top = max(top, logit)
+            weight = exp2(panel.m[r] - top)
+            l = l * weight + exp2(logit - top)
+        if lse != NULL and r < panel.rows:
+            lse[(panel.row + r) * x.lse_stride[2]] = <float> (top * LN2_DOUBLE + log(l)) if l != 0.0 else -INFINITY
+        panel.l[r] = <float> (weight / l) if l != 0.0 else 0.0
+    for j in range(panel.vectors):
+        row = j * LANES
+        rows = min(<Py_ssize_t> LANES, panel.rows - row)
+        factor = vf_load(panel.l + row)
+        d = 0
+        while d < x.Dv:
+            n = min(<Py_ssize_t> LANES, x.Dv - d)
+            for r in range(LANES):
+                t[r] = vf_mul(factor, vf_load(panel.o + (d + r) * PANEL + row))
+            vf_transpose(t)
+            for r in range(rows):
+                vf_store_part(out + (panel.row + row + r) * x.out_stride[2] + d, t[r], n)
+            d += LANES

@@ -1,0 +1,71 @@
+/* AVX2 with FMA: 8 lanes, 16 registers.
+ *
+ * Tile: 4 rows x 3 vectors = 12 accumulators + 3 operands + 1 broadcast = 16 of 16 registers;
+ * a step of 12 FMAs takes 3 + 4 = 7 loads, within two FMAs and two loads a cycle.
+ */
+#include <immintrin.h>
+
+enum { LANES = 8, VECTORS = 3, ROWS = 4 };
+
+typedef __m256 vf;
+
+WORD __m256i first_lanes(ptrdiff_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+WORD vf vf_set(float x) { return _mm256_set1_ps(x); }
+WORD vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+WORD vf vf_load_part(const float *p, ptrdiff_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+WORD void vf_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+WORD void vf_store_part(float *p, vf x, ptrdiff_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+
+WORD vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+WORD vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+WORD vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+WORD vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+WORD vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+WORD vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+WORD vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+WORD vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+
+/* -200 is below every exponent that a float can reach in two steps: the result is 0, as for -inf */
+WORD vf floor_clamped(vf x) { return _mm256_floor_ps(_mm256_max_ps(_mm256_set1_ps(-200.0f), x)); }
+WORD vf power2(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
+
+WORD vf vf_fraction(vf x) { return _mm256_sub_ps(_mm256_max_ps(_mm256_set1_ps(-200.0f), x), floor_clamped(x)); }
+/* in two factors, so that results below 2^-126 are denormal, not zero */
+WORD vf vf_scale2(vf a, vf x) {
+    __m256i n = _mm256_cvttps_epi32(floor_clamped(x)), half = _mm256_srai_epi32(n, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(a, power2(half)), power2(_mm256_sub_epi32(n, half)));
+}
+
+WORD vf vf_hide(vf x, vf a, vf y) {
+    return _mm256_blendv_ps(x, y, _mm256_cmp_ps(a, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ));
+}
+WORD vf vf_inside(vf x, vf j, vf low, vf high) {
+    __m256 keep = _mm256_and_ps(_mm256_cmp_ps(j, low, _CMP_GE_OQ), _mm256_cmp_ps(j, high, _CMP_LE_OQ));
+    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, keep);
+}
+WORD vf vf_keep_part(const uint8_t *p, ptrdiff_t n) {
+    uint64_t bytes = 0;
+    memcpy(&bytes, p, (size_t)n);
+    __m256i hidden = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)), _mm256_setzero_si256());
+    return _mm256_and_ps(_mm256_castsi256_ps(hidden), _mm256_set1_ps(-INFINITY));
+}
+
+WORD void vf_transpose(vf *t) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(t[i], t[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    for (int c = 0; c < 4; c++) {
+        t[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+        t[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    }
+}

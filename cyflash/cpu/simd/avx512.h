@@ -1,0 +1,65 @@
+/* AVX-512 (F, BW, DQ, VL): 16 lanes, 32 registers.
+ *
+ * Tile: 8 rows x 3 vectors = 24 accumulators + 3 operands + 1 broadcast = 28 of 32 registers;
+ * a step of 24 FMAs takes 3 + 8 = 11 loads, within two FMAs and two loads a cycle.
+ */
+#include <immintrin.h>
+
+enum { LANES = 16, VECTORS = 3, ROWS = 8 };
+
+typedef __m512 vf;
+
+WORD __mmask16 first_lanes(ptrdiff_t n) { return (__mmask16)((1u << n) - 1u); }
+
+WORD vf vf_set(float x) { return _mm512_set1_ps(x); }
+WORD vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+WORD vf vf_load_part(const float *p, ptrdiff_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+WORD void vf_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+WORD void vf_store_part(float *p, vf x, ptrdiff_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+
+WORD vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+WORD vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+WORD vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+WORD vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+WORD vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+WORD vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+WORD vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+WORD vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+
+/* vreduceps with rounding towards -inf is x - floor(x), and 0 for -inf */
+WORD vf vf_fraction(vf x) { return _mm512_reduce_ps(x, 0x09); }
+WORD vf vf_scale2(vf a, vf x) { return _mm512_scalef_ps(a, x); }
+
+WORD vf vf_hide(vf x, vf a, vf y) {
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(a, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ), y);
+}
+WORD vf vf_inside(vf x, vf j, vf low, vf high) {
+    __mmask16 keep = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(j, low, _CMP_GE_OQ), j, high, _CMP_LE_OQ);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), keep, x);
+}
+WORD vf vf_keep_part(const uint8_t *p, ptrdiff_t n) {
+    __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), p);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(bytes, bytes), _mm512_setzero_ps());
+}
+
+WORD void vf_transpose(vf *t) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[i + j]), _mm512_castps_pd(a[i + j + 2])));
+            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[i + j]), _mm512_castps_pd(a[i + j + 2])));
+        }
+    /* b[4g + c] holds, in each 128-bit quarter s, column 4s + c of rows 4g..4g+3 */
+    for (int c = 0; c < 4; c++) {
+        __m512 low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), high = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+        __m512 low2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88), high2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_f32x4(low, low2, 0x88);
+        t[8 + c] = _mm512_shuffle_f32x4(low, low2, 0xdd);
+        t[4 + c] = _mm512_shuffle_f32x4(high, high2, 0x88);
+        t[12 + c] = _mm512_shuffle_f32x4(high, high2, 0xdd);
+    }
+}

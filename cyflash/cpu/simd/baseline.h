@@ -1,0 +1,58 @@
+/* Any CPU, through the vector extensions of GCC and Clang: 4 lanes (SSE2 on x86-64), 16 registers.
+ *
+ * Tile: 4 rows x 2 vectors = 8 accumulators + 2 operands + 1 broadcast + 1 product (no FMA) = 12 of 16 registers.
+ */
+enum { LANES = 4, VECTORS = 2, ROWS = 4 };
+
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+WORD vf choose(vi take, vf a, vf b) { return (vf)(((vi)a & take) | ((vi)b & ~take)); }
+
+WORD vf vf_set(float x) { return (vf){x, x, x, x}; }
+WORD vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+WORD void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+WORD vf vf_load_part(const float *p, ptrdiff_t n) {
+    vf x = vf_set(0.0f);
+    for (int i = 0; i < LANES; i++) if (i < n) x[i] = p[i];
+    return x;
+}
+WORD void vf_store_part(float *p, vf x, ptrdiff_t n) { for (int i = 0; i < LANES; i++) if (i < n) p[i] = x[i]; }
+
+WORD vf vf_add(vf a, vf b) { return a + b; }
+WORD vf vf_sub(vf a, vf b) { return a - b; }
+WORD vf vf_mul(vf a, vf b) { return a * b; }
+WORD vf vf_div(vf a, vf b) { return a / b; }
+WORD vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+WORD vf vf_max(vf a, vf b) { return choose(a > b, a, b); }
+WORD vf vf_min(vf a, vf b) { return choose(a < b, a, b); }
+WORD vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+/* -200 is below every exponent that a float can reach in two steps: the result is 0, as for -inf */
+WORD vi floor_clamped(vf x) {
+    vf y = vf_max(vf_set(-200.0f), x);
+    vi n = __builtin_convertvector(y, vi);
+    return n + (__builtin_convertvector(n, vf) > y); /* true is -1 */
+}
+WORD vf power2(vi n) { return (vf)((n + 127) << 23); }
+
+WORD vf vf_fraction(vf x) { return vf_max(vf_set(-200.0f), x) - __builtin_convertvector(floor_clamped(x), vf); }
+/* in two factors, so that results below 2^-126 are denormal, not zero */
+WORD vf vf_scale2(vf a, vf x) {
+    vi n = floor_clamped(x), half = n >> 1;
+    return a * power2(half) * power2(n - half);
+}
+
+WORD vf vf_hide(vf x, vf a, vf y) { return choose(a == vf_set(-INFINITY), y, x); }
+WORD vf vf_inside(vf x, vf j, vf low, vf high) { return choose((j >= low) & (j <= high), x, vf_set(-INFINITY)); }
+WORD vf vf_keep_part(const uint8_t *p, ptrdiff_t n) {
+    vf x = vf_set(-INFINITY);
+    for (int i = 0; i < LANES; i++) if (i < n && p[i]) x[i] = 0.0f;
+    return x;
+}
+
+WORD void vf_transpose(vf *t) {
+    vf a[LANES];
+    memcpy(a, t, sizeof a);
+    for (int i = 0; i < LANES; i++) for (int j = 0; j < LANES; j++) t[i][j] = a[j][i];
+}
