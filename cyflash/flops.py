@@ -70,9 +70,7 @@ def attention_flops(B, H, Lq, Lk, D, Dv, causal=False, causal_align="bottom-righ
 def _pairs_up_to(diagonal, Lq, Lk):
     """Count the pairs of an Lq x Lk grid with j <= i + diagonal: the sum over i of clip(i + diagonal + 1, 0, Lk)."""
     # clip(x, 0, Lk) = max(x, 0) - max(x - Lk, 0), and each max sums to a difference of two triangles.
-    return (
-        _triangle(diagonal + Lq) - _triangle(diagonal) - _triangle(diagonal + Lq - Lk) + _triangle(diagonal - Lk)
-    )
+    return _triangle(diagonal + Lq) - _triangle(diagonal) - _triangle(diagonal + Lq - Lk) + _triangle(diagonal - Lk)
 
 
 def _triangle(n):

@@ -1,4 +1,5 @@
 """The count of work: compared with brute force, cell by cell."""
+
 import itertools
 
 import numpy as np
