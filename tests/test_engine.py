@@ -10,10 +10,10 @@ import pickle
 
 import numpy as np
 import pytest
-from cyflash.attention import attend
 
 import cyflash
 from cyflash import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings, cpu
+from cyflash.attention import attend
 from cyflash.flops import attention_flops
 
 
