@@ -18,7 +18,7 @@ out, lse = cyflash.flash_attention(q, k, v, return_lse=True)
 error = np.abs(out - cyflash.reference.attention(q, k, v)).max()
 print(f"one head:       {out.shape}, log-sum-exp {lse.shape}, largest error against float64 {error:.1e}")
 
-# Several heads of a batch: (B, H, L, D). Arrays are used in place, whatever their strides: this one is a transposed view.
+# Several heads of a batch: (B, H, L, D). Any strides do, without a copy: this one is a transposed view.
 x = normal(2, 512, 8, 64).transpose(0, 2, 1, 3)
 print(f"several heads:  {cyflash.flash_attention(x, x, x).shape}")
 

@@ -1,8 +1,8 @@
 """What is shipped and what an import brings in: package contents, versions, documents that must agree with the code."""
 
-import importlib
 import importlib.metadata
 import inspect
+import operator
 import re
 import shutil
 import subprocess
@@ -91,13 +91,23 @@ def test_options_of_the_readme_are_those_of_flash_attention():
 
 
 def test_names_of_the_readme_exist():
-    names = set(re.findall(r"`cyflash\.([\w.]+)", README)) - {"quant"}
-    assert len(names) > 5
-    for name in names:
-        head, *rest = name.split(".")
-        value = getattr(cyflash, head, None) or importlib.import_module(f"cyflash.{head}")
-        for part in rest:
-            value = getattr(value, part)
+    table = README.partition("## Coming from")[2].partition("\n## ")[0]
+    ours = " ".join(row for row in re.findall(r"^\|.*\|(.*)\|$", table, re.M) if "planned" not in row)
+    names = set(re.findall(r"`((?:Flash|flash_)\w+(?:\.\w+)?)", ours)) | set(re.findall(r"\bcyflash\.(\w+)\(", README))
+    assert {"FlashAttentionConfig.for_head_dim", "flash_attention", "set_implementation"} <= names
+    for name in sorted(names):
+        operator.attrgetter(name)(cyflash)
+
+
+def test_the_quick_start_of_the_readme_runs(capsys):
+    section = README.partition("## Quick start")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["out"].shape == names["exact"].shape == (2, 8, 1024, 64)
+    assert "reduction" in capsys.readouterr().out
 
 
 # --- Builds -----------------------------------------------------------------------------------------------------------
