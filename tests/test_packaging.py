@@ -1,0 +1,181 @@
+"""What is shipped and what an import brings in: package contents, versions, documents that must agree with the code."""
+
+import importlib.metadata
+import inspect
+import operator
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import cyflash
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LATE = {"scipy", "rich", "matplotlib", "safetensors", "torch", "cupy", "onnxruntime", "openvino"}
+
+
+def modules_after(statement):
+    """Top-level names in sys.modules of a fresh interpreter that ran the statement."""
+    code = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+# --- Imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_cyflash_is_light():
+    assert not modules_after("import cyflash") & LATE
+
+
+def test_a_call_imports_nothing_heavy():
+    call = "import cyflash, numpy; x = numpy.ones((4, 8), 'f'); cyflash.flash_attention(x, x, x)"
+    assert not modules_after(call) & LATE
+
+
+@pytest.mark.parametrize("module", ["cyflash", "cyflash.quant", "cyflash.cli"])
+def test_quant_is_imported_as_a_part_of_cyflash_only(module):
+    assert "quant" not in modules_after(f"import {module}")
+
+
+def test_the_core_does_not_import_quant():
+    code = "import cyflash, sys; sys.exit('cyflash.quant' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- Metadata ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_version_everywhere():
+    version = PYPROJECT["project"]["version"]
+    assert importlib.metadata.version("cyflash-attn") == version
+    assert cyflash.__version__ == version
+
+
+def test_no_numpy_at_build_time():
+    sources = [path for pattern in ("*.pyx", "*.pxi", "*.pxd") for path in (ROOT / "cyflash").rglob(pattern)]
+    assert sources
+    for path in sources:
+        assert not re.search(r"cimport\s+numpy|numpy/arrayobject", path.read_text()), path
+    assert not any("numpy" in requirement for requirement in PYPROJECT["build-system"]["requires"])
+
+
+# --- Documents --------------------------------------------------------------------------------------------------------
+
+
+def commands(text):
+    """Lines that make a virtual environment, wherever it is."""
+    return [re.sub(r'"\$venv"|\.venv', "VENV", line) for line in re.findall("^python3 -m venv.*", text, re.M)]
+
+
+def test_the_readme_has_two_commands_and_ci_runs_the_second():
+    main, tests = commands(README)
+    assert main.endswith("VENV/bin/cyflash compare")
+    assert commands((ROOT / ".ci" / "run").read_text()) == [f"{tests} </dev/null"]
+
+
+def test_options_of_the_readme_are_those_of_flash_attention():
+    table = README.partition("## Options")[2].partition("\n## ")[0]
+    documented = dict(re.findall(r"^\| `(\w+)` \|.*\| `([^|`]*)` \|$", table, re.M))
+    parameters = inspect.signature(cyflash.flash_attention).parameters
+    options = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert list(documented) == list(options)
+    assert documented == {name: repr(default).replace("'", '"') for name, default in options.items()}
+
+
+def test_names_of_the_readme_exist():
+    table = README.partition("## Coming from")[2].partition("\n## ")[0]
+    ours = " ".join(row for row in re.findall(r"^\|.*\|(.*)\|$", table, re.M) if "planned" not in row)
+    names = set(re.findall(r"`((?:Flash|flash_)\w+(?:\.\w+)?)", ours)) | set(re.findall(r"\bcyflash\.(\w+)\(", README))
+    assert {"FlashAttentionConfig.for_head_dim", "flash_attention", "set_implementation"} <= names
+    for name in sorted(names):
+        operator.attrgetter(name)(cyflash)
+
+
+def test_the_quick_start_of_the_readme_runs(capsys):
+    section = README.partition("## Quick start")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["out"].shape == names["exact"].shape == (2, 8, 1024, 64)
+    assert "reduction" in capsys.readouterr().out
+
+
+# --- Builds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the sources, and a virtual environment with what pyproject.toml asks of a build."""
+    folder = tmp_path_factory.mktemp("build")
+    unwanted = (".git", ".venv*", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    tree = shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*unwanted))
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    run(folder / "venv/bin/pip", "install", "--quiet", *PYPROJECT["build-system"]["requires"])
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree):
+    return build(tree, "wheel")
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, wheel):
+    """Made after the wheel: the tree then holds generated files that must not get in."""
+    assert list(tree.rglob("*.c"))
+    return build(tree, "sdist")
+
+
+def run(*command, cwd=None):
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build(tree, kind):
+    hook = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
+    return tree / "dist" / run(tree.parent / "venv/bin/python", "-c", hook, cwd=tree).split()[-1]
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_sources_and_nothing_generated(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    suffixes = {".py", ".pyx", ".pxi", ".h", ".typed"}
+    sources = [path for top in ("cyflash", "quant") for path in (ROOT / top).rglob("*") if path.suffix in suffixes]
+    assert len(sources) > 20
+    assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
+    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml", "MANIFEST.in", "examples/quickstart.py"} <= names
+    assert {f"examples/data/{path.name}" for path in (ROOT / "examples/data").iterdir()} <= names
+    assert not [name for name in names if name.endswith((".c", ".so", ".pyc")) or name.startswith(("build", "dist"))]
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_no_sources_of_kernels(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"cyflash", f"cyflash_attn-{cyflash.__version__}.dist-info"}
+    assert {"cyflash/__init__.py", "cyflash/py.typed", "cyflash/quant/__init__.py"} <= set(names)
+    assert [name for name in names if name.startswith("cyflash/cpu/_baseline") and name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxi"))]
+
+
+@pytest.mark.slow
+def test_the_sdist_installs_and_runs_anywhere(tree, sdist, tmp_path):
+    """sdist -> wheel -> installed, and run from a directory that holds nothing of the project."""
+    run(tree.parent / "venv/bin/pip", "install", "--quiet", sdist)
+    call = "x = numpy.ones((5, 8), 'f'); print(cyflash.flash_attention(x, x, x).sum())"
+    code = f"import cyflash, cyflash.quant, numpy; {call}"
+    assert run(tree.parent / "venv/bin/python", "-c", code, cwd=tmp_path).split() == ["40.0"]
+    assert cyflash.__version__ in run(tree.parent / "venv/bin/cyflash", "info", cwd=tmp_path)
