@@ -6,6 +6,7 @@ speed: one head at a time, with the whole score matrix of that head in memory.
     positions -> visible keys -> scores -> log-sum-exp -> weights -> output
 """
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,45 +86,65 @@ def attention(q, k, v, *, causal=False, causal_align="bottom-right", scale=None,
     >>> out.item(), round(lse.item(), 6)
     (3.0, 1.098612)
     """
+    shape, Dv = np.shape(q)[:-1], np.shape(v)[-1:]
+    rows, lse = [], []
+    for head in heads(q, k, v, causal=causal, causal_align=causal_align, scale=scale, window=window, softcap=softcap,
+                      bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks):
+        scores = np.where(head.visible, head_scores(head), -np.inf)
+        weights, row_lse = softmax(scores, head.sink)
+        rows.append(weighted_sum(weights, scores != -np.inf, head.v))
+        lse.append(row_lse)
+    out = np.array(rows).reshape(shape + Dv)
+    return (out, np.array(lse).reshape(shape)) if return_lse else out
+
+
+class Head(NamedTuple):
+    """What one query head of one sequence is computed from."""
+
+    q: np.ndarray         # (Lq, D)
+    k: np.ndarray         # (Lk, D)
+    v: np.ndarray         # (Lk, Dv)
+    distance: np.ndarray  # (Lq, Lk): p_i - j
+    visible: np.ndarray   # (Lq, Lk), bool
+    scale: float
+    softcap: float        # 0: off
+    bias: np.ndarray      # (Lq, Lk), or the number 0
+    slope: float          # 0: no ALiBi
+    sink: float           # -inf: none
+
+
+def heads(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
+          mask=None, alibi_slopes=None, sinks=None):
+    """Check the arguments of `attention`; yield a `Head`, in float64, for every (batch, head)."""
     q, k, v = _float64("q", q), _float64("k", k), _float64("v", v)
     B, H, Lq, Hk, Lk = _sizes(q, k, v)
     shape = (*q.shape[:-1], Lk)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     bias = None if bias is None else _four(_broadcast("bias", _float64("bias", bias), shape))
     mask = None if mask is None else _four(_broadcast("mask", _boolean("mask", mask), shape))
-    slopes = _per_head("alibi_slopes", alibi_slopes, B, H, shapes=[(H,), (B, H)])
-    sinks = _per_head("sinks", sinks, B, H, shapes=[(H,)])
+    slopes = np.zeros((B, H)) if alibi_slopes is None else _per_head("alibi_slopes", alibi_slopes, B, H, (H,), (B, H))
+    sinks = np.full((B, H), -np.inf) if sinks is None else _per_head("sinks", sinks, B, H, (H,))
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected 0 (off) or a positive finite number, got {softcap}")
-
     distance = _distance(Lq, Lk, causal_align)
     within = _within(distance, causal, window)
-    q4, k4, v4 = _four(q), _four(k), _four(v)
-    out = np.empty((B, H, Lq, v.shape[-1]))
-    lse = np.empty((B, H, Lq))
+    q, k, v = _four(q), _four(k), _four(v)
     for b, h in np.ndindex(B, H):
-        kv = h // (H // Hk)
-        scores = head_scores(q4[b, h], k4[b, kv], distance, scale=scale, softcap=softcap,
-                             bias=None if bias is None else bias[b, h], slope=0.0 if slopes is None else slopes[b, h])
-        seen = within if mask is None else within & mask[b, h]
+        visible, head_bias, kv = within, 0.0, h // (H // Hk)
+        if mask is not None:
+            visible = visible & mask[b, h]
         if bias is not None:
-            seen = seen & (bias[b, h] != -np.inf)
-        scores = np.where(seen, scores, -np.inf)
-        weights, lse[b, h] = softmax(scores, -np.inf if sinks is None else sinks[b, h])
-        out[b, h] = weighted_sum(weights, scores != -np.inf, v4[b, kv])
-    out = out.reshape(q.shape[:-1] + v.shape[-1:])
-    return (out, lse.reshape(q.shape[:-1])) if return_lse else out
+            visible, head_bias = visible & (bias[b, h] != -np.inf), bias[b, h]
+        yield Head(q[b, h], k[b, kv], v[b, kv], distance, visible, scale, softcap, head_bias, slopes[b, h], sinks[b, h])
 
 
-def head_scores(q, k, distance, *, scale, softcap=0.0, bias=None, slope=0.0):
+def head_scores(head):
     """Scores of one head before masks, (Lq, Lk): scale, then softcap, then bias and ALiBi."""
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = scale * (q @ k.T)
-        if softcap:
-            scores = softcap * np.tanh(scores / softcap)
-        if bias is not None:
-            scores = scores + bias
-        return scores - slope * np.abs(distance) if slope else scores
+        scores = head.scale * (head.q @ head.k.T)
+        if head.softcap:
+            scores = head.softcap * np.tanh(scores / head.softcap)
+        return scores + head.bias - head.slope * np.abs(head.distance)
 
 
 def softmax(scores, sink=-np.inf):
@@ -210,9 +231,7 @@ def _broadcast(name, x, shape):
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {x.shape}") from None
 
 
-def _per_head(name, x, B, H, shapes):
-    if x is None:
-        return None
+def _per_head(name, x, B, H, *shapes):
     x = _float64(name, x)
     if x.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {x.shape}")
