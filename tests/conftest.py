@@ -1,0 +1,35 @@
+"""What every test file shares: one run per SIMD build of this machine, and slow sweeps only when asked for."""
+import pytest
+
+
+def pytest_configure(config):
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+def pytest_generate_tests(metafunc):
+    if "build" in metafunc.fixturenames:
+        import cyflash
+
+        metafunc.parametrize("build", list(cyflash.cpu_info()["builds"]), indirect=True)
+
+
+@pytest.fixture
+def build(request):
+    """The name of a SIMD build, which every call in the test uses; skipped where it does not run."""
+    import cyflash
+
+    status = cyflash.cpu_info()["builds"][request.param]
+    if not status["runs"]:
+        pytest.skip(f"{request.param}: {status['reason']}")
+    with cyflash.set_implementation(request.param):
+        yield request.param
+        assert _build_that_ran() == request.param
+
+
+def _build_that_ran():
+    import numpy as np
+    from cyflash.attention import attend
+
+    x = np.ones((1, 1), np.float32)
+    return attend(x, x, x)[2].implementation
