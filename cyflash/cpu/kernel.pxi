@@ -22,6 +22,8 @@ cdef extern from "simd.h" nogil:
         VECTORS  # vectors of query rows in a full panel
         ROWS     # keys (or value columns) of a register tile
         PANEL    # LANES * VECTORS
+        CACHE_LINE
+    void prefetch(const void*) noexcept
     vf vf_set(float) noexcept
     vf vf_load(const float*) noexcept
     vf vf_load_part(const float*, Py_ssize_t n) noexcept         # the first n lanes; 0 elsewhere; reads nothing beyond
@@ -376,6 +378,19 @@ cdef void load_addend(
         vf_transpose(t)
 
 
+cdef enum:
+    SLICES = 8
+
+
+cdef void prefetch_tile(const char* first, Py_ssize_t row_bytes, Py_ssize_t rows, Py_ssize_t width) noexcept nogil:
+    """Asks for `rows` rows of `width` bytes, row_bytes apart (0: they are one). A tile of bias or mask is a short piece
+    of each of many long rows, which no hardware prefetcher foresees."""
+    cdef Py_ssize_t r, i
+    for r in range(rows if row_bytes != 0 else 1):
+        for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
+            prefetch(first + r * row_bytes + i * CACHE_LINE)
+
+
 cdef inline float relative(Py_ssize_t x) noexcept nogil:
     """A key position relative to a block, exact as a float: beyond 2^23 only its sign matters."""
     cdef Py_ssize_t limit = 1 << 23
@@ -468,7 +483,7 @@ cdef void fold_block(
 
     s, hidden: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
     """
-    cdef Py_ssize_t c, i, low, high
+    cdef Py_ssize_t c, i, low, high, ahead
     cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
     cdef Py_ssize_t end = min(x.Bc, panel.last_key + 1 - block)
     cdef Py_ssize_t position = panel.row + x.offset
@@ -486,7 +501,20 @@ cdef void fold_block(
     edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
     changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
 
-    scores(s, panel.q, k, x.k_stride[2], x.D, begin, end, panel.vectors)
+    ahead = block + x.Bc
+    if x.bias != NULL and x.bias_stride[3] == 1 and ahead <= panel.last_key:
+        # a few rows at a time between pieces of the product, which hides their way from memory
+        for i in range(SLICES):
+            prefetch_tile(
+                <const char*> (head.bias + (panel.row + i * panel.rows // SLICES) * x.bias_stride[2] + ahead),
+                x.bias_stride[2] * sizeof(float),
+                (i + 1) * panel.rows // SLICES - i * panel.rows // SLICES, min(x.Bc, panel.last_key + 1 - ahead) * sizeof(float),
+            )
+            low, high = max(begin, i * x.Bc // SLICES // ROWS * ROWS), min(end, (i + 1) * x.Bc // SLICES // ROWS * ROWS)
+            if low < high:
+                scores(s, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
+    else:
+        scores(s, panel.q, k, x.k_stride[2], x.D, begin, end, panel.vectors)
     if changed:
         change_scores(s, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS

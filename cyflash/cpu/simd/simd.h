@@ -14,6 +14,10 @@
 
 #define WORD static inline __attribute__((always_inline))
 
+/* Asks for a cache line ahead of its use; never faults. */
+WORD void prefetch(const void *p) { __builtin_prefetch(p); }
+enum { CACHE_LINE = 64 };
+
 #include CYFLASH_SIMD
 
 /* Query rows of a full panel: one in each lane of VECTORS vectors. */
