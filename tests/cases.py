@@ -1,4 +1,5 @@
-"""Random arguments for the tests: arrays, and every option by name."""
+"""What kernel tests are made of: random arguments, every option and memory layout by name, and the two ways to judge."""
+import bounds
 import numpy as np
 
 
@@ -53,3 +54,66 @@ def all_options(B, H, Lq, Lk, seed=0):
     for name in ("causal", "scale", "window", "softcap", "bias", "mask", "alibi", "sinks"):
         together |= options(name, B, H, Lq, Lk, seed)
     return together | {"window": (Lk // 2, Lk // 5)}
+
+
+def verify(q, k, v, *, num_threads=None, config=None, **options):
+    """Compute, compare out and lse with the reference, and return the `bounds.Report`."""
+    from cyflash import flash_attention
+
+    out, lse = flash_attention(q, k, v, **options, num_threads=num_threads, config=config, return_lse=True)
+    return bounds.Case(q, k, v, **options).check(out, lse)
+
+
+def assert_same_bits(actual, expected):
+    """Equal bit for bit, NaN and the sign of zero included."""
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype == np.float32
+        a, b = (np.ascontiguousarray(x).view(np.uint32) for x in (a, b))
+        assert np.array_equal(a, b), f"{np.count_nonzero(a != b)} of {a.size} differ in their bits"
+
+
+def _inside(x, shape, where, order="C"):
+    """x as a view into a larger array whose other entries are NaN (True in a mask)."""
+    around = np.full(shape, True if x.dtype == bool else np.nan, x.dtype, order=order)
+    around[where] = x
+    return around[where]
+
+
+def _at_byte(x, offset):
+    memory = np.zeros(x.nbytes + 64 + offset, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    view = memory[start : start + x.nbytes].view(np.uint8)
+    y = np.ndarray(x.shape, x.dtype, buffer=view.data)
+    y[...] = x
+    return y
+
+
+def _read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def _swapped(x, a, b):
+    return np.ascontiguousarray(x.swapaxes(a, b)).swapaxes(a, b)
+
+
+def _reversed(x, axis):
+    return np.flip(np.ascontiguousarray(np.flip(x, axis)), axis)
+
+
+LAYOUTS = {  # each returns an array equal to x, (..., L, D)
+    "length before heads": lambda x: _swapped(x, -3, -2),
+    "batch last but one": lambda x: _swapped(x, 0, -2),
+    "columns first": lambda x: _swapped(x, -2, -1),
+    "fortran": np.asfortranarray,
+    "reversed rows": lambda x: _reversed(x, -2),
+    "reversed heads": lambda x: _reversed(x, -3),
+    "reversed columns": lambda x: _reversed(x, -1),
+    "padded rows": lambda x: _inside(x, (*x.shape[:-1], x.shape[-1] + 3), np.s_[..., 1 : x.shape[-1] + 1]),
+    "every other row": lambda x: _inside(x, (*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), np.s_[..., ::2, :]),
+    "every other column": lambda x: _inside(x, (*x.shape[:-1], 2 * x.shape[-1]), np.s_[..., ::2]),
+    "off by 4 bytes": lambda x: _at_byte(x, 4),
+    "off by 1 byte": lambda x: _at_byte(x, 1),
+    "read-only": _read_only,
+}

@@ -1,10 +1,5 @@
-"""What every test file shares: one run per SIMD build of this machine, and slow sweeps only when asked for."""
+"""What every test file shares: a fixture that runs a test once for each SIMD build, on that build."""
 import pytest
-
-
-def pytest_configure(config):
-    if not config.option.markexpr:
-        config.option.markexpr = "not slow"
 
 
 def pytest_generate_tests(metafunc):

@@ -1,0 +1,209 @@
+"""Arrays beside inaccessible memory: a kernel that touches what it must not dies, whatever the instructions it uses.
+
+Run as `python guarded.py SCENARIO BUILD` by test_skipping.py, in a process of its own because it may die.
+"""
+import ctypes
+import mmap
+import sys
+
+import cases
+import numpy as np
+
+PAGE = mmap.PAGESIZE
+PROT_NONE, PROT_ALL = 0, mmap.PROT_READ | mmap.PROT_WRITE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def protect(address, size, access=PROT_NONE):
+    """Set the access of whole pages."""
+    assert address % PAGE == 0 and size % PAGE == 0
+    if _libc.mprotect(address, size, access):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def forbid(x, start, stop):
+    """Make rows start..stop of a C-contiguous 2-D array inaccessible, as far as whole pages lie between; return how many."""
+    base, row = x.ctypes.data, x.strides[0]
+    first, last = -(-(base + start * row) // PAGE) * PAGE, (base + stop * row) // PAGE * PAGE
+    if last > first:
+        protect(first, last - first)
+    return max(0, last - first) // row
+
+
+def allow(x):
+    """Undo every `forbid` in x."""
+    first = x.ctypes.data // PAGE * PAGE
+    protect(first, -(-(x.ctypes.data + x.nbytes - first) // PAGE) * PAGE)
+
+
+def pages(x):
+    """A copy of x that starts on a page of its own."""
+    memory = mmap.mmap(-1, -(-x.nbytes // PAGE) * PAGE)
+    copy = np.frombuffer(memory, x.dtype, x.size).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+class Fence:
+    """Room for one array between two inaccessible pages."""
+
+    def __init__(self, size):
+        self.size = -(-size // PAGE) * PAGE
+        self.memory = mmap.mmap(-1, self.size + 2 * PAGE)
+        address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        protect(address, PAGE)
+        protect(address + PAGE + self.size, PAGE)
+
+    def put(self, x, at_end=True):
+        """A copy of x that ends, or starts, right at the fence."""
+        offset = PAGE + (self.size - x.nbytes if at_end else 0)
+        copy = np.frombuffer(self.memory, x.dtype, x.size, offset).reshape(x.shape)
+        copy[...] = x
+        return copy
+
+
+def _small_tiles(D):
+    import cyflash
+    from cyflash import FlashAttentionConfig
+
+    config = FlashAttentionConfig(head_dim=D, num_heads=1, block_size_q=32, block_size_kv=64)
+    return (*cyflash.cpu.tile_sizes(D, 32, 64), config)
+
+
+def _expect_same_with_forbidden_keys(start, stop, Lq, Lk, fenced=(), **options):
+    """Rows start..stop of K and V, widened to nothing but whole tiles, are never read."""
+    from cyflash import flash_attention
+
+    D = 64
+    q, k, v = (pages(x[0, 0]) for x in cases.arrays(Lq=Lq, Lk=Lk, D=D))
+    Br, Bc, config = _small_tiles(D)
+    for how in ({"config": config}, {}):
+        if not how:
+            import cyflash
+
+            Br, Bc = cyflash.cpu.tile_sizes(D)
+        for threads in (1, 2):
+            expected = flash_attention(q, k, v, **options, **how, num_threads=threads, return_lse=True)
+            first, last = -(-start // Bc) * Bc, (stop // Bc * Bc if stop < Lk else Lk)
+            count = [forbid(x, first, last) for x in (k, v)]
+            assert min(count) > 100, "nothing was made inaccessible"
+            result = flash_attention(q, k, v, **options, **how, num_threads=threads, return_lse=True)
+            allow(k), allow(v)
+            cases.assert_same_bits(result, expected)
+
+
+def causal():
+    _expect_same_with_forbidden_keys(96, 2048, 96, 2048, causal=True, causal_align="top-left")
+
+
+def window():
+    """The last queries see only the last keys."""
+    _expect_same_with_forbidden_keys(0, 2048 - 96 - 40, 96, 2048, window=(40, -1))
+
+
+def window_right():
+    _expect_same_with_forbidden_keys(96 + 30, 2048, 96, 2048, window=(-1, 30), causal_align="top-left")
+
+
+def causal_window():
+    _expect_same_with_forbidden_keys(0, 2048 - 96 - 40, 96, 2048, causal=True, window=(40, 0))
+
+
+def mask_block():
+    """A hole in the middle that every row has."""
+    mask = np.random.default_rng(0).random((96, 2048)) < 0.5
+    mask[:, 512:1536] = False
+    _expect_same_with_forbidden_keys(512, 1536, 96, 2048, mask=mask)
+
+
+def mask_padding():
+    """One row of mask for all queries, as padded batches have it."""
+    _expect_same_with_forbidden_keys(700, 2048, 96, 2048, mask=np.arange(2048) < 700)
+
+
+def mask_rows():
+    """All queries masked: no key is read at all."""
+    _expect_same_with_forbidden_keys(0, 2048, 96, 2048, mask=np.zeros((96, 1), bool))
+
+
+def mask_with_options():
+    mask = np.arange(2048) < 700
+    _expect_same_with_forbidden_keys(700, 2048, 96, 2048, mask=mask, softcap=5.0, window=(2000, 2000),
+                                     alibi_slopes=np.array([0.1], np.float32), sinks=np.array([0.1], np.float32))
+
+
+def one_query():
+    """The split over keys of a single row skips too."""
+    _expect_same_with_forbidden_keys(0, 60000, 1, 65536, window=(5000, 0))
+
+
+def bias_of_skipped_tiles():
+    """Bias is not read where causal leaves nothing."""
+    import cyflash
+    from cyflash import flash_attention
+
+    Lq, Lk, D = 64, 8192, 16
+    q, k, v = (x[0, 0] for x in cases.arrays(Lq=Lq, Lk=Lk, D=D))
+    bias = pages(np.random.default_rng(0).standard_normal((Lq, Lk), dtype=np.float32))
+    Bc = cyflash.cpu.tile_sizes(D)[1]
+    first = -(-max(Lq, Bc) // 1024) * 1024
+    expected = flash_attention(q, k, v, bias=bias, causal=True, causal_align="top-left", return_lse=True)
+    for i in range(Lq):
+        assert forbid(bias.reshape(-1, 1), i * Lk + first, (i + 1) * Lk) >= 4096
+    result = flash_attention(q, k, v, bias=bias, causal=True, causal_align="top-left", return_lse=True)
+    cases.assert_same_bits(result, expected)
+
+
+def beyond_the_ends():
+    """No argument is read, and out not written, one byte before its start or after its end."""
+    from cyflash import flash_attention
+
+    fences = [Fence(1 << 17) for _ in range(8)]
+    for D, Dv in [(1, 1), (3, 2), (7, 9), (15, 17), (16, 16), (17, 1), (33, 31), (64, 64), (65, 127), (1, 70), (130, 3)]:
+        for Lq in (1, 5, 16, 47, 49):
+            for Lk in (1, 7, 8, 9, 33, 66):
+                q, k, v = (x[0] for x in cases.arrays(1, 2, 1, Lq, Lk, D, Dv))
+                for options in ({}, cases.all_options(1, 2, Lq, Lk)):
+                    options = {key: x[0] if key in ("bias", "mask") else x for key, x in options.items()}
+                    expected = flash_attention(q, k, v, **options, return_lse=True)
+                    for at_end in (True, False):
+                        put = iter(fences)
+                        arrays = [next(put).put(x, at_end) for x in (q, k, v)]
+                        beside = {key: next(put).put(x, at_end) if isinstance(x, np.ndarray) else x
+                                  for key, x in options.items()}
+                        out = next(put).put(np.full_like(expected[0], np.nan), at_end)
+                        result = flash_attention(*arrays, **beside, out=out, return_lse=True)
+                        cases.assert_same_bits(result, expected)
+
+
+def control():
+    """Reads what is forbidden: must die, or the others prove nothing."""
+    x = pages(np.ones((1024, 64), np.float32))
+    assert forbid(x, 512, 1024) == 512
+    print("alive", flush=True)
+    print(x[600, 0])
+
+
+def control_fence():
+    x = Fence(PAGE).put(np.ones(5, np.float32))
+    print("alive", flush=True)
+    print(np.lib.stride_tricks.as_strided(x, (6,))[5])
+
+
+def control_skipping():
+    """Without causal the same keys are visible, so the kernel itself must die."""
+    print("alive", flush=True)
+    _expect_same_with_forbidden_keys(96, 2048, 96, 2048)
+
+
+SCENARIOS = (causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
+             bias_of_skipped_tiles, beyond_the_ends)
+CONTROLS = (control, control_fence, control_skipping)
+
+if __name__ == "__main__":
+    import cyflash
+
+    with cyflash.set_implementation(sys.argv[2]):
+        globals()[sys.argv[1]]()
+    print("finished")
