@@ -29,7 +29,7 @@ def _cyflash_fp32(layer, options, threads):
 # The rows of every layer: name -> function(layer, options, threads) -> output. The others are set against the first.
 SCHEMES = {"numpy fp32": _numpy_fp32, "cyflash fp32": _cyflash_fp32}
 BASELINE = next(iter(SCHEMES))
-TABLE_WIDTH = 90  # without the names of the layers
+TABLE_WIDTH = 84  # without the names of the layers
 COLOURS = {"numpy fp32": "#8c8c8c", "cyflash fp32": "#1f6fb4"}
 
 
@@ -297,6 +297,7 @@ def show(console, report, notes):
     from rich.markup import escape
 
     console.print(_table(report["layers"], console.width))
+    console.print()
     settings, box = report["settings"], report["machine"]
     for path, options in settings["files"].items():
         text = ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
@@ -311,8 +312,9 @@ def show(console, report, notes):
     )
     console.print(
         "[dim]Error: against attention in float64 on the same inputs; worst head and row: their relative L1. Time: "
-        f"median of {_repeats(report['layers'])} interleaved calls. Memory: what one call, its output included, adds "
-        "to the peak resident set of a fresh process.[/]",
+        f"median of {_repeats(report['layers'])} interleaved calls; speed ratio: NumPy's time over this one's. Memory: "
+        "what one call, its output included, adds to the peak resident set of a fresh process; memory ratio: this "
+        "over NumPy's.[/]",
         highlight=False,
     )
     for note in notes:
@@ -328,17 +330,18 @@ def _table(rows, width):
     from rich.text import Text
 
     wide = width >= TABLE_WIDTH + max(len(row["label"]) for row in rows)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1 if wide else 0, 0, 0))
     if wide:
         table.add_column("layer", no_wrap=True)
-    table.add_column("scheme" if wide else "layer, scheme", no_wrap=True)
-    errors = ("relative\nL1", "max\nabs", "worst\nhead", "worst\nrow")
-    for header in (*errors, "time", "speed\nvs NumPy", "memory", "memory\nvs NumPy"):
+    table.add_column("scheme" if wide else "layer, scheme", overflow="fold")
+    errors = ("rel. L1", "max abs", "worst\nhead", "worst\nrow")
+    for header in (*errors, "time", "speed\nratio", "memory", "memory\nratio"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         error, memory = row["error"] or {}, row["memory"] or {}
         cells = [_error(error.get(name)) for name in ("rel_l1", "max_abs", "worst_head", "worst_row")]
-        cells += [_time(row["seconds"]), _times(row["speedup"]), _bytes(memory.get("extra")), _times(row["memory_ratio"])]
+        cells += [_time(row["seconds"]), _times(row["speedup"])]
+        cells += [_bytes(memory.get("extra")), _times(row["memory_ratio"])]
         first = row["scheme"] == BASELINE
         name = Text(row["label"] if first else "", style="not dim")
         if wide:
