@@ -1,0 +1,89 @@
+"""`cyflash info`: what was built, what runs on this machine, what is used, and on how many threads."""
+
+import json
+
+import cyflash
+
+# Where a thread count can come from: key of cpu_info()["thread_limits"] -> how a person sets it.
+LIMITS = {
+    "affinity": "processors this process may run on",
+    "cgroup": "the container's quota",
+    "omp_num_threads": "OMP_NUM_THREADS",
+    "cyflash_num_threads": "CYFLASH_NUM_THREADS",
+    "set_num_threads": "cyflash.set_num_threads",
+}
+
+
+def add_arguments(parser):
+    parser.add_argument("--json", action="store_true", help="print cyflash.cpu_info() as JSON")
+
+
+def run(args):
+    info = cyflash.cpu_info()
+    if args.json:
+        print(json.dumps({"version": cyflash.__version__, **info}, indent=1))
+    else:
+        show(info)
+    return 0
+
+
+def show(info):
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    caches = ", ".join(f"{name.upper()} {_size(size)}" for name, size in info["caches"].items())
+    for name, value in {
+        "cyflash": cyflash.__version__,
+        "processor": info["model"],
+        "cores": str(info["cores"]),
+        "caches": caches,
+        "features": " ".join(info["features"]) or "none that a build needs",
+        "threads": f"[bold]{info['threads']}[/], from {origin(info['threads'], info['thread_limits'], info['openmp'])}",
+        "OpenMP": info["openmp"] or "none: cyflash was built without it, and calls run on one thread",
+    }.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    console.print(_builds(info))
+    console.print("[dim]Force a build with CYFLASH_ISA=name or cyflash.set_implementation(name).[/]")
+
+
+def _builds(info):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in ("SIMD build", "built", "runs here", "", "reason"):
+        table.add_column(header, no_wrap=header != "reason")
+    for name, build in info["builds"].items():
+        used = name == info["implementation"]
+        style = "bold green" if used else "" if build["runs"] else "dim"
+        cells = (name, _yes(build["built"]), _yes(build["runs"]), "used" if used else "", build["reason"])
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table
+
+
+def origin(threads, limits, openmp):
+    """Which of the limits decided the number of threads: a setting if there is one, else the least of the others."""
+    if openmp is None:
+        return "the build: it has no OpenMP"
+    for name in ("set_num_threads", "cyflash_num_threads"):
+        if limits.get(name) is not None:
+            return LIMITS[name]
+    least = [text for name, text in LIMITS.items() if limits.get(name) == threads]
+    return " and ".join(least) or "this machine's default"
+
+
+def _size(count):
+    if count is None:
+        return "unknown"
+    return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"
+
+
+def _yes(value):
+    return "yes" if value else "no"
