@@ -9,16 +9,16 @@
 import math
 import operator
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from cyflash import cpu
 from cyflash.cpu import cpu_info
+from cyflash.plan import _flag, _is_index, _real
 
 KIB, MIB = 1024, 1024**2
-MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 32, 512  # limits of `FlashAttentionConfig.auto`
+MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 64, 512  # limits of `FlashAttentionConfig.auto`
 
 __all__ = ["FlashAttention", "FlashAttentionConfig", "FlashAttentionOutput", "MemorySavings"]
 
@@ -45,7 +45,7 @@ class FlashAttentionConfig:
 
     Raises
     ------
-    TypeError, ValueError
+    ValueError
         For a field of another type or range; the message names it.
 
     Examples
@@ -67,9 +67,9 @@ class FlashAttentionConfig:
         for name in ("head_dim", "num_heads", "block_size_q", "block_size_kv"):
             self._normalise(name, _count)
         self._normalise("causal", _flag)
-        self._normalise("dropout_p", _number)
+        self._normalise("dropout_p", _real)
         if self.scale is not None:
-            self._normalise("scale", _number)
+            self._normalise("scale", _real)
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {self.dropout_p!r}")
 
@@ -243,7 +243,8 @@ class FlashAttention:
         16777216
         """
         L, D = _count("seq_len", seq_len), self.config.head_dim
-        Br, Bc = cpu.tile_sizes(D, self.config.block_size_q, self.config.block_size_kv)
+        # A call cuts its tiles to its lengths, so a short sequence holds less.
+        Br, Bc = cpu.tile_sizes(D, min(L, self.config.block_size_q), min(L, self.config.block_size_kv))
         naive_bytes = 4 * L * L
         flash_bytes = cpu.tile_bytes(Br, Bc, D, D) + 4 * L
         return MemorySavings(naive_bytes, flash_bytes, naive_bytes / flash_bytes, L)
@@ -316,31 +317,9 @@ class MemorySavings:
 
 def _count(name, value):
     """Return `value` as an int of at least 1."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
-    return count
-
-
-def _number(name, value):
-    """Return `value` as a finite float."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
-
-
-def _flag(name, value):
-    """Return `value` as a bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
+    if not _is_index(value) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return operator.index(value)
 
 
 def _tiles_for_caches(D, caches, most_rows):
@@ -350,10 +329,13 @@ def _tiles_for_caches(D, caches, most_rows):
     # L1: in the first product a panel's Q (4 * rows * D bytes) meets a block of keys and fills its scores (4 * rows *
     # Bc); in the second the panel's output takes the place of Q. K and V stream by, so a quarter is left to them:
     #     4 * rows * (D + Bc) <= 3/4 L1          (rows=48: D=64 takes 64 keys in 32 KiB, 128 in 48 KiB)
-    Bc = max(LEAST_KEYS, min(MOST_KEYS, 3 * l1 // (16 * rows) - D))
-    # L2: each panel of the tile reads the block of K and V (8 * Bc * D bytes) again, and comes back to its Q, scores
-    # and output at the next block. They share one half; the other is left to the K and V that come next:
-    #     tile_bytes(Br, Bc) + 8 * Bc * D <= 1/2 L2          (more rows read K and V from beyond L2 less often)
+    # L2: each panel of the tile reads the block of K and V again, which gets a quarter:
+    #     8 * Bc * D <= 1/4 L2                   (D=64 takes 128 keys in 256 KiB)
+    # Never below 64: the output goes through the registers once a block, which then costs more than misses of L1.
+    Bc = max(LEAST_KEYS, min(MOST_KEYS, 3 * l1 // (16 * rows) - D, l2 // (32 * D)))
+    # L2 again: a panel comes back to its Q, scores and output at the next block. All of it shares one half with K and
+    # V; the other half is left to the K and V that come next. More rows read K and V from beyond L2 less often:
+    #     tile_bytes(Br, Bc) + 8 * Bc * D <= 1/2 L2, and at least one panel
     Br = rows
     while Br + rows <= most_rows and cpu.tile_bytes(Br + rows, Bc, D, D) + 8 * Bc * D <= l2 // 2:
         Br += rows

@@ -1,7 +1,8 @@
 """The engine: FlashAttentionConfig, FlashAttention, FlashAttentionOutput, MemorySavings.
 
 The first two groups are the tests of the two Rust engines that this one grew from, under the names they have there
-(the int8 one belongs to the int8 path), with tighter bounds: attention is compared with float64.
+(the int8 one belongs to the int8 path). What they compare with a naive attention is compared with float64 here, by the
+derived bound.
 """
 
 import copy
@@ -10,6 +11,7 @@ import pickle
 
 import numpy as np
 import pytest
+from bounds import Case
 
 import cyflash
 from cyflash import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings, cpu
@@ -17,23 +19,8 @@ from cyflash.attention import attend
 from cyflash.flops import attention_flops
 
 
-def naive_attention(q, k, v, *, causal=False, scale=None):
-    """Attention and log-sum-exp by the textbook, in float64."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    scores = q @ k.swapaxes(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if causal:
-        scores[..., np.triu(np.ones(scores.shape[-2:], dtype=bool), 1 + scores.shape[-1] - scores.shape[-2])] = -np.inf
-    top = scores.max(axis=-1, keepdims=True)
-    weights = np.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    return weights / total @ v, (top + np.log(total))[..., 0]
-
-
 def assert_is_attention(result, q, k, v, **options):
-    output, logsumexp = naive_attention(q, k, v, **options)
-    assert result.output.dtype == result.logsumexp.dtype == np.float32
-    np.testing.assert_allclose(result.output, output, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(result.logsumexp, logsumexp, rtol=1e-5, atol=1e-5)
+    Case(q, k, v, **options).check(result.output, result.logsumexp)
 
 
 def random(*shape, seed=0):
@@ -149,11 +136,11 @@ def test_online_softmax_state(order):
 
 
 def test_output_reports_what_the_call_took():
-    q, k, v = random(2, 6, 100, 24), random(2, 3, 70, 24), random(2, 3, 70, 40)
+    q, k, v = random(2, 6, 300, 24), random(2, 3, 270, 24), random(2, 3, 270, 40)
     result = FlashAttention(FlashAttentionConfig.new(24, 6)).forward_multi_head(q, k, v, window=(9, 2))
     assert isinstance(result, FlashAttentionOutput)
-    assert result.output.shape == (2, 6, 100, 40)
-    assert result.flops == attention_flops(2, 6, 100, 70, 24, 40, window=(9, 2))
+    assert result.output.shape == (2, 6, 300, 40)
+    assert result.flops == attention_flops(2, 6, 300, 270, 24, 40, window=(9, 2))
     assert (result.block_size_q, result.block_size_kv) == cpu.tile_sizes(24, 64, 64)
     assert result.peak_tile_bytes == cpu.tile_bytes(result.block_size_q, result.block_size_kv, 24, 40)
     assert result.implementation == cyflash.cpu_info()["implementation"]
@@ -265,37 +252,27 @@ def test_numpy_scalars_become_python_numbers():
 
 
 @pytest.mark.parametrize("field", ["head_dim", "num_heads", "block_size_q", "block_size_kv"])
-@pytest.mark.parametrize(
-    ("value", "error", "message"),
-    [
-        (0, ValueError, "expected at least 1, got 0"),
-        (-64, ValueError, "expected at least 1, got -64"),
-        (64.0, TypeError, "expected an int, got 64.0"),
-        ("64", TypeError, "expected an int, got '64'"),
-        (True, TypeError, "expected an int, got True"),
-        (None, TypeError, "expected an int, got None"),
-    ],
-)
-def test_a_count_is_a_positive_int(field, value, error, message):
-    with pytest.raises(error, match=f"^{field}: {message}$"):
+@pytest.mark.parametrize("value", [0, -64, 64.0, "64", True, None])
+def test_a_count_is_a_positive_integer(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected an integer of at least 1, got {value!r}$"):
         FlashAttentionConfig(**{field: value})
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "message"),
+    ("fields", "message"),
     [
-        (dict(causal="yes"), TypeError, "causal: expected True or False, got 'yes'"),
-        (dict(causal=1), TypeError, "causal: expected True or False, got 1"),
-        (dict(scale="auto"), TypeError, "scale: expected a number, got 'auto'"),
-        (dict(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
-        (dict(scale=float("inf")), ValueError, "scale: expected a finite number, got inf"),
-        (dict(dropout_p=None), TypeError, "dropout_p: expected a number, got None"),
-        (dict(dropout_p=-0.1), ValueError, "dropout_p: expected 0 <= dropout_p < 1, got -0.1"),
-        (dict(dropout_p=1.0), ValueError, "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
+        (dict(causal="yes"), "causal: expected True or False, got 'yes'"),
+        (dict(causal=1), "causal: expected True or False, got 1"),
+        (dict(scale="auto"), "scale: expected a finite number, got 'auto'"),
+        (dict(scale=float("nan")), "scale: expected a finite number, got nan"),
+        (dict(scale=float("inf")), "scale: expected a finite number, got inf"),
+        (dict(dropout_p=None), "dropout_p: expected a finite number, got None"),
+        (dict(dropout_p=-0.1), "dropout_p: expected 0 <= dropout_p < 1, got -0.1"),
+        (dict(dropout_p=1.0), "dropout_p: expected 0 <= dropout_p < 1, got 1.0"),
     ],
 )
-def test_other_fields_are_checked(fields, error, message):
-    with pytest.raises(error, match=f"^{message}$"):
+def test_other_fields_are_checked(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         FlashAttentionConfig(**fields)
 
 
@@ -324,10 +301,10 @@ KIB = 1024
 @pytest.mark.parametrize("D", [1, 32, 64, 80, 128, 256, 512])
 def test_auto_gives_sizes_that_are_used_as_they_are(D):
     config = FlashAttentionConfig.auto(D)
-    q = random(50, D)
-    result = FlashAttention(config).forward(q, q, q)
+    q, k, v = random(600, D, seed=1), random(600, D, seed=2), random(600, D, seed=3)
+    result = FlashAttention(config).forward(q, k, v)
     assert (result.block_size_q, result.block_size_kv) == (config.block_size_q, config.block_size_kv)
-    assert_is_attention(result, q, q, q)
+    assert_is_attention(result, q, k, v)
 
 
 @pytest.mark.parametrize("l2", [256 * KIB, 1024 * KIB, 2048 * KIB])
@@ -340,12 +317,12 @@ def test_auto_fills_half_of_l2(monkeypatch, D, l2):
     def bytes_with(rows):
         return cpu.tile_bytes(rows, Bc, D, D) + 8 * Bc * D
 
-    assert bytes_with(Br) <= l2 / 2
+    assert bytes_with(Br) <= l2 / 2 or Br == panel
     assert Br + panel > 512 or bytes_with(Br + panel) > l2 / 2
 
 
 def test_auto_takes_more_keys_with_more_l1_and_fewer_with_larger_heads(monkeypatch):
-    cases = ((64, 32 * KIB), (64, 48 * KIB), (128, 48 * KIB))
+    cases = ((64, 16 * KIB), (64, 512 * KIB), (256, 512 * KIB))
     small, large, large_heads = (auto(monkeypatch, D, l1, 1024 * KIB).block_size_kv for D, l1 in cases)
     assert small < large > large_heads
 
@@ -367,19 +344,19 @@ def test_auto_keeps_every_thread_busy(monkeypatch):
 def test_auto_refuses_other_precisions_and_bad_counts():
     with pytest.raises(NotImplementedError, match="precision: 'int8' is not available; available: 'fp32'"):
         FlashAttentionConfig.auto(64, precision="int8")
-    with pytest.raises(ValueError, match="seq_len: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="seq_len: expected an integer of at least 1, got 0"):
         FlashAttentionConfig.auto(64, seq_len=0)
-    with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="head_dim: expected an integer of at least 1, got 0"):
         FlashAttentionConfig.auto(0)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_savings_are_what_the_engine_holds():
-    L, D = 500, 32
-    engine = FlashAttention(FlashAttentionConfig.for_long_sequence(D))
-    q = random(L, D)
+@pytest.mark.parametrize("L", [1, 10, 100, 500])
+def test_memory_savings_are_what_the_engine_holds(L):
+    engine = FlashAttention(FlashAttentionConfig.for_long_sequence(32))
+    q = random(L, 32)
     result = engine.forward(q, q, q)
     savings = engine.memory_savings(L)
     assert savings.naive_bytes == 4 * L * L
@@ -393,7 +370,7 @@ def test_memory_savings_read_like_a_sentence():
     assert str(savings) == "seq_len=4096: naive=64.0MB, flash=80.0KB, 819x reduction"
 
 
-@pytest.mark.parametrize(("seq_len", "error"), [(0, ValueError), (-1, ValueError), (10.0, TypeError)])
-def test_memory_savings_need_a_length(seq_len, error):
-    with pytest.raises(error, match="seq_len: expected"):
+@pytest.mark.parametrize("seq_len", [0, -1, 10.0])
+def test_memory_savings_need_a_length(seq_len):
+    with pytest.raises(ValueError, match=f"^seq_len: expected an integer of at least 1, got {seq_len}$"):
         FlashAttention(FlashAttentionConfig()).memory_savings(seq_len)
