@@ -190,7 +190,7 @@ def test_reported_tile_sizes_are_those_asked_for_rounded(build, blocks):
     """At least one register's worth, never more than a little above what was asked."""
     from cyflash.attention import attend
 
-    q, k, v = cases.arrays(1, 1, Lq=300, D=64)
+    q, k, v = cases.arrays(1, 1, Lq=1100, D=64)
     config = blocks and FlashAttentionConfig(head_dim=64, num_heads=1, block_size_q=blocks, block_size_kv=blocks)
     work = attend(q, k, v, config=config)[2]
     assert (work.block_size_q, work.block_size_kv) == cyflash.cpu.tile_sizes(64, blocks, blocks)

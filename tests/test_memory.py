@@ -24,7 +24,7 @@ def array(*shape):
 L, D = 65536, 8
 q, k, v = array(2, L, D), array(1, L, D), array(1, L, D)
 out = np.ones((2, L, D), np.float32)
-options = {}
+options = dict()
 {setup}
 cyflash.set_implementation("{build}")
 small = {{name: x for name, x in options.items() if name not in ("bias", "mask")}}

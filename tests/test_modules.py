@@ -89,12 +89,12 @@ def test_only_the_forced_build_is_imported(forced):
     script = (
         "import sys, numpy as np, cyflash\n"
         "x = np.ones((3, 4), np.float32); cyflash.flash_attention(x, x, x)\n"
-        "info = cyflash.cpu_info(); cyflash.cpu.runnable(); assert info['implementation'] == cyflash.cpu.active().NAME\n"
-    ).replace("cyflash.cpu.active().NAME", "sys.argv[0] and " + repr(forced))
-    script += "print(*[m for m in sys.modules if m.startswith('cyflash.cpu._')])"
+        "cyflash.cpu.runnable(); print(cyflash.cpu_info()['implementation'])\n"
+        "print(*[m for m in sys.modules if m.startswith('cyflash.cpu._')])"
+    )
     code, text = python(script, CYFLASH_ISA=forced)
     assert code == 0, text
-    assert text.split() == [f"cyflash.cpu._{forced}"]
+    assert text.split() == [forced, f"cyflash.cpu._{forced}"]
 
 
 def test_unknown_build_by_environment():
@@ -112,7 +112,7 @@ def test_set_implementation():
             assert cyflash.cpu_info()["implementation"] == cyflash.cpu.runnable()[-1]
         assert cyflash.cpu_info()["implementation"] == "baseline"
     assert cyflash.cpu_info()["implementation"] == before
-    with pytest.raises(ValueError, match=r"nonsense.*baseline"):
+    with pytest.raises(ValueError, match=r"baseline.*nonsense"):
         cyflash.set_implementation("nonsense")
     assert cyflash.cpu_info()["implementation"] == before
 

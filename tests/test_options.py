@@ -42,7 +42,7 @@ def test_none_is_ignored(build, ignored):
     bounds.Case(q, k, v, **rest).check(other, other_lse)
 
 
-@pytest.mark.parametrize("names", itertools.combinations(ALONE, 2), ids="+".join)
+@pytest.mark.parametrize("names", list(itertools.combinations(ALONE, 2)), ids="+".join)
 def test_pairs(build, names):
     q, k, v = inputs(40, 50)
     options = {}
