@@ -26,7 +26,7 @@ def protect(address, size, access=PROT_NONE):
 
 
 def forbid(x, start, stop):
-    """Make rows start..stop of a C-contiguous 2-D array inaccessible, as far as whole pages lie between; return how many."""
+    """Make the whole pages within rows start..stop of a C-contiguous 2-D array inaccessible; return how many rows."""
     base, row = x.ctypes.data, x.strides[0]
     first, last = -(-(base + start * row) // PAGE) * PAGE, (base + stop * row) // PAGE * PAGE
     if last > first:
@@ -144,7 +144,8 @@ def bias_of_skipped_tiles():
 def beyond_the_ends():
     """No argument is read, and out not written, one byte before its start or after its end."""
     fences = [Fence(1 << 17) for _ in range(8)]
-    for D, Dv in [(1, 1), (3, 2), (7, 9), (15, 17), (16, 16), (17, 1), (33, 31), (64, 64), (65, 127), (1, 70), (130, 3)]:
+    dims = [(1, 1), (3, 2), (7, 9), (15, 17), (16, 16), (17, 1), (33, 31), (64, 64), (65, 127), (1, 70), (130, 3)]
+    for D, Dv in dims:
         for Lq in (1, 5, 16, 47, 49):
             for Lk in (1, 7, 8, 9, 33, 66):
                 q, k, v = (x[0] for x in cases.arrays(1, 2, 1, Lq, Lk, D, Dv))
@@ -181,8 +182,10 @@ def control_skipping():
     _never_reads_keys(96, 2048, 96, 2048)
 
 
-SCENARIOS = (causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
-             bias_of_skipped_tiles, beyond_the_ends)
+SCENARIOS = (
+    causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
+    bias_of_skipped_tiles, beyond_the_ends,
+)
 CONTROLS = (control, control_fence, control_skipping)
 
 if __name__ == "__main__":
