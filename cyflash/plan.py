@@ -92,7 +92,7 @@ def _key_value_shape(q, k, v):
         raise ValueError(f"q: expected a head_dim of at least 1, got shape {q.shape}")
     if (kB, kD) != (B, D):
         raise ValueError(f"k: expected {expected} with {sizes} as in q {q.shape}, got {k.shape}{_layout_hint(q, k)}")
-    if H != Hk and (Hk == 0 or H % Hk):
+    if Hk != H and (Hk == 0 or H % Hk):
         raise ValueError(
             f"k: expected a number of heads that divides q's {H} (q {q.shape}), got {Hk} in {k.shape}{_layout_hint(q, k)}"
         )

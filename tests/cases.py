@@ -1,4 +1,4 @@
-"""What kernel tests are made of: random arguments, every option and memory layout by name, and the two ways to judge."""
+"""What kernel tests are made of: random arguments, every option and memory layout by name, two ways to judge."""
 import bounds
 import numpy as np
 
@@ -46,6 +46,7 @@ _OPTIONS = {  # r, B, H, Lq, Lk: the generator and the sizes
     "sinks": lambda r, B, H, Lq, Lk: {"sinks": _float(r, H) + np.float32(np.log(Lk + 1))},
 }
 NAMES = tuple(_OPTIONS)
+ARGUMENTS = ("causal", "causal_align", "scale", "window", "softcap", "bias", "mask", "alibi_slopes", "sinks")
 
 
 def all_options(B, H, Lq, Lk, seed=0):

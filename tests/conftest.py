@@ -24,6 +24,7 @@ def build(request):
 
 def _build_that_ran():
     import numpy as np
+
     from cyflash.attention import attend
 
     x = np.ones((1, 1), np.float32)

@@ -31,7 +31,7 @@ def of_dtype(dtype):
 
 
 CASES = {
-    "q float64": (TypeError, {"q": zeros(B, H, Lq, D, dtype="f8")}, ["q: expected float32", "got float64", "astype(np.float32)"]),
+    "q float64": (TypeError, {"q": zeros(B, H, Lq, D, dtype="f8")}, ["q: expected float32", "got float64", "astype"]),
     "k float64": (TypeError, {"k": zeros(B, Hk, Lk, D, dtype="f8")}, ["k: ", "float32", "float64"]),
     "v float64": (TypeError, {"v": zeros(B, Hk, Lk, D, dtype="f8")}, ["v: ", "float32", "float64"]),
     "all float64": (TypeError, of_dtype("f8"), ["q: ", "float64"]),
@@ -42,14 +42,14 @@ CASES = {
     "k big-endian": (TypeError, {"k": zeros(B, Hk, Lk, D, dtype=">f4")}, ["k: ", ">f4"]),
     "None": (TypeError, {"k": None}, ["k: "]),
     "a string": (TypeError, {"q": "query"}, ["q: "]),
-    "rank 1": (ValueError, {name: zeros(4) for name in "qkv"}, ["q: ", "(L, D)", "(4,)"]),
+    "rank 1": (ValueError, {name: zeros(4) for name in "qkv"}, ["q: expected", "2 or 3 or 4", "(4,)"]),
     "rank 5": (ValueError, {name: zeros(1, 1, 1, 4, 4) for name in "qkv"}, ["q: ", "(1, 1, 1, 4, 4)"]),
     "rank of k": (ValueError, {"k": zeros(Hk, Lk, D)}, ["k: ", "(2, 12, 8)"]),
     "rank of v": (ValueError, {"v": zeros(Hk, Lk, D)}, ["v: ", "(2, 12, 8)"]),
     "rank of q": (ValueError, {"q": zeros(H, Lq, D)}, ["(4, 10, 8)"]),
     "head_dim": (ValueError, {"k": zeros(B, Hk, Lk, D + 1)}, ["k: expected", "D=8", "(2, 2, 12, 9)"]),
     "head_dim 0": (ValueError, {name: zeros(3, 0) for name in "qkv"}, ["q: ", "(3, 0)"]),
-    "batch": (ValueError, {"k": zeros(3, Hk, Lk, D), "v": zeros(3, Hk, Lk, D)}, ["k: expected", "B=2", "(3, 2, 12, 8)"]),
+    "batch": (ValueError, {"k": zeros(3, Hk, Lk, D), "v": zeros(3, Hk, Lk, D)}, ["k: ", "B=2", "(3, 2, 12, 8)"]),
     "batch of v": (ValueError, {"v": zeros(3, Hk, Lk, D)}, ["v: expected", "(3, 2, 12, 8)"]),
     "heads do not divide": (ValueError, {"k": zeros(B, 3, Lk, D), "v": zeros(B, 3, Lk, D)}, ["k: ", "4", "3"]),
     "more kv heads": (ValueError, {"k": zeros(B, 8, Lk, D), "v": zeros(B, 8, Lk, D)}, ["k: ", "4", "8"]),
@@ -66,7 +66,7 @@ CASES = {
     "mask rank": (ValueError, {"mask": np.ones((1, B, H, Lq, Lk), bool)}, ["mask: expected", "(1, 2, 4, 10, 12)"]),
     "mask float": (TypeError, {"mask": zeros(Lq, Lk)}, ["mask: expected bool", "float32", "bias"]),
     "mask integer": (TypeError, {"mask": zeros(Lq, Lk, dtype="i8")}, ["mask: expected bool", "int64"]),
-    "window int": (ValueError, {"window": 4}, ["window: expected", "(left, right)", "got 4", "(3, 0)"]),
+    "window int": (ValueError, {"window": 4}, ["window: expected", "(left, right)", "4", "(3, 0)"]),
     "window of one": (ValueError, {"window": (4,)}, ["window: expected", "(4,)"]),
     "window of three": (ValueError, {"window": (4, 0, 1)}, ["window: expected", "(4, 0, 1)"]),
     "window left": (ValueError, {"window": (-2, 0)}, ["window: expected", "-1", "(-2, 0)"]),
@@ -77,15 +77,15 @@ CASES = {
     "softcap inf": (ValueError, {"softcap": float("inf")}, ["softcap: expected", "inf"]),
     "scale nan": (ValueError, {"scale": float("nan")}, ["scale: expected", "nan"]),
     "scale inf": (ValueError, {"scale": float("inf")}, ["scale: expected", "inf"]),
-    "causal_align": (ValueError, {"causal_align": "left"}, ["causal_align: expected", "bottom-right", "top-left", "left"]),
-    "slopes of kv heads": (ValueError, {"alibi_slopes": zeros(Hk)}, ["alibi_slopes: expected", "(4,)", "(2, 4)", "(2,)"]),
+    "causal_align": (ValueError, {"causal_align": "left"}, ["causal_align: ", "bottom-right", "top-left", "'left'"]),
+    "slopes of kv heads": (ValueError, {"alibi_slopes": zeros(Hk)}, ["alibi_slopes: ", "(4,)", "(2, 4)", "(2,)"]),
     "slopes transposed": (ValueError, {"alibi_slopes": zeros(H, B)}, ["alibi_slopes: expected", "(4, 2)"]),
     "slopes scalar": (ValueError, {"alibi_slopes": zeros()}, ["alibi_slopes: expected", "()"]),
     "sinks of kv heads": (ValueError, {"sinks": zeros(Hk)}, ["sinks: expected", "(4,)", "(2,)"]),
     "sinks per batch": (ValueError, {"sinks": zeros(B, H)}, ["sinks: expected", "(4,)", "(2, 4)"]),
     "sinks integer": (TypeError, {"sinks": zeros(H, dtype="i8")}, ["sinks: expected float32", "int64"]),
-    "config head_dim": (ValueError, {"config": FlashAttentionConfig(head_dim=16, num_heads=H)}, ["config", "head_dim", "16", "8"]),
-    "config of another type": (TypeError, {"config": {"head_dim": 8}}, ["config: expected FlashAttentionConfig", "dict"]),
+    "config head_dim": (ValueError, {"config": FlashAttentionConfig(head_dim=16)}, ["config", "head_dim", "16", "8"]),
+    "config of another type": (TypeError, {"config": {"head_dim": 8}}, ["config: ", "FlashAttentionConfig", "dict"]),
     "dropout": (NotImplementedError, {"dropout_p": 0.1}, ["dropout_p"]),
     "dropout of config": (NotImplementedError, {"config": FlashAttentionConfig(head_dim=8, num_heads=H, dropout_p=0.1)},
                           ["dropout_p"]),
@@ -114,10 +114,8 @@ def test_models_of_messages():
     """The two that the design words in full."""
     with pytest.raises(TypeError) as caught:
         flash_attention(*of_dtype("f8").values())
-    assert str(caught.value) == (
-        "q: expected float32 (or float16, bfloat16), got float64; "
-        "write q.astype(np.float32), or use cyflash.reference.attention"
-    ) or str(caught.value).startswith("q: expected float32")
+    for part in ("q: expected float32", "got float64", "q.astype(np.float32)", "cyflash.reference.attention"):
+        assert part in str(caught.value), str(caught.value)
     with pytest.raises(ValueError) as caught:
         flash_attention(zeros(2, 8, 128, 64), zeros(2, 128, 8, 32), zeros(2, 128, 8, 32))
     for part in ("k: expected (B, Hk, Lk, D) with B=2, D=64 as in q (2, 8, 128, 64), got (2, 128, 8, 32)",

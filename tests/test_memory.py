@@ -1,4 +1,4 @@
-"""Memory beyond inputs and output does not grow with the lengths: measured as the peak resident set of a fresh process."""
+"""Memory beyond inputs and output does not grow with lengths: the peak resident set of a fresh process, measured."""
 import subprocess
 import sys
 import textwrap
@@ -24,13 +24,13 @@ def array(*shape):
 L, D = 65536, 8
 q, k, v = array(2, L, D), array(1, L, D), array(1, L, D)
 out = np.ones((2, L, D), np.float32)
-options = {}
+options = dict()
 {setup}
 cyflash.set_implementation("{build}")
 small = {{name: x for name, x in options.items() if name not in ("bias", "mask")}}
-cyflash.flash_attention(q[:, :100], k[:, :100], v[:, :100], **small, num_threads=3)   # threads and libraries are there now
+cyflash.flash_attention(q[:, :100], k[:, :100], v[:, :100], **small, num_threads=3)  # starts libraries and threads
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")                                                              # restart the peak from here
+    file.write("5")  # the peak starts anew
 before = status("VmRSS")
 cyflash.flash_attention(q, k, v, **options, num_threads=3, out=out)
 print(status("VmHWM") - before)
@@ -49,8 +49,8 @@ SETUPS = {
     "few queries": "q, out = q[:, :64].copy(), out[:, :64].copy(); options = dict(bias=array(L))",
     "one query": "q, out = q[:, :1].copy(), out[:, :1].copy()",
     "few keys": "k, v = k[:, :200].copy(), v[:, :200].copy()",
-    "strided": "q, k, v, out = (np.ones((L, len(x), 3 * D), np.float32)[:, :, :D].transpose(1, 0, 2) for x in (q, k, v, out));"
-               " options = dict(window=(300, 0))",
+    "strided": "wide = (np.ones((L, len(x), 3 * D), np.float32) for x in (q, k, v, out));"
+               " q, k, v, out = (x[:, :, :D].transpose(1, 0, 2) for x in wide); options = dict(window=(300, 0))",
 }
 
 
@@ -67,7 +67,7 @@ def test_extra_memory(build, name):
 
 def test_the_measurement_sees_an_expanded_bias(build):
     """16 MB that the call itself would take: the expanded bias of a batch as long as the limit."""
-    setup = "options = dict(window=(300, 0))\\n"
-    setup += "attention = cyflash.flash_attention\\n"
-    setup += "cyflash.flash_attention = lambda *a, **k: (np.ones(5 << 20, np.float32).sum(), attention(*a, **k))"
-    assert extra_megabytes(build, setup.replace("\\n", "\n")) > LIMIT_MB
+    setup = """options = dict(window=(300, 0))
+attention = cyflash.flash_attention
+cyflash.flash_attention = lambda *a, **k: (np.ones(5 << 20, np.float32).sum(), attention(*a, **k))"""
+    assert extra_megabytes(build, setup) > LIMIT_MB

@@ -24,8 +24,7 @@ def test_alone(build, name, lengths):
     cases.verify(q, k, v, **cases.options(name, B, H, *lengths))
 
 
-@pytest.mark.parametrize("ignored", ["causal", "causal_align", "scale", "window", "softcap", "bias", "mask", "alibi_slopes",
-                                     "sinks"])
+@pytest.mark.parametrize("ignored", cases.ARGUMENTS)
 def test_none_is_ignored(build, ignored):
     """With everything on, leaving one option out moves the result by a thousand times the bound."""
     q, k, v = inputs(40, 50)
@@ -42,7 +41,7 @@ def test_none_is_ignored(build, ignored):
     bounds.Case(q, k, v, **rest).check(other, other_lse)
 
 
-@pytest.mark.parametrize("names", itertools.combinations(ALONE, 2), ids="+".join)
+@pytest.mark.parametrize("names", list(itertools.combinations(ALONE, 2)), ids="+".join)
 def test_pairs(build, names):
     q, k, v = inputs(40, 50)
     options = {}
@@ -58,8 +57,13 @@ def test_all_together(build, lengths, align):
     cases.verify(q, k, v, **cases.all_options(B, H, *lengths), causal_align=align)
 
 
-BROADCASTS = [(), (1,), (50,), (40, 1), (40, 50), (4, 1, 1), (4, 1, 50), (1, 40, 50), (4, 40, 50), (2, 1, 1, 1),
-              (2, 1, 1, 50), (2, 1, 40, 1), (2, 4, 1, 50), (1, 4, 40, 50), (2, 1, 40, 50), (2, 4, 40, 1), (2, 4, 40, 50)]
+BROADCASTS = [
+    (), (1,), (50,), (40, 1), (40, 50), (4, 1, 1), (4, 1, 50), (1, 40, 50), (4, 40, 50), (2, 1, 1, 1), (2, 1, 1, 50),
+    (2, 1, 40, 1), (2, 4, 1, 50), (1, 4, 40, 50), (2, 1, 40, 50), (2, 4, 40, 1), (2, 4, 40, 50),
+]
+WINDOWS = [
+    (0, 0), (0, -1), (-1, 0), (3, 0), (0, 3), (5, 2), (17, 33), (1000, 0), (1000, 1000), (-1, 2), (-1, -1),
+]
 
 
 @pytest.mark.parametrize("shape", BROADCASTS, ids=str)
@@ -79,9 +83,13 @@ def test_low_ranks(build, name, rank):
     q, k, v = (x.reshape(x.shape[-rank:]) for x in cases.arrays(1, heads, Lq=40, Lk=50, D=D, Dv=Dv))
     r = np.random.default_rng(0)
     lead = (H,) if rank == 3 else ()
-    value = {"bias": r.standard_normal((*lead, 40, 50), dtype=np.float32), "mask": r.random((*lead, 40, 50)) < 0.6,
-             "sinks": r.standard_normal(heads, dtype=np.float32), "alibi_slopes": r.random(heads, dtype=np.float32)}[name]
-    cases.verify(q, k, v, **{name: value})
+    values = {
+        "bias": r.standard_normal((*lead, 40, 50), dtype=np.float32),
+        "mask": r.random((*lead, 40, 50)) < 0.6,
+        "sinks": r.standard_normal(heads, dtype=np.float32),
+        "alibi_slopes": r.random(heads, dtype=np.float32),
+    }
+    cases.verify(q, k, v, **{name: values[name]})
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (50, 50), (40, 60), (60, 40), (1, 30), (30, 1), (130, 200)], ids=str)
@@ -90,7 +98,7 @@ def test_low_ranks(build, name, rank):
 def test_windows(build, lengths, align, causal):
     """Every kind of window, from nothing but self to wider than the sequence."""
     q, k, v = cases.arrays(1, 2, 1, *lengths, 8)
-    for window in [(0, 0), (0, -1), (-1, 0), (3, 0), (0, 3), (5, 2), (17, 33), (1000, 0), (1000, 1000), (-1, 2), (-1, -1)]:
+    for window in WINDOWS:
         cases.verify(q, k, v, window=window, causal=causal, causal_align=align)
 
 

