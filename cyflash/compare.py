@@ -18,7 +18,7 @@ import cyflash
 from cyflash.capture import LAYOUTS, load_capture
 from cyflash.measure import CallProcess, blas_threads, interleaved_times
 from cyflash.plain import plain_attention
-from cyflash.report import as_bytes, draw, figure_class, show, summarise
+from cyflash.report import as_bytes, check_plot, draw, show, summarise
 
 
 def _numpy_fp32(layer, options, threads):
@@ -69,7 +69,7 @@ def run(args):
     for path in filter(None, (args.json, args.plot)):
         _check_writable(path)
     if args.plot:
-        figure_class()
+        check_plot(args.plot)
     captures = [load_capture(path, args.layout) for path in args.files or [shipped_data()]]
     threads, notes = _threads(args.threads)
     with blas_threads(threads) as blas:
@@ -282,10 +282,10 @@ def _notes(captures, rows):
     notes += [f"{row['label']}, {row['scheme']}: {row['problem']}" for row in rows if row["problem"]]
     if restless := sum(_restless(row) for row in rows):
         notes.append(
-            f"the times of {restless} of {len(rows)} rows differ more than twofold between rounds: something else keeps "
-            "this machine busy, and the speed ratios are not reliable."
+            f"the times of {restless} of {len(rows)} rows differ more than twofold between rounds: something else "
+            "keeps this machine busy, and the speed ratios are not reliable."
         )
-    if any(row["memory"] and row["memory"]["method"].startswith("ru_maxrss") for row in rows):
+    if any(row["memory"] and not row["memory"]["reset"] for row in rows):
         notes.append("memory is a lower bound: this system cannot reset a process's peak, so a part may be hidden.")
     return notes
 

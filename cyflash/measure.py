@@ -22,11 +22,11 @@ class Memory(NamedTuple):
     """Resident set of a process around one call, in bytes."""
 
     before: int
-    """What the process held when the call began: Python, the libraries, the inputs."""
+    """What it held when the call began: Python, libraries, inputs. Where `reset` is False, its peak until then."""
     peak: int
     """The most it held until the call had returned."""
-    method: str
-    """How the peak was read."""
+    reset: bool
+    """Whether the peak could be reset before the call; if not, what preparing needed may hide a part of the call's."""
 
     @property
     def extra(self):
@@ -59,9 +59,9 @@ class CallProcess:
 
     Notes
     -----
-    On Linux the kernel's high-water mark (VmHWM) is reset just before the call, so the peak is the call's own.
-    Elsewhere the peak since the process began (ru_maxrss) is read before and after: if preparing needed more than it
-    kept, that part of the call's memory does not show.
+    On Linux the kernel's high-water mark (VmHWM) is reset just before the call, so the peak is the call's own. Where
+    that cannot be done the peak since the process began is read before and after: if preparing needed more than it
+    kept, that part of the call's memory does not show, and `memory.reset` is False.
     """
 
     def __init__(self, target, **arguments):
@@ -170,51 +170,55 @@ def _child():
 
 
 def _turn(call, seconds):
-    begin = time.perf_counter()
-    call()  # wakes the threads and fills the caches again; not counted, but long calls need no such thing
-    now = time.perf_counter()
-    times = [now - begin] if now - begin > 10 * seconds else []
-    end = now + seconds
-    while not times or now < end:
-        begin = now
-        call()
-        now = time.perf_counter()
-        times.append(now - begin)
+    """Seconds of each repeat. The first only wakes the threads and fills the caches, unless it is a long one."""
+    times = [_seconds(call)]
+    if times[0] > 10 * seconds:
+        return times
+    times[0] = _seconds(call)
+    while sum(times) < seconds:
+        times.append(_seconds(call))
     return times
+
+
+def _seconds(call):
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _memory(call):
     gc.collect()
-    resettable = _reset_peak()
-    before = _status("VmRSS") if resettable else _maximum()
+    reset = _reset_peak()
+    before = _status("VmRSS") if reset else _peak()
     result = call()
-    peak = _status("VmHWM") if resettable else _maximum()
+    peak = _peak()
     del result
-    method = "VmHWM, reset before the call" if resettable else "ru_maxrss, before and after the call"
-    return Memory(before, peak, method)
+    return Memory(before, peak, reset)
 
 
 def _reset_peak():
-    """Set VmHWM to the present resident set; False where the system cannot."""
+    """Set the peak to the present resident set; False where the system cannot."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-        return _status("VmHWM") > 0
-    except (OSError, LookupError):
+        return _status("VmHWM") is not None
+    except OSError:
         return False
 
 
-def _status(name):
-    """A field of /proc/self/status, in bytes."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-    raise LookupError(name)
-
-
-def _maximum():
+def _peak():
+    """The largest resident set of this process since it began, or since the reset, in bytes."""
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     import resource  # not on every system
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(name):
+    """A field of /proc/self/status, in bytes; None where there is none."""
+    try:
+        with open("/proc/self/status") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(name)), None)
+    except OSError:
+        return None

@@ -5,11 +5,11 @@ import statistics
 
 import numpy as np
 
-__all__ = ["as_bytes", "draw", "figure_class", "show", "summarise"]
+__all__ = ["as_bytes", "check_plot", "draw", "show", "summarise"]
 
 ERRORS = {"rel_l1": "rel. L1", "max_abs": "max abs", "worst_head": "worst\nhead", "worst_row": "worst\nrow"}
 COLOURS = {"numpy fp32": "#8c8c8c", "cyflash fp32": "#1f6fb4"}
-TABLE_WIDTH = 84  # without the names of the layers
+TABLE_WIDTH = 88  # without the names of the layers
 LEGEND = (
     "Error: against attention in float64 on the same inputs; worst head and row: their relative L1. Time: median of {} "
     "interleaved rounds; speed ratio: NumPy's time over this one's. Memory: what one call, its output included, adds "
@@ -57,20 +57,21 @@ def show(report):
         console = Console(highlight=False, width=_wide(rows))
     console.print(_table(report, wide=console.width >= _wide(rows)))
     console.print()
+    lines = []
     for path, options in settings["files"].items():
         text = ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
-        console.print(f"[dim]File:[/] {escape(_short(path))} [dim]Options:[/] {escape(text)}")
-    console.print(f"[dim]Run:[/] {escape(_run(report))}")
-    console.print(f"[dim]{LEGEND.format(_rounds(rows))}[/]")
-    for note in report["notes"]:
-        console.print(f"[yellow]Note:[/] {escape(note)}")
-    for line in _summary_lines(report):
-        console.print(f"[bold]{escape(line)}[/]")
+        lines.append(f"[dim]File:[/] {escape(_short(path))} [dim]Options:[/] {escape(text)}")
+    lines.append(f"[dim]Run:[/] {escape(_run(report))}")
+    lines.append(f"[dim]{LEGEND.format(_rounds(rows))}[/]")
+    lines += [f"[yellow]Note:[/] {escape(note)}" for note in report["notes"]]
+    lines += [f"[bold]{escape(line)}[/]" for line in _summary_lines(report)]
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal)  # in a file a sentence is one line
 
 
 def _wide(rows):
     """Columns that the table takes when the layer has one of its own."""
-    return TABLE_WIDTH + max((len(row["label"]) for row in rows), default=0)
+    return TABLE_WIDTH + max(len("layer"), *(len(row["label"]) for row in rows))
 
 
 def _table(report, wide):
@@ -174,6 +175,14 @@ def _bars(axis, names, values):
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def check_plot(path):
+    """Say before measuring, not after, that a plot cannot be drawn."""
+    formats = figure_class()().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        others = ", ".join(f".{name}" for name in sorted(formats))
+        raise ValueError(f"{path}: expected a name that ends in .png (or another of {others})")
 
 
 def figure_class():
