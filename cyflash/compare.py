@@ -283,7 +283,7 @@ def _notes(captures, rows):
     if restless := sum(_restless(row) for row in rows):
         notes.append(
             f"the times of {restless} of {len(rows)} rows differ more than twofold between rounds: something else "
-            "keeps this machine busy, and the speed ratios are not reliable."
+            "keeps this machine busy, and their speed ratios are not reliable (fewer --threads suffer less)."
         )
     if any(row["memory"] and not row["memory"]["reset"] for row in rows):
         notes.append("memory is a lower bound: this system cannot reset a process's peak, so a part may be hidden.")
