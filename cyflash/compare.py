@@ -22,7 +22,8 @@ from cyflash.report import as_bytes, check_plot, draw, show, summarise
 
 
 def _numpy_fp32(layer, options, threads):
-    return plain_attention(*layer, **options)
+    with np.errstate(invalid="ignore", over="ignore"):  # inputs may be what they like: the comparison tells
+        return plain_attention(*layer, **options)
 
 
 def _cyflash_fp32(layer, options, threads):
@@ -149,6 +150,7 @@ def measure_layer(capture, name, label, settings, step):
         times = interleaved_times(processes)
         done()
         memory = {scheme: process.memory for scheme, process in processes.items()}
+    seconds = {scheme: statistics.median(chain(*rounds)) for scheme, rounds in times.items()}
     return [
         {
             "file": str(capture.path),
@@ -159,10 +161,10 @@ def measure_layer(capture, name, label, settings, step):
             "scheme": scheme,
             "problem": problems[scheme],
             "error": errors[scheme]._asdict() if scheme in errors else None,
-            "seconds": statistics.median(chain(*times[scheme])) if scheme in times else None,
+            "seconds": seconds.get(scheme),
             "seconds_by_round": times.get(scheme),
             "memory": memory[scheme]._asdict() | {"extra": memory[scheme].extra} if scheme in memory else None,
-            **_ratios(scheme, times, memory),
+            **_ratios(scheme, seconds, memory),
         }
         for scheme in SCHEMES
     ]
@@ -224,14 +226,13 @@ def _available_memory():
     return min(limits, default=None)
 
 
-def _ratios(scheme, times, memory):
+def _ratios(scheme, seconds, memory):
     """How a scheme stands to the baseline; None where there is nothing to divide."""
-    if scheme == BASELINE or BASELINE not in memory:
+    if scheme == BASELINE or BASELINE not in seconds:
         return {"speedup": None, "memory_ratio": None}
-    rounds = zip(*(map(statistics.median, times[name]) for name in (BASELINE, scheme)), strict=True)
     base = memory[BASELINE].extra
     return {
-        "speedup": statistics.median(baseline / own for baseline, own in rounds),
+        "speedup": seconds[BASELINE] / seconds[scheme],
         "memory_ratio": memory[scheme].extra / base if base else None,
     }
 

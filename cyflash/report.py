@@ -11,9 +11,9 @@ ERRORS = {"rel_l1": "rel. L1", "max_abs": "max abs", "worst_head": "worst\nhead"
 COLOURS = {"numpy fp32": "#8c8c8c", "cyflash fp32": "#1f6fb4"}
 TABLE_WIDTH = 88  # without the names of the layers
 LEGEND = (
-    "Error: against attention in float64 on the same inputs; worst head and row: their relative L1. Time: median of {} "
-    "interleaved rounds; speed ratio: NumPy's time over this one's. Memory: what one call, its output included, adds "
-    "to the peak resident set of a fresh process; memory ratio: this over NumPy's."
+    "Error: against attention in float64 on the same inputs; worst head and row: their relative L1. Time: median of "
+    "the calls of {} interleaved rounds; speed ratio: NumPy's time over this one's. Memory: what one call, its output "
+    "included, adds to the peak resident set of a fresh process; memory ratio: this over NumPy's."
 )
 
 
