@@ -1,4 +1,9 @@
-"""What a call costs: its time beside others in one process, and its memory in a fresh process of its own."""
+"""What a call costs, measured in a fresh process of its own: the memory of its first run, then its time.
+
+    CallProcess(target): prepares, first call -> .memory        interleaved_times(processes): rounds over several
+
+Calls that are compared never share a process: threads of one library that still wait for work would slow the other.
+"""
 
 import gc
 import importlib
@@ -6,21 +11,22 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
-__all__ = ["Memory", "blas_threads", "interleaved_times", "peak_memory"]
+__all__ = ["CallProcess", "Memory", "blas_threads", "interleaved_times"]
 
 
 class Memory(NamedTuple):
     """Resident set of a process around one call, in bytes."""
 
     before: int
-    """What the process held when the call began: Python, the libraries, the inputs."""
+    """What it held when the call began: Python, libraries, inputs. Where `reset` is False, its peak until then."""
     peak: int
     """The most it held until the call had returned."""
-    method: str
-    """How the peak was read."""
+    reset: bool
+    """Whether the peak could be reset before the call; if not, what preparing needed may hide a part of the call's."""
 
     @property
     def extra(self):
@@ -28,34 +34,108 @@ class Memory(NamedTuple):
         return max(self.peak - self.before, 0)
 
 
-def interleaved_times(calls, *, repeats=15, seconds=1.0):
-    """Time several functions in turn, so that a slow moment of the machine hits all of them.
+class CallProcess:
+    """A fresh Python process that prepares one call, makes it once, and can repeat it; a context manager.
 
     Parameters
     ----------
-    calls : dict of str to function without arguments
-        Each is called once before anything is timed.
-    repeats : int, default 15
-        Most rounds; at least 3 are made.
-    seconds : float, default 1.0
-        No further round begins after this time.
+    target : str
+        "module:function" of a function that prepares everything (imports, inputs) and returns the call to measure, a
+        function without arguments.
+    **arguments
+        Arguments of `function`: anything that JSON holds.
+
+    Attributes
+    ----------
+    memory : Memory
+        What the first call needed.
+
+    Raises
+    ------
+    MemoryError
+        The system killed the process, as it does when memory runs out.
+    RuntimeError
+        The process failed; the message ends with its last line.
+
+    Notes
+    -----
+    On Linux the kernel's high-water mark (VmHWM) is reset just before the call, so the peak is the call's own. Where
+    that cannot be done the peak since the process began is read before and after: if preparing needed more than it
+    kept, that part of the call's memory does not show, and `memory.reset` is False.
+    """
+
+    def __init__(self, target, **arguments):
+        code = "from cyflash.measure import _child; _child()"
+        # -P and PYTHONPATH: the child finds exactly the modules that this process finds, whatever the current folder.
+        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, target],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        try:
+            self.memory = Memory(**self._ask(arguments))
+        except BaseException:
+            self.close()
+            raise
+
+    def times(self, seconds):
+        """Repeat the call for about `seconds`, at least once; return the seconds of each, without a first one."""
+        return self._ask(seconds)
+
+    def close(self):
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _ask(self, question):
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer:
+            return json.loads(answer)
+        status = self._process.wait()
+        if status == -9:
+            raise MemoryError("the process that measures a call was killed: most likely out of memory")
+        self._errors.seek(0)
+        reason = (self._errors.read().strip() or f"exit status {status}").splitlines()[-1]
+        raise RuntimeError(f"the process that measures a call failed: {reason}")
+
+
+def interleaved_times(processes, *, rounds=5, seconds=0.04, limit=10.0):
+    """Time calls in turn, so that a slow moment of the machine hits all of them.
+
+    Parameters
+    ----------
+    processes : dict of str to CallProcess
+    rounds : int, default 5
+        How often each has its turn.
+    seconds : float, default 0.04
+        Length of a turn; a longer call is made once.
+    limit : float, default 10.0
+        After that many seconds no further round begins, once 3 are done.
 
     Returns
     -------
-    dict of str to list of float
-        Seconds of every repeat, in the order of the rounds.
+    dict of str to list of list of float
+        Seconds of every call, by round.
     """
-    for call in calls.values():
-        call()
-    times = {name: [] for name in calls}
+    times = {name: [] for name in processes}
     start = time.perf_counter()
-    for done in range(repeats):
-        if done >= 3 and time.perf_counter() - start > seconds:
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - start > limit:
             break
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
+        for name, process in processes.items():
+            times[name].append(process.times(seconds))
     return times
 
 
@@ -77,83 +157,68 @@ class blas_threads:
         self._limits.restore_original_limits()
 
 
-def peak_memory(target, **arguments):
-    """Measure the memory of one call in a fresh process.
-
-    Parameters
-    ----------
-    target : str
-        "module:function" of a function that prepares everything (imports, inputs) and returns the call to measure, a
-        function without arguments.
-    **arguments
-        Arguments of `function`: anything that JSON holds.
-
-    Returns
-    -------
-    Memory
-
-    Raises
-    ------
-    MemoryError
-        The system killed the process, as it does when memory runs out.
-    RuntimeError
-        The process failed; the message ends with its last line.
-
-    Notes
-    -----
-    On Linux the kernel's high-water mark (VmHWM) is reset just before the call, so the peak is the call's own.
-    Elsewhere the peak since the process began (ru_maxrss) is read before and after: if preparing needed more than it
-    kept, that part of the call's memory does not show.
-    """
-    code = "from cyflash.measure import _child; _child()"
-    # -P and PYTHONPATH: the child finds exactly the modules that this process finds, whatever the current folder.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", code, target],
-        input=json.dumps(arguments), env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    if process.returncode == -9:
-        raise MemoryError("the process that measures the memory of a call was killed: most likely out of memory")
-    if process.returncode:
-        reason = (process.stderr.strip() or f"exit status {process.returncode}").splitlines()[-1]
-        raise RuntimeError(f"the process that measures the memory of a call failed: {reason}")
-    return Memory(**json.loads(process.stdout.splitlines()[-1]))
+# The child: a line of JSON in, a line of JSON out. First the arguments of the target, then turns of so many seconds.
 
 
 def _child():
     module, function = sys.argv[1].split(":")
-    call = getattr(importlib.import_module(module), function)(**json.load(sys.stdin))
+    prepare = getattr(importlib.import_module(module), function)
+    call = prepare(**json.loads(sys.stdin.readline()))
+    print(json.dumps(_memory(call)._asdict()), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_turn(call, float(line))), flush=True)
+
+
+def _turn(call, seconds):
+    """Seconds of each repeat. The first only wakes the threads and fills the caches, unless it is a long one."""
+    times = [_seconds(call)]
+    if times[0] > 10 * seconds:
+        return times
+    times[0] = _seconds(call)
+    while sum(times) < seconds:
+        times.append(_seconds(call))
+    return times
+
+
+def _seconds(call):
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _memory(call):
     gc.collect()
-    resettable = _reset_peak()
-    before = _status("VmRSS") if resettable else _maximum()
+    reset = _reset_peak()
+    before = _status("VmRSS") if reset else _peak()
     result = call()
-    peak = _status("VmHWM") if resettable else _maximum()
-    method = "VmHWM, reset before the call" if resettable else "ru_maxrss, before and after the call"
+    peak = _peak()
     del result
-    print(json.dumps({"before": before, "peak": peak, "method": method}))
+    return Memory(before, peak, reset)
 
 
 def _reset_peak():
-    """Set VmHWM to the present resident set; False where the system cannot."""
+    """Set the peak to the present resident set; False where the system cannot."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-        return _status("VmHWM") > 0
-    except (OSError, LookupError):
+        return _status("VmHWM") is not None
+    except OSError:
         return False
 
 
-def _status(name):
-    """A field of /proc/self/status, in bytes."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-    raise LookupError(name)
-
-
-def _maximum():
+def _peak():
+    """The largest resident set of this process since it began, or since the reset, in bytes."""
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     import resource  # not on every system
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(name):
+    """A field of /proc/self/status, in bytes; None where there is none."""
+    try:
+        with open("/proc/self/status") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(name)), None)
+    except OSError:
+        return None

@@ -1,0 +1,77 @@
+"""Plain NumPy attention, the baseline of comparisons, does what the reference does, option by option and together."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cyflash import reference
+from cyflash.plain import plain_attention
+
+OPTIONS = {
+    "causal": dict(causal=True),
+    "top-left": dict(causal=True, causal_align="top-left"),
+    "scale": dict(scale=0.7),
+    "window": dict(window=(2, 1)),
+    "left": dict(window=(3, -1)),
+    "softcap": dict(softcap=0.8),
+    "alibi": dict(alibi_slopes=np.array([0.5, 0.25, 1.0, 0.125], np.float32)),
+    "sinks": dict(sinks=np.array([0.0, 2.0, -1.0, 0.5], np.float32)),
+}
+
+
+def arrays(q_shape, kv_shape, Dv):
+    rng = np.random.default_rng(1)
+    shapes = q_shape, kv_shape, (*kv_shape[:-1], Dv)
+    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def check(qkv, options):
+    got = plain_attention(*qkv, **options)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, reference.attention(*qkv, **options), rtol=2e-5, atol=2e-6)
+    return got
+
+
+@pytest.mark.parametrize("q_shape", [(9, 8), (4, 9, 8), (2, 4, 9, 8)])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_shapes_and_grouped_heads(q_shape, heads):
+    kv_shape = (*q_shape[:-2], 13, 8)
+    if len(q_shape) > 2:
+        kv_shape = (*q_shape[:-3], heads, 13, 8)
+    check(arrays(q_shape, kv_shape, 5), {})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("Lk", [9, 13, 6])
+def test_every_option_works_and_matters(name, Lk):
+    qkv = arrays((2, 4, 9, 8), (2, 2, Lk, 8), 8)
+    assert not np.allclose(check(qkv, OPTIONS[name]), plain_attention(*qkv), atol=1e-3)
+
+
+@pytest.mark.parametrize("names", list(itertools.combinations(OPTIONS, 3)))
+def test_options_combine(names):
+    options = {}
+    for name in names:
+        options |= OPTIONS[name]
+    check(arrays((2, 4, 9, 8), (2, 4, 13, 8), 8), options)
+
+
+def test_slopes_by_batch():
+    slopes = np.linspace(0.1, 0.8, 8, dtype=np.float32).reshape(2, 4)
+    check(arrays((2, 4, 9, 8), (2, 2, 9, 8), 8), dict(alibi_slopes=slopes))
+
+
+def test_rows_that_see_nothing_are_zero():
+    got = check(arrays((1, 4, 9, 8), (1, 4, 4, 8), 8), dict(causal=True))  # five queries stand before the first key
+    assert not got[:, :, :5].any()
+    assert got[:, :, 5:].any()
+    check(arrays((1, 4, 3, 8), (1, 4, 0, 8), 8), {})
+
+
+def test_the_inputs_are_not_written():
+    qkv = arrays((4, 9, 8), (4, 9, 8), 8)
+    before = [x.copy() for x in qkv]
+    plain_attention(*qkv, causal=True, softcap=1.0)
+    for x, y in zip(qkv, before, strict=True):
+        np.testing.assert_array_equal(x, y)
