@@ -2,7 +2,7 @@
 
     cases.py     what is asked: shape, options, inputs from a seed, work, float64 reference
     systems.py   who is asked: one class per system
-    worker.py    the process of one system: prepare, count threads, timed turns (memory.py: resident set)
+    worker.py    the process of one system: prepare, count threads, timed turns
     race.py      starts the workers, checks them, times them in turns; ratios of medians with their spread
     suite.py     `--suite`: the fixed list of comparisons
     report.py    progress, tables, JSON, plot
@@ -11,16 +11,17 @@ Times are wall-clock seconds of one call with inputs, compiled models and thread
 peer over that of cyflash in the same rounds; its interval is a 95 % bootstrap over rounds. GFLOP/s count
 2 (D + Dv) x visible pairs (`cyflash.flops`), so skipped work and padding raise no rate.
 """
+
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
-from .. import cpu_info, set_implementation
-from . import report, suite
-from .cases import Case
-from .race import Entry, Limit, SystemFailed, race, team
-from .systems import SYSTEMS
+from cyflash import cpu_info, set_implementation
+from cyflash.bench import report, suite
+from cyflash.bench.cases import Case
+from cyflash.bench.race import Entry, Limit, SystemFailed, race, team
+from cyflash.bench.systems import SYSTEMS
 
 SHAPES = (
     (1, 1, 2048, 64),
@@ -31,10 +32,6 @@ SHAPES = (
     (16, 12, 384, 64),
     (8, 12, 512, 64),
 )
-
-
-class UserError(Exception):
-    """What the user can put right; printed as one line."""
 
 
 def add_arguments(parser):
@@ -64,7 +61,12 @@ def run(args):
     Returns
     -------
     int
-        0; 1 if a system failed its checks (it is named, the others are measured); 2 for an argument that cannot be met.
+        0; 1 if a system failed its checks: it is named, the others are measured.
+
+    Raises
+    ------
+    ValueError
+        For an argument that cannot be met; nothing has been measured then.
 
     Examples
     --------
@@ -76,24 +78,24 @@ def run(args):
     >>> bench.run(args)  # doctest: +SKIP
     0
     """
+    systems, skipped = _systems(args.systems)
+    threads = _thread_counts(args.threads)
+    environments = {"cyflash": _build(args.isa)}
+    limit = _limit(args)
+    _check_outputs(args)
+    if args.suite and (args.shapes or args.causal):
+        raise ValueError("--suite measures a fixed list of shapes; leave out --shapes and --causal")
+    outcome = report.Outcome(_options(args), skipped)
     try:
-        systems, skipped = _systems(args.systems)
-        threads = _thread_counts(args.threads)
-        environments = {"cyflash": _build(args.isa)}
-        limit = _limit(args)
-        _check_outputs(args)
-        if args.suite and (args.shapes or args.causal):
-            raise UserError("--suite measures a fixed list of shapes; leave out --shapes and --causal")
-        outcome = report.Outcome(vars(args), skipped)
         with report.progress() as progress:
             if args.suite:
                 suite.run(outcome, systems, threads, environments, limit, progress)
             else:
                 for count in threads:
                     _peers(outcome, args, systems, count, environments, limit, progress)
-    except (UserError, SystemFailed) as error:
+    except SystemFailed as error:  # cyflash itself: nothing is left to compare
         print(f"cyflash bench: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 1
     report.show(outcome)
     if args.json:
         report.write_json(outcome, args.json)
@@ -116,7 +118,7 @@ def _peers(outcome, args, systems, threads, environments, limit, progress):
 
 def _shape(text):
     try:
-        shape = tuple(int(x) for x in text.split(","))
+        shape = tuple(int(x) for x in text.replace("x", ",").split(","))
     except ValueError:
         shape = ()
     if len(shape) != 4 or min(shape) < 1:
@@ -128,7 +130,7 @@ def _systems(names):
     """{name: class} of cyflash and the peers that can run, and {name: why} of those that are left out."""
     for name in names or ():
         if name not in SYSTEMS:
-            raise UserError(f"--systems: expected names of {', '.join(SYSTEMS)}; got {name!r}")
+            raise ValueError(f"--systems: expected names of {', '.join(SYSTEMS)}; got {name!r}")
     skipped = {}
     for name, system in SYSTEMS.items():
         if name != "cyflash" and names is not None and name not in names:
@@ -142,7 +144,7 @@ def _thread_counts(asked):
     available = cpu_info()["threads"]
     for count in asked or ():
         if not 1 <= count <= available:
-            raise UserError(f"--threads: expected 1 to {available}, what is available here; got {count}")
+            raise ValueError(f"--threads: expected 1 to {available}, what is available here; got {count}")
     return sorted(set(asked or (1, available)))
 
 
@@ -150,26 +152,29 @@ def _build(isa):
     """The environment that makes the worker of cyflash use this build."""
     if isa is None:
         return {}
-    try:
-        with set_implementation(isa):
-            return {"CYFLASH_ISA": isa}
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--isa: {error}") from None
+    with set_implementation(isa):  # raises for a build that is unknown or does not run here
+        return {"CYFLASH_ISA": isa}
 
 
 def _limit(args):
     if args.rounds is not None and args.rounds < 1:
-        raise UserError(f"--rounds: expected 1 or more; got {args.rounds}")
+        raise ValueError(f"--rounds: expected 1 or more; got {args.rounds}")
     if not args.seconds > 0:
-        raise UserError(f"--seconds: expected a time above 0; got {args.seconds}")
+        raise ValueError(f"--seconds: expected a time above 0; got {args.seconds}")
     return Limit(args.seconds, args.rounds)
+
+
+def _options(args):
+    """The arguments as the report keeps them."""
+    names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", "suite")
+    return {name: getattr(args, name) for name in names}
 
 
 def _check_outputs(args):
     """Before minutes of measuring: can the files be written?"""
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot: needs matplotlib; pip install 'cyflash-attn[plot]'")
+        raise ValueError("--plot: needs matplotlib; pip install 'cyflash-attn[plot]'")
     for option in ("json", "plot"):
         path = getattr(args, option)
         if path and not path.parent.is_dir():
-            raise UserError(f"--{option}: the folder {path.parent} does not exist")
+            raise ValueError(f"--{option}: the folder {path.parent} does not exist")

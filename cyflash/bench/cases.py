@@ -1,12 +1,13 @@
 """A case: one attention call to measure. Its inputs come from a seed, so every process makes the same ones;
 its work is counted by `cyflash.flops`, and an output is judged against the float64 reference.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..flops import attention_flops
-from ..reference import attention as reference_attention
+from cyflash.flops import attention_flops
+from cyflash.reference import attention as reference_attention
 
 # What fp32 arithmetic may lose against float64, whatever the order of its sums. fp32 systems are seen at 1e-7 to 1e-6;
 # bfloat16 or TF32 products, which some systems choose by themselves, are at 4e-4 or more.

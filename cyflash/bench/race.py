@@ -1,9 +1,10 @@
 """Systems against each other: each in its own process, checked first, then timed in turns: drift hits all alike.
 
-    Worker    a process that serves one system
-    race()    prepare -> check every output against float64 -> rounds of one turn each -> Race
-    Race      all times, and their ratios with a 95 % bootstrap interval over rounds
+Worker    a process that serves one system
+race()    prepare -> check every output against float64 -> rounds of one turn each -> Race
+Race      all times, and their ratios with a 95 % bootstrap interval over rounds
 """
+
 import contextlib
 import itertools
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .cases import Case, Error, Expected
+from cyflash.bench.cases import Case, Error, Expected
 
 TURN_SECONDS = 0.03  # calls shorter than this are repeated within a turn
 MOST_CALLS = 200
@@ -28,7 +29,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 7, 500
 RESAMPLES = 2000
 
 
-class SystemFailed(Exception):
+class SystemFailed(RuntimeError):
     """A system that could not be started, gave a wrong output or used other threads than it was told to."""
 
 

@@ -1,4 +1,5 @@
 """What a person sees of a run: progress while it lasts; then tables, a JSON file with every time, a plot."""
+
 import datetime
 import json
 import math
@@ -9,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import cpu_info
+from cyflash import cpu_info
+from cyflash.bench.race import SystemFailed
 
 
 @dataclass
@@ -27,8 +29,6 @@ class Outcome:
 
     def add_team(self, threads, workers, failures):
         """Raises the failure of cyflash: without it there is nothing to compare."""
-        from .race import SystemFailed
-
         if "cyflash" in failures:
             raise SystemFailed(failures["cyflash"])
         self.systems.setdefault(threads, {}).update({label: worker.about for label, worker in workers.items()})
@@ -220,7 +220,7 @@ def write_json(outcome, path):
     document = {
         "format": "cyflash bench 1",
         "environment": outcome.environment,
-        "arguments": {name: str(x) if hasattr(x, "parent") else x for name, x in outcome.arguments.items()},
+        "arguments": outcome.arguments,
         "systems": outcome.systems,
         "skipped": outcome.skipped,
         "failures": outcome.all_failures(),
@@ -228,7 +228,7 @@ def write_json(outcome, path):
         "comparisons": [_race_record(result) for result in outcome.comparisons],
         "suite": [asdict(row) for row in outcome.rows],
     }
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _race_record(result):

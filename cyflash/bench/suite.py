@@ -3,14 +3,19 @@
 Peers: one thread, long single heads and encoder batches. Everything else is cyflash against itself, both calls in one
 process and in the same rounds.
 """
+
 import math
 from dataclasses import dataclass, replace
 
-from .. import cpu
-from .cases import OPTIONS, Case
-from .race import Entry, Spread, SystemFailed, Worker, race, team
-from .report import Bar, title
-from .systems import Cyflash
+import numpy as np
+
+import cyflash
+from cyflash import cpu
+from cyflash.bench.cases import OPTIONS, Case
+from cyflash.bench.race import Entry, Spread, race, team
+from cyflash.bench.report import Bar, title
+from cyflash.bench.systems import Cyflash
+from cyflash.measure import peak_memory
 
 LONG = ((1, 1, 2048, 64), (1, 1, 4096, 64), (1, 1, 2048, 128), (1, 1, 4096, 128))
 ENCODERS = (
@@ -114,16 +119,32 @@ def _memory(outcome, threads, environments, bar):
     """Each in a process that has done nothing else."""
     for bias in (False, True):
         on_round = bar.next("memory")
-        worker = Worker(Cyflash, threads, environment=environments["cyflash"])
         what = f"extra memory, L={LONGEST}, {'bias of broadcast rows' if bias else 'no bias'}, {threads} threads"
+        isa = environments["cyflash"].get("CYFLASH_ISA")
         try:
-            spread, note = Spread(worker.ask("extra_bytes", LONGEST, bias) / 1e6), "peak resident set"
-        except SystemFailed as failure:
-            spread, note = None, str(failure)
-        finally:
-            worker.close()
+            memory = peak_memory(f"{__name__}:prepare_long_call", L=LONGEST, bias=bias, threads=threads, isa=isa)
+            spread, note = Spread(memory.extra / 1e6), memory.method
+        except (MemoryError, RuntimeError) as error:
+            spread, note = None, str(error)
         on_round(math.inf, math.inf)
         outcome.rows.append(Row(what, spread, "MB", note))
+
+
+def prepare_long_call(L, bias, threads, isa):
+    """A call on (1, 1, L, 64) for `peak_memory`, which runs it: inputs, output and threads are there before it.
+
+    `bias` adds one row of L that stands for L x L.
+    """
+    cyflash.set_implementation(isa)
+    rng = np.random.default_rng(0)
+    q, k, v, out = (rng.standard_normal((1, 1, L, 64), dtype=np.float32) for _ in range(4))
+    keywords = {"bias": np.broadcast_to(rng.standard_normal(L, dtype=np.float32), (L, L))} if bias else {}
+    cyflash.flash_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], num_threads=threads)
+
+    def call():
+        cyflash.flash_attention(q, k, v, out=out, num_threads=threads, **keywords)
+
+    return call
 
 
 def _compare(outcome, worker, calls, limit, on_round):

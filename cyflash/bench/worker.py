@@ -2,6 +2,7 @@
 
 A message is (name of a method of Worker, its arguments); the reply is ("ok", value) or ("error", message).
 """
+
 import contextlib
 import gc
 import importlib
@@ -13,8 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from .cases import Case
-from .memory import extra_bytes
+from cyflash.bench.cases import Case
 
 PICK_SECONDS = 0.3  # spent on finding the fastest way to ask
 PROBE_SECONDS = 0.3  # of calls in which threads are counted
@@ -92,9 +92,6 @@ class Worker:
 
     def fma_rate(self, seconds):
         return self._system.fma_rate(seconds)
-
-    def extra_bytes(self, length, broadcast_bias):
-        return extra_bytes(length, broadcast_bias, self._threads)
 
     def count_threads(self):
         """What the system says, and what the clock and the operating system say while it works on several heads."""
