@@ -20,7 +20,7 @@ from pathlib import Path
 from cyflash import cpu_info, set_implementation
 from cyflash.bench import report, suite
 from cyflash.bench.cases import Case
-from cyflash.bench.race import Entry, Limit, SystemFailed, race, team
+from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import SYSTEMS
 
 SHAPES = (
@@ -113,7 +113,7 @@ def _peers(outcome, args, systems, threads, environments, limit, progress):
         for shape in shapes:
             case = Case(shape, causal=args.causal)
             entries = [Entry(name, worker, case) for name, worker in workers.items()]
-            outcome.races.append(race(entries, limit, workers["cyflash"], bar.next(report.title(case))))
+            outcome.races.append(run_race(entries, limit, workers["cyflash"], bar.next(report.title(case))))
 
 
 def _shape(text):

@@ -13,6 +13,8 @@ from rich.table import Table
 from cyflash import cpu_info
 from cyflash.bench.race import SystemFailed
 
+BUSY_BELOW = 0.9
+
 
 @dataclass
 class Outcome:
@@ -91,6 +93,8 @@ def show(outcome):
         console = Console(width=140)  # a file or a pipe has no width of its own
     console.print(_machine(outcome.environment))
     console.print(_systems_table(outcome))
+    for note in _busy_notes(outcome):
+        console.print(f"[yellow]{note}")
     for threads in dict.fromkeys(result.threads for result in outcome.races):
         console.print(_race_table([result for result in outcome.races if result.threads == threads], threads))
     if outcome.races:
@@ -135,11 +139,19 @@ def _systems_table(outcome):
     return table
 
 
+def _busy_notes(outcome):
+    """Where cyflash did not get the cores that it was given: the figures then say little."""
+    for threads, systems in outcome.systems.items():
+        got = systems["cyflash"]["threads"]["cpu_over_wall"]
+        if got < BUSY_BELOW * threads:
+            yield f"The machine was busy: {threads} threads of cyflash got {got:.2f} cores. Repeat on a quiet machine."
+
+
 def _race_table(races, threads):
     """One row per case; a peer's cell has its ratio, the interval, and its own time."""
     table = Table(title=f"{threads} thread{'s' * (threads > 1)}, fp32", show_lines=True, caption=_variants(races))
     for name in ("(B, H, L, D)", "cyflash", "GFLOP/s", "share"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     others = list(dict.fromkeys(label for result in races for label in result.cases if label != "cyflash"))
     for name in (*others, "best peer"):
         table.add_column(name, justify="right")

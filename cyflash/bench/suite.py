@@ -12,9 +12,9 @@ import numpy as np
 import cyflash
 from cyflash import cpu
 from cyflash.bench.cases import OPTIONS, Case
-from cyflash.bench.race import Entry, Spread, race, team
+from cyflash.bench.race import Entry, Spread, run_race, team
 from cyflash.bench.report import Bar, title
-from cyflash.bench.systems import Cyflash
+from cyflash.bench.systems import SYSTEMS, Cyflash
 from cyflash.measure import peak_memory
 
 LONG = ((1, 1, 2048, 64), (1, 1, 4096, 64), (1, 1, 2048, 128), (1, 1, 4096, 128))
@@ -40,7 +40,7 @@ THREADED = (FULL, Case((8, 12, 128, 64)))
 
 @dataclass
 class Row:
-    """`unit`: "x" for a ratio, "share", "us" or "MB"; no spread where it could not be measured: `note` says why."""
+    """`unit`: "x" for a ratio, "of peak", "us" or "MB"; no spread where it could not be measured: `note` says why."""
 
     what: str
     spread: Spread | None
@@ -74,19 +74,20 @@ def _second_build(outcome):
 
 def _against_peers(outcome, shape, workers, limit, bar):
     case = Case(shape)
-    entries = [Entry(label, worker, case) for label, worker in workers.items()]
-    result = race(entries, limit, workers["cyflash"], bar.next(title(case)))
+    entries = [Entry(x, worker, case) for x, worker in workers.items() if shape in LONG or x in SYSTEMS]
+    result = run_race(entries, limit, workers["cyflash"], bar.next(title(case)))
     outcome.races.append(result)
     if "cyflash" not in result.timings:
         return
     where = f"1 thread {title(case)}"
     if peers := result.peers():
-        outcome.rows.append(Row(f"{where}: against the best peer", result.ratio(peers[0], "cyflash"), "x", peers[0]))
+        note = f"{peers[0]}: {result.timings[peers[0]].variant}"
+        outcome.rows.append(Row(f"{where}: against the best peer", result.ratio(peers[0], "cyflash"), "x", note))
     if shape in LONG:
         for label in (x for x in result.timings if x.startswith("cyflash")):
             if "torch" in result.timings:
                 outcome.rows.append(Row(f"{where}: {label} against torch", result.ratio("torch", label), "x"))
-        outcome.rows.append(Row(f"{where}: share of the FMA peak", result.fma_share("cyflash"), "share"))
+        outcome.rows.append(Row(f"{where}: share of the FMA peak", result.fma_share("cyflash"), "of peak"))
 
 
 def _against_itself(outcome, worker, limit, bar):
@@ -131,7 +132,7 @@ def _memory(outcome, threads, environments, bar):
 
 
 def prepare_long_call(L, bias, threads, isa):
-    """A call on (1, 1, L, 64) for `peak_memory`, which runs it: inputs, output and threads are there before it.
+    """A call on (1, 1, L, 64) for `peak_memory`, which runs it, the first of its process: inputs and output are ready.
 
     `bias` adds one row of L that stands for L x L.
     """
@@ -139,7 +140,6 @@ def prepare_long_call(L, bias, threads, isa):
     rng = np.random.default_rng(0)
     q, k, v, out = (rng.standard_normal((1, 1, L, 64), dtype=np.float32) for _ in range(4))
     keywords = {"bias": np.broadcast_to(rng.standard_normal(L, dtype=np.float32), (L, L))} if bias else {}
-    cyflash.flash_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], num_threads=threads)
 
     def call():
         cyflash.flash_attention(q, k, v, out=out, num_threads=threads, **keywords)
@@ -148,7 +148,7 @@ def prepare_long_call(L, bias, threads, isa):
 
 
 def _compare(outcome, worker, calls, limit, on_round):
-    result = race([Entry(label, worker, case) for label, case in calls.items()], limit, on_round=on_round)
+    result = run_race([Entry(label, worker, case) for label, case in calls.items()], limit, on_round=on_round)
     outcome.comparisons.append(result)
     return result
 
