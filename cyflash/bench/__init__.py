@@ -1,0 +1,180 @@
+"""`cyflash bench`: cyflash against NumPy and the installed peers, at fp32, checked before they are timed.
+
+    cases.py     what is asked: shape, options, inputs from a seed, work, float64 reference
+    systems.py   who is asked: one class per system
+    worker.py    the process of one system: prepare, count threads, timed turns
+    race.py      starts the workers, checks them, times them in turns; ratios of medians with their spread
+    suite.py     `--suite`: the fixed list of comparisons
+    report.py    progress, tables, JSON, plot
+
+Times are wall-clock seconds of one call with inputs, compiled models and threads ready. A ratio is the median time of a
+peer over that of cyflash in the same rounds; its interval is a 95 % bootstrap over rounds. GFLOP/s count
+2 (D + Dv) x visible pairs (`cyflash.flops`), so skipped work and padding raise no rate.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from cyflash import cpu_info, set_implementation
+from cyflash.bench import report, suite
+from cyflash.bench.cases import Case
+from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
+from cyflash.bench.systems import SYSTEMS
+
+SHAPES = (
+    (1, 1, 2048, 64),
+    (1, 1, 4096, 64),
+    (1, 1, 4096, 128),
+    (8, 12, 128, 32),
+    (32, 12, 128, 64),
+    (16, 12, 384, 64),
+    (8, 12, 512, 64),
+)
+
+
+def add_arguments(parser):
+    """Adds the options of `cyflash bench` to an argparse parser."""
+    peers = ", ".join(name for name in SYSTEMS if name != "cyflash")
+    add = parser.add_argument
+    add("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="L queries on L keys (default: 7 common shapes)")
+    add("--causal", action="store_true", help="causal attention; only visible pairs count as work")
+    add("--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1, and all there are)")
+    add("--systems", nargs="+", metavar="NAME", help=f"peers, of {peers} (default: those installed)")
+    add("--isa", metavar="NAME", help="the SIMD build of cyflash, such as avx2 (default: the best that runs)")
+    add("--seconds", type=float, default=5.0, help="for each shape, but at least 7 rounds (default: %(default)s)")
+    add("--rounds", type=int, metavar="N", help="exactly N rounds for each shape, instead of --seconds")
+    add("--suite", action="store_true", help="a fixed list: peers, options, threads, builds, memory, small call")
+    add("--json", type=Path, metavar="FILE", help="write every time and setting to FILE")
+    add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
+
+
+def run(args):
+    """Runs the command.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        As a parser with `add_arguments` makes it.
+
+    Returns
+    -------
+    int
+        0; 1 if a system failed its checks: it is named, the others are measured.
+
+    Raises
+    ------
+    ValueError
+        For an argument that cannot be met; nothing has been measured then.
+
+    Examples
+    --------
+    >>> import argparse
+    >>> from cyflash import bench
+    >>> parser = argparse.ArgumentParser()
+    >>> bench.add_arguments(parser)
+    >>> args = parser.parse_args("--shapes 1,2,64,16 --threads 1 --systems numpy --rounds 3".split())
+    >>> bench.run(args)  # doctest: +SKIP
+    0
+    """
+    systems, skipped = _systems(args.systems)
+    threads = _thread_counts(args.threads)
+    environments = {"cyflash": _build(args.isa)}
+    limit = _limit(args)
+    _check_outputs(args)
+    if args.suite and (args.shapes or args.causal):
+        raise ValueError("--suite measures a fixed list of shapes; leave out --shapes and --causal")
+    outcome = report.Outcome(_options(args), skipped)
+    try:
+        with report.progress() as progress:
+            if args.suite:
+                suite.run(outcome, systems, threads, environments, limit, progress)
+            else:
+                for count in threads:
+                    _peers(outcome, args, systems, count, environments, limit, progress)
+    except SystemFailed as error:  # cyflash itself: nothing is left to compare
+        print(f"cyflash bench: {error}", file=sys.stderr)
+        return 1
+    report.show(outcome)
+    if args.json:
+        report.write_json(outcome, args.json)
+    if args.plot:
+        report.plot(outcome, args.plot)
+    return 1 if outcome.all_failures() else 0
+
+
+def _peers(outcome, args, systems, threads, environments, limit, progress):
+    """All systems on all shapes with one thread count."""
+    shapes = args.shapes or SHAPES
+    bar = report.Bar(progress, f"{threads} thread{'s' * (threads > 1)}", len(shapes), limit)
+    with team(systems, threads, environments) as (workers, failures):
+        outcome.add_team(threads, workers, failures)
+        for shape in shapes:
+            case = Case(shape, causal=args.causal)
+            entries = [Entry(name, worker, case) for name, worker in workers.items()]
+            outcome.races.append(run_race(entries, limit, workers["cyflash"], bar.next(report.title(case))))
+
+
+def _shape(text):
+    try:
+        shape = tuple(int(x) for x in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected B,H,L,D: four positive integers such as 1,8,512,64; got {text!r}")
+    return shape
+
+
+def _systems(names):
+    """{name: class} of cyflash and the peers that can run, and {name: why} of those that are left out."""
+    for name in names or ():
+        if name not in SYSTEMS:
+            raise ValueError(f"--systems: expected names of {', '.join(SYSTEMS)}; got {name!r}")
+    skipped = {}
+    for name, system in SYSTEMS.items():
+        if name != "cyflash" and names is not None and name not in names:
+            skipped[name] = "not among --systems"
+        elif reason := system.missing():
+            skipped[name] = reason
+    return {name: system for name, system in SYSTEMS.items() if name not in skipped}, skipped
+
+
+def _thread_counts(asked):
+    available = cpu_info()["threads"]
+    for count in asked or ():
+        if not 1 <= count <= available:
+            raise ValueError(f"--threads: expected 1 to {available}, what is available here; got {count}")
+    return sorted(set(asked or (1, available)))
+
+
+def _build(isa):
+    """The environment that makes the worker of cyflash use this build."""
+    if isa is None:
+        return {}
+    with set_implementation(isa):  # raises for a build that is unknown or does not run here
+        return {"CYFLASH_ISA": isa}
+
+
+def _limit(args):
+    if args.rounds is not None and args.rounds < 1:
+        raise ValueError(f"--rounds: expected 1 or more; got {args.rounds}")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds: expected a time above 0; got {args.seconds}")
+    return Limit(args.seconds, args.rounds)
+
+
+def _options(args):
+    """The arguments as the report keeps them."""
+    names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", "suite")
+    return {name: getattr(args, name) for name in names}
+
+
+def _check_outputs(args):
+    """Before minutes of measuring: can the files be written?"""
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: needs matplotlib; pip install 'cyflash-attn[plot]'")
+    for option in ("json", "plot"):
+        path = getattr(args, option)
+        if path and not path.parent.is_dir():
+            raise ValueError(f"--{option}: the folder {path.parent} does not exist")

@@ -1,0 +1,112 @@
+"""A case: one attention call to measure. Its inputs come from a seed, so every process makes the same ones;
+its work is counted by `cyflash.flops`, and an output is judged against the float64 reference.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cyflash.flops import attention_flops
+from cyflash.reference import attention as reference_attention
+
+# What fp32 arithmetic may lose against float64, whatever the order of its sums. fp32 systems are seen at 1e-7 to 1e-6;
+# bfloat16 or TF32 products, which some systems choose by themselves, are at 4e-4 or more.
+REL_L1_LIMIT = 1e-5
+MAX_LIMIT = 1e-4
+SCORES_AT_ONCE = 2**24  # float64 scores of one call of the reference: 128 MB
+
+
+@dataclass(frozen=True)
+class Case:
+    """`shape` is (B, H, L, D); `kv_heads` None means H; `options` are names in OPTIONS; `reuse_out` writes every
+    output into one array, as the peers that can do; `num_threads` None means the process's default."""
+
+    shape: tuple[int, int, int, int]
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    options: tuple[str, ...] = ()
+    kv_heads: int | None = None
+    num_threads: int | None = None
+    reuse_out: bool = True
+
+    @property
+    def plain(self):
+        return not self.options and self.window is None and self.kv_heads in (None, self.shape[1])
+
+    def inputs(self):
+        """q, k, v: float32, standard normal."""
+        B, H, L, D = self.shape
+        rng = np.random.default_rng(L * 1000 + D)
+        Hk = self.kv_heads or H
+        return tuple(rng.standard_normal((B, heads, L, D), dtype=np.float32) for heads in (H, Hk, Hk))
+
+    def keywords(self):
+        """The keyword arguments of `flash_attention` and of the reference."""
+        keywords = {"causal": self.causal, "window": self.window}
+        for position, name in enumerate(self.options):
+            keywords |= OPTIONS[name](np.random.default_rng(position), self.shape)
+        return keywords
+
+    def flops(self):
+        B, H, L, D = self.shape
+        return attention_flops(B, H, L, L, D, D, causal=self.causal, window=self.window)
+
+
+# The options as cases name them; mask and bias are shared by batch and heads.
+OPTIONS = {
+    "bool mask": lambda rng, shape: {"mask": rng.random((shape[2], shape[2]), dtype=np.float32) < 0.5},
+    "float bias": lambda rng, shape: {"bias": rng.standard_normal((shape[2], shape[2]), dtype=np.float32)},
+    "softcap": lambda rng, shape: {"softcap": 20.0},
+    "ALiBi": lambda rng, shape: {"alibi_slopes": np.exp2(-8 * np.arange(1, shape[1] + 1, dtype=np.float32) / shape[1])},
+    "sinks": lambda rng, shape: {"sinks": rng.standard_normal(shape[1], dtype=np.float32)},
+}
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of an output against float64, over `checked` of its `rows` rows."""
+
+    rel_l1: float
+    max_over_max: float
+    checked: int
+    rows: int
+
+    @property
+    def acceptable(self):
+        return self.rel_l1 <= REL_L1_LIMIT and self.max_over_max <= MAX_LIMIT  # False for NaN too
+
+
+class Expected:
+    """The float64 output of a case: all of it, or of large cases the first and last rows, which bound every window
+    and diagonal, of the first and last sequences."""
+
+    def __init__(self, case):
+        B, H, L, _ = case.shape
+        q, k, v = case.inputs()
+        at_once = max(2, SCORES_AT_ONCE // (H * L))
+        blocks = [(slice(0, L), "bottom-right")]
+        if at_once < L:  # with Lq < Lk, top-left keeps the positions of the first rows, bottom-right those of the last
+            blocks = [(slice(0, at_once // 2), "top-left"), (slice(L - at_once // 2, L), "bottom-right")]
+        sequences = range(B) if B * H * L * L <= 8 * SCORES_AT_ONCE else sorted({0, B - 1})
+        keywords = case.keywords()
+        self.shape = case.shape
+        self.parts = []
+        for rows, align in blocks:
+            by_rows = {name: keywords[name][rows] for name in ("mask", "bias") if name in keywords}
+            for b in sequences:
+                arrays = q[b, :, rows], k[b], v[b]
+                self.parts.append((b, rows, reference_attention(*arrays, causal_align=align, **(keywords | by_rows))))
+
+    def error(self, output):
+        if output.shape != self.shape:
+            raise ValueError(f"output: expected shape {self.shape}, got {output.shape}")
+        difference = magnitude = worst = largest = checked = 0.0
+        for b, rows, expected in self.parts:
+            gap = np.abs(output[b, :, rows] - expected)
+            difference += gap.sum()
+            magnitude += np.abs(expected).sum()
+            worst = np.maximum(worst, gap.max())  # keeps NaN
+            largest = max(largest, np.abs(expected).max())
+            checked += expected.size // self.shape[3]
+        rows = self.shape[0] * self.shape[1] * self.shape[2]
+        return Error(float(difference / magnitude), float(worst / largest), int(checked), rows)

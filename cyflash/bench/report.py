@@ -1,0 +1,295 @@
+"""What a person sees of a run: progress while it lasts; then tables, a JSON file with every time, a plot."""
+
+import datetime
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cyflash import cpu_info
+from cyflash.bench.race import SystemFailed
+
+BUSY_BELOW = 0.9
+
+
+@dataclass
+class Outcome:
+    """Everything a run found. `systems`: {thread count: {label: version, settings, counted threads}}."""
+
+    arguments: dict
+    skipped: dict[str, str]
+    systems: dict = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    races: list = field(default_factory=list)  # systems against each other
+    comparisons: list = field(default_factory=list)  # cyflash against itself
+    rows: list = field(default_factory=list)  # of the suite
+    environment: dict = field(default_factory=lambda: _environment())
+
+    def add_team(self, threads, workers, failures):
+        """Raises the failure of cyflash: without it there is nothing to compare."""
+        if "cyflash" in failures:
+            raise SystemFailed(failures["cyflash"])
+        self.systems.setdefault(threads, {}).update({label: worker.about for label, worker in workers.items()})
+        self.failures |= {f"{label}, {threads} threads": reason for label, reason in failures.items()}
+
+    def all_failures(self):
+        """{where: why}: of starting and of every race."""
+        found = dict(self.failures)
+        for result in (*self.races, *self.comparisons):
+            for label, reason in result.failures.items():
+                found[f"{label} {title(result.cases[label])}, {result.threads} threads"] = reason
+        return found
+
+
+def title(case):
+    return f"({', '.join(map(str, case.shape))}){' causal' if case.causal else ''}"
+
+
+def _environment():
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_info(),
+    }
+
+
+# ---- progress
+
+
+def progress():
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+class Bar:
+    """One progress bar over `total` races."""
+
+    def __init__(self, display, name, total, limit):
+        self._display, self._name, self._limit = display, name, limit
+        self._task, self._begun = display.add_task(f"{name}: starting the systems", total=total), 0
+
+    def next(self, what):
+        """Begins a race; returns what the race calls after every round."""
+        before = self._begun
+        self._begun += 1
+        self._display.update(self._task, description=f"{self._name}: {what}", completed=before)
+        return lambda done, elapsed: self._display.update(
+            self._task, completed=before + self._limit.fraction(done, elapsed)
+        )
+
+
+# ---- tables
+
+
+def show(outcome):
+    """Prints the outcome to stdout."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no width of its own
+    console.print(_machine(outcome.environment))
+    console.print(_systems_table(outcome))
+    for note in _busy_notes(outcome):
+        console.print(f"[yellow]{note}")
+    for threads in dict.fromkeys(result.threads for result in outcome.races):
+        console.print(_race_table([result for result in outcome.races if result.threads == threads], threads))
+    if outcome.races:
+        console.print(
+            "Each peer: its median time over that of cyflash (above 1, cyflash is faster); 95 % bootstrap interval "
+            "over rounds; its own median time. Share: of the fused multiply-add peak measured in the same rounds.\n"
+        )
+    if outcome.rows:
+        console.print(_suite_table(outcome.rows))
+    for where, reason in outcome.all_failures().items():
+        console.print(f"[bold red]FAILED[/] {where}: {reason}", highlight=False)
+
+
+def _machine(environment):
+    cpu = environment["cpu"]
+    caches = ", ".join(f"{name} {_binary(size)}" for name, size in cpu["caches"].items() if size)
+    limits = ", ".join(f"{name} {value}" for name, value in cpu["thread_limits"].items() if value is not None)
+    lines = {
+        "CPU": f"{cpu['model']}, {cpu['cores']} cores; {caches}",
+        "features": " ".join(cpu["features"]),
+        "threads": f"{cpu['threads']} available ({limits})",
+        "software": f"Python {environment['python']}, {environment['platform']}",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        table.add_row(f"[bold]{name}", text)
+    return table
+
+
+def _systems_table(outcome):
+    table = Table(title="Systems, each in its own process")
+    for name in ("system", "version", "threads: asked", "counted", "CPU/wall", "settings"):
+        table.add_column(name)
+    for threads, systems in outcome.systems.items():
+        for label, about in systems.items():
+            counts = about["threads"]
+            settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
+            counted = "?" if counts["busy"] is None else str(counts["busy"])
+            table.add_row(label, about["version"], str(threads), counted, f"{counts['cpu_over_wall']:.2f}", settings)
+    for label, reason in outcome.skipped.items():
+        table.add_row(label, "[dim]skipped", "", "", "", f"[dim]{reason}")
+    return table
+
+
+def _busy_notes(outcome):
+    """Where cyflash did not get the cores that it was given: the figures then say little."""
+    for threads, systems in outcome.systems.items():
+        got = systems["cyflash"]["threads"]["cpu_over_wall"]
+        if got < BUSY_BELOW * threads:
+            yield f"The machine was busy: {threads} threads of cyflash got {got:.2f} cores. Repeat on a quiet machine."
+
+
+def _race_table(races, threads):
+    """One row per case; a peer's cell has its ratio, the interval, and its own time."""
+    table = Table(title=f"{threads} thread{'s' * (threads > 1)}, fp32", show_lines=True, caption=_variants(races))
+    for name in ("(B, H, L, D)", "cyflash", "GFLOP/s", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    others = list(dict.fromkeys(label for result in races for label in result.cases if label != "cyflash"))
+    for name in (*others, "best peer"):
+        table.add_column(name, justify="right")
+    for result in races:
+        case = result.cases["cyflash"]
+        if "cyflash" not in result.timings:
+            table.add_row(title(case), "[bold red]FAILED")
+            continue
+        own, share = result.timings["cyflash"], result.fma_share("cyflash")
+        cells = [title(case), _seconds(own.median), f"{result.gflops('cyflash'):.1f}", f"{share.value:.2f}"]
+        cells += [_peer_cell(result, label) for label in others]
+        peers = result.peers()
+        cells.append(f"[bold]{result.ratio(peers[0], 'cyflash').value:.2f} x[/]\n{peers[0]}" if peers else "none")
+        table.add_row(*cells)
+    return table
+
+
+def _variants(races):
+    """Of systems that can be asked in several ways: which was the fastest, how often."""
+    chosen = {}
+    for result in races:
+        for label, timing in result.timings.items():
+            if len(timing.variants) > 1:
+                chosen.setdefault(label, []).append(timing.variant)
+    return "; ".join(
+        f"{label}: " + ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
+        for label, names in chosen.items()
+    )
+
+
+def _peer_cell(result, label):
+    if label not in result.timings:
+        return "[bold red]FAILED"
+    timing = result.timings[label]
+    return f"{_ratio(result.ratio(label, 'cyflash'))}\n{_seconds(timing.median)}"
+
+
+def _suite_table(rows):
+    table = Table(title="Suite")
+    table.add_column("what")
+    table.add_column("measured", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("note")
+    for row in rows:
+        if row.spread is None:
+            table.add_row(row.what, "[yellow]not measured", "", row.note)
+            continue
+        value, *ends = (_in_unit(x, row.unit) for x in (row.spread.value, row.spread.low, row.spread.high))
+        table.add_row(row.what, f"{value} {row.unit}", " to ".join(ends) if all(ends) else "", row.note)
+    return table
+
+
+def _in_unit(value, unit):
+    return "" if value is None else f"{value:.{1 if unit in ('us', 'MB') else 2 if value < 10 else 1}f}"
+
+
+def _ratio(spread):
+    interval = f"\n[dim]{spread.low:.2f} to {spread.high:.2f}[/]" if spread.low is not None else ""
+    return f"[bold]{spread.value:.2f} x[/]{interval}"
+
+
+def _seconds(value):
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def _binary(size):
+    return f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size / 2**10:g} KiB"
+
+
+# ---- files
+
+
+def write_json(outcome, path):
+    """Everything, raw: seconds of every call of every round of every system."""
+    document = {
+        "format": "cyflash bench 1",
+        "environment": outcome.environment,
+        "arguments": outcome.arguments,
+        "systems": outcome.systems,
+        "skipped": outcome.skipped,
+        "failures": outcome.all_failures(),
+        "races": [_race_record(result) for result in outcome.races],
+        "comparisons": [_race_record(result) for result in outcome.comparisons],
+        "suite": [asdict(row) for row in outcome.rows],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _race_record(result):
+    entries = {}
+    for label, timing in result.timings.items():
+        record = asdict(timing)
+        record |= {"case": asdict(result.cases[label]), "flops": result.cases[label].flops()}
+        record |= {"median_seconds": timing.median, "gflops": result.gflops(label)}
+        if label != "cyflash" and "cyflash" in result.timings:
+            record["ratio_to_cyflash"] = asdict(result.ratio(label, "cyflash"))
+        entries[label] = record
+    peers = result.peers()
+    share = result.fma_share("cyflash") if "cyflash" in result.timings else None
+    return {
+        "threads": result.threads,
+        "entries": entries,
+        "failures": result.failures,
+        "best_peer": peers[0] if peers else None,
+        "fma_rates": result.fma_rates,
+        "fma_share": asdict(share) if share else None,
+    }
+
+
+def plot(outcome, path):
+    """GFLOP/s of every system on every case, a panel per thread count, with the measured peak."""
+    from matplotlib.figure import Figure
+
+    counts = list(dict.fromkeys(result.threads for result in outcome.races))
+    widest = max((sum(result.threads == threads for result in outcome.races) for threads in counts), default=1)
+    figure = Figure(figsize=(max(7, 1.6 * widest + 1.5), 3.6 * len(counts) + 0.6), layout="constrained")
+    for threads, axes in zip(counts, figure.subplots(len(counts), squeeze=False)[:, 0], strict=True):
+        _plot_panel(axes, [result for result in outcome.races if result.threads == threads], threads)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_panel(axes, races, threads):
+    labels = list(dict.fromkeys(label for result in races for label in result.cases))
+    width = 0.8 / len(labels)
+    for index, label in enumerate(labels):
+        rates = [result.gflops(label) if label in result.timings else math.nan for result in races]
+        bars = axes.bar([x + index * width for x in range(len(races))], rates, width, label=label, zorder=2)
+        if label == "cyflash":
+            axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    peaks = [sorted(result.fma_rates)[len(result.fma_rates) // 2] * threads / 1e9 for result in races]
+    for x, peak in enumerate(peaks):
+        name = "measured FMA peak" if x == 0 else None
+        axes.hlines(peak, x - width / 2, x + 0.8 - width / 2, "black", "dashed", linewidth=1, label=name)
+    centres = [x + 0.4 - width / 2 for x in range(len(races))]
+    axes.set_xticks(centres, [title(result.cases["cyflash"]) for result in races], fontsize=8)
+    axes.set(ylabel="GFLOP/s", title=f"fp32 attention (B, H, L, D), {threads} thread{'s' * (threads > 1)}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=len(labels) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)

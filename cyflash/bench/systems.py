@@ -1,0 +1,302 @@
+"""The systems that are timed: one class each, configured at its best, fp32, with its own control of threads.
+
+Each lives alone in a fresh process (worker.py). Where a system can be asked in several ways, every way is a candidate
+and the worker keeps the fastest for the case at hand; where its interface allows, outputs go into one ready array.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Candidate:
+    """`call` is what is timed; `read` turns its result into (B, H, L, D), untimed; `note` says what the system made."""
+
+    call: Callable[[], object]
+    read: Callable[[object], np.ndarray]
+    note: str = ""
+    keep: tuple = field(default=(), repr=False)  # what must live as long as the call
+
+
+class System:
+    """`needs`: the modules it imports; the first is the distribution whose version is shown."""
+
+    name = ""
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, threads):
+        self.asked = threads
+
+    @classmethod
+    def missing(cls):
+        """Why it cannot run here, or None."""
+        absent = [module for module in cls.needs if importlib.util.find_spec(module) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+    def version(self):
+        return importlib.metadata.version(self.needs[0])
+
+    def threads(self):
+        """The thread count that the system itself reports; None when it has no way to tell."""
+        return None
+
+    def settings(self):
+        return {}
+
+    def candidates(self, case):
+        """{name: function that builds a Candidate}."""
+        raise NotImplementedError
+
+
+class Cyflash(System):
+    name = "cyflash"
+
+    def version(self):
+        return importlib.metadata.version("cyflash-attn")
+
+    def threads(self):
+        import cyflash
+
+        return cyflash.cpu_info()["threads"]
+
+    def settings(self):
+        import cyflash
+
+        info = cyflash.cpu_info()
+        return {"implementation": info["implementation"], "openmp": info["openmp"]}
+
+    def candidates(self, case):
+        from cyflash import flash_attention
+
+        def build():
+            q, k, v = case.inputs()
+            keywords = {name: value for name, value in case.keywords().items() if value is not None}
+            if case.reuse_out:
+                keywords["out"] = np.empty_like(q)
+            if case.num_threads is not None:
+                keywords["num_threads"] = case.num_threads
+            return Candidate(lambda: flash_attention(q, k, v, **keywords), np.array)
+
+        return {"flash_attention": build}
+
+    def fma_rate(self, seconds):
+        """FLOP/s of one thread that does nothing but fused multiply-adds, in the build that is in use."""
+        from cyflash import cpu
+
+        return cpu.active().fma_rate(seconds)
+
+
+class NumPy(System):
+    """The formula with the whole score array, as a careful NumPy user would write it (plain.py)."""
+
+    name = "numpy"
+    needs = ("numpy",)
+
+    def threads(self):
+        try:
+            from threadpoolctl import threadpool_info
+        except ImportError:
+            return None
+        return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=None)
+
+    def settings(self):
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return {"blas": f"{blas['name']} {blas['version']}"}
+
+    def candidates(self, case):
+        from cyflash.plain import plain_attention
+
+        def build():
+            q, k, v = case.inputs()
+            return Candidate(lambda: plain_attention(q, k, v, causal=case.causal), np.asarray)
+
+        return {"plain_attention": build}
+
+
+class Torch(System):
+    """scaled_dot_product_attention with every backend but flash switched off: torch raises rather than fall back."""
+
+    name = "torch"
+    needs = ("torch",)
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        torch.set_num_threads(threads)
+        torch.set_num_interop_threads(1)
+        torch.set_float32_matmul_precision("highest")
+        self._modes = torch.inference_mode(), sdpa_kernel([SDPBackend.FLASH_ATTENTION])
+        for mode in self._modes:  # for the life of the process
+            mode.__enter__()
+
+    def threads(self):
+        import torch
+
+        return torch.get_num_threads()
+
+    def settings(self):
+        import torch
+
+        return {"simd": torch.backends.cpu.get_cpu_capability(), "backend": "SDPBackend.FLASH_ATTENTION"}
+
+    def candidates(self, case):
+        import torch
+
+        def build():
+            q, k, v = (torch.from_numpy(x) for x in case.inputs())
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return Candidate(lambda: attend(q, k, v, is_causal=case.causal), lambda result: result.numpy())
+
+        return {"SDPA flash": build}
+
+
+class OnnxRuntime(System):
+    """One-node models through I/O binding. Which node is fastest depends on the shape: MultiHeadAttention has the flash
+    kernel, but takes and gives (B, L, H * D), which it transposes; GroupQueryAttention skips the causal half."""
+
+    name = "onnxruntime"
+    needs = ("onnxruntime", "onnx")
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)
+        self._options = onnxruntime.SessionOptions()
+        self._options.intra_op_num_threads = threads
+        self._options.inter_op_num_threads = 1
+        # Its threads spin while a call runs, as they do by default, but not while other systems have their turn.
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
+
+    def threads(self):
+        return self._options.intra_op_num_threads
+
+    def settings(self):
+        return {"provider": "CPUExecutionProvider", "force_spinning_stop": "1"}
+
+    def candidates(self, case):
+        H = case.shape[1]
+        microsoft = {"domain": "com.microsoft", "num_heads": H}
+        if not case.causal:
+            return {
+                "MultiHeadAttention": lambda: self._build(case, "MultiHeadAttention", "blhd", microsoft),
+                "Attention-23": lambda: self._build(case, "Attention", "bhld", {}),
+            }
+        grouped = microsoft | {"kv_num_heads": H}
+        causal = microsoft | {"unidirectional": 1}
+        return {
+            "MultiHeadAttention": lambda: self._build(case, "MultiHeadAttention", "blhd", causal),
+            "GroupQueryAttention": lambda: self._build(case, "GroupQueryAttention", "blhd", grouped),
+            "Attention-23": lambda: self._build(case, "Attention", "bhld", {"is_causal": 1}),
+        }
+
+    def _build(self, case, operator, layout, attributes):
+        B, H, L, D = case.shape
+        inputs = dict(zip("qkv", case.inputs(), strict=True))
+        if layout == "blhd":
+            inputs = {name: x.transpose(0, 2, 1, 3).reshape(B, L, H * D) for name, x in inputs.items()}
+            inputs = {name: np.ascontiguousarray(x) for name, x in inputs.items()}  # a reshape of one head is a view
+        outputs = {"out": np.empty_like(inputs["q"])}
+        names = list(inputs)
+        if operator == "GroupQueryAttention":  # it also gives the keys and values as its cache holds them
+            names += ["", "", "last", "total"]
+            inputs |= {"last": np.full(B, L - 1, np.int32), "total": np.array([L], np.int32)}
+            outputs |= {name: np.empty((B, H, L, D), np.float32) for name in ("cache_k", "cache_v")}
+        session = self._session(operator, names, inputs, outputs, attributes)
+        binding = session.io_binding()
+        for name, x in inputs.items():
+            binding.bind_cpu_input(name, x)
+        for name, x in outputs.items():
+            binding.bind_output(name, "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        out = outputs["out"] if layout == "bhld" else outputs["out"].reshape(B, L, H, D).transpose(0, 2, 1, 3)
+        return Candidate(lambda: session.run_with_iobinding(binding), lambda _: out.copy(), layout, (inputs, outputs))
+
+    def _session(self, operator, names, inputs, outputs, attributes):
+        import onnxruntime
+        from onnx import helper
+
+        def values(arrays):
+            return [
+                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+                for name, x in arrays.items()
+            ]
+
+        node = helper.make_node(operator, names, list(outputs), **attributes)
+        graph = helper.make_graph([node], "attention", values(inputs), values(outputs))
+        versions = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=versions, ir_version=11)
+        return onnxruntime.InferenceSession(model.SerializeToString(), self._options, ["CPUExecutionProvider"])
+
+
+class OpenVINO(System):
+    """A model of static shape, compiled for latency in one stream. Its compiler fuses attention into one kernel, be it
+    the ScaledDotProductAttention operation or the products and the softmax spelled out, which often is faster."""
+
+    name = "openvino"
+    needs = ("openvino",)
+
+    def __init__(self, threads):
+        super().__init__(threads)
+        self._reported = None
+        self._config = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # no other system pins its threads
+        }
+
+    def threads(self):
+        return self._reported
+
+    def settings(self):
+        return self._config
+
+    def candidates(self, case):
+        return {
+            "ScaledDotProductAttention": lambda: self._build(case, self._fused_operation),
+            "MatMul-Softmax-MatMul": lambda: self._build(case, self._spelled_out),
+        }
+
+    def _fused_operation(self, case, q, k, v):
+        from openvino import opset13 as op
+
+        return op.scaled_dot_product_attention(q, k, v, causal=case.causal)
+
+    def _spelled_out(self, case, q, k, v):
+        from openvino import opset13 as op
+
+        L, D = case.shape[2:]
+        scores = op.matmul(op.multiply(q, op.constant(np.float32(D**-0.5))), k, False, True)
+        if case.causal:
+            scores = op.add(scores, op.constant(np.triu(np.full((L, L), -np.inf, np.float32), 1)))
+        return op.matmul(op.softmax(scores, -1), v, False, False)
+
+    def _build(self, case, graph):
+        import openvino
+
+        arrays = case.inputs()
+        parameters = [openvino.opset13.parameter(x.shape, np.float32) for x in arrays]
+        model = openvino.Model([graph(case, *parameters)], parameters, "attention")
+        compiled = openvino.Core().compile_model(model, "CPU", self._config)
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT")
+        if precision != openvino.Type.f32:
+            raise RuntimeError(f"openvino: expected inference precision f32, got {precision}")
+        self._reported = compiled.get_property("INFERENCE_NUM_THREADS")
+        request = compiled.create_infer_request()
+        out = np.empty(case.shape, np.float32)
+        for index, x in enumerate(arrays):
+            request.set_input_tensor(index, openvino.Tensor(x, shared_memory=True))
+        request.set_output_tensor(0, openvino.Tensor(out, shared_memory=True))
+        layers = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+        note = "compiled to " + ", ".join(x for x in layers if x not in ("Input", "Output", "Const"))
+        return Candidate(request.infer, lambda _: out.copy(), note, (arrays, compiled))
+
+
+SYSTEMS = {system.name: system for system in (Cyflash, NumPy, Torch, OnnxRuntime, OpenVINO)}
