@@ -57,6 +57,8 @@ def overlap(a, b):
 
 def overlaps_itself(x):
     """Whether two elements of x share memory: strides smaller than what the axes inside them span."""
+    if x.size == 0:
+        return False
     reach = x.itemsize
     for stride, length in sorted((abs(stride), length) for stride, length in zip(x.strides, x.shape, strict=True) if length > 1):
         if stride < reach:

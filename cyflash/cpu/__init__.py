@@ -27,6 +27,10 @@ BUILDS = {
 # 48 KB first-level cache of a Zen 5. Query rows of a task are one panel.
 BLOCK_SIZE_KV = {"baseline": 128, "avx2": 128, "avx512": 128}
 
+# A block is summed before it is added to what earlier blocks gave, so its length decides the rounding error; and beyond
+# this its scores (512 x 48 x 4 bytes = 96 KB) are far out of the first-level cache.
+MAX_BLOCK_SIZE_KV = 512
+
 _active = None
 
 
@@ -129,13 +133,14 @@ def set_implementation(name):
 def tile_sizes(head_dim, block_size_q=None, block_size_kv=None, build=None):
     """(Br, Bc): query rows of a task and keys of a block, as used.
 
-    Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys; without
-    them they are constants of the build, so that results do not depend on the machine's caches.
+    Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys, of which
+    a block has at most MAX_BLOCK_SIZE_KV; without them they are constants of the build, so that results do not depend on
+    the machine's caches.
     """
     module = active() if build is None else load(build)
     panel, rows = module.SHAPE["PANEL"], module.SHAPE["ROWS"]
     Br = panel if block_size_q is None else -(-block_size_q // panel) * panel
-    Bc = BLOCK_SIZE_KV[name_of(module)] if block_size_kv is None else -(-block_size_kv // rows) * rows
+    Bc = BLOCK_SIZE_KV[name_of(module)] if block_size_kv is None else min(-(-block_size_kv // rows) * rows, MAX_BLOCK_SIZE_KV)
     return Br, Bc
 
 

@@ -6,6 +6,7 @@ from cython.parallel cimport parallel, prange
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 
+from statistics import median
 from time import perf_counter
 
 include "kernel.pxi"
@@ -65,8 +66,7 @@ cdef void fold_blocks(
 
 
 cdef void attend_rows(
-    const Problem* x, const Head* head, const float* q, float* out, float* lse, const float* sink,
-    Py_ssize_t first, Py_ssize_t last, float* scratch
+    const Problem* x, const Head* head, Py_ssize_t first, Py_ssize_t last, float* scratch
 ) noexcept nogil:
     """Query rows first <= i < last of one head, against every block of keys that one of them sees.
 
@@ -86,36 +86,34 @@ cdef void attend_rows(
             x, &panels[i], first + i * vectors // n * LANES, min(last, first + (i + 1) * vectors // n * LANES),
             state + i * panel_floats(x.D, x.Dv),
         )
-        begin_panel(x, &panels[i], q)
+        begin_panel(x, head, &panels[i])
     fold_blocks(x, head, panels, n, s, hidden, alpha, False)
     for i in range(n):
         if hides and not panel_is_finite(x, &panels[i]):
-            begin_panel(x, &panels[i], q)
+            begin_panel(x, head, &panels[i])
             fold_blocks(x, head, &panels[i], 1, s, hidden, alpha, True)
-        end_panel(x, &panels[i], out, lse, sink)
+        end_panel(x, head, &panels[i])
 
 
 cdef void run_task(const Problem* x, Py_ssize_t task, float* scratch) noexcept nogil:
-    """Task number `task`: heads that share keys and values are neighbours, and a head's last rows, to which causal
-    masking leaves most keys, come first."""
+    """Task number `task`: heads that share keys and values are neighbours."""
     cdef Head head
     cdef Py_ssize_t vectors = (x.Lq + LANES - 1) // LANES, per_task = x.Br // LANES
     cdef Py_ssize_t blocks = (vectors + per_task - 1) // per_task
-    cdef Py_ssize_t n = blocks - 1 - task % blocks
+    cdef Py_ssize_t n = task % blocks
     cdef Py_ssize_t h = task // blocks % x.H, b = task // blocks // x.H
     cdef Py_ssize_t hk = h // x.group
+    head.q = x.q + b * x.q_stride[0] + h * x.q_stride[1]
+    head.out = x.out + b * x.out_stride[0] + h * x.out_stride[1]
+    head.lse = x.lse + b * x.lse_stride[0] + h * x.lse_stride[1] if x.lse != NULL else NULL
+    head.sink = x.sinks + h * x.sinks_stride if x.sinks != NULL else NULL
     head.k = x.k + b * x.k_stride[0] + hk * x.k_stride[1]
     head.v = x.v + b * x.v_stride[0] + hk * x.v_stride[1]
     head.bias = x.bias + b * x.bias_stride[0] + h * x.bias_stride[1] if x.bias != NULL else NULL
     head.mask = x.mask + b * x.mask_stride[0] + h * x.mask_stride[1] if x.mask != NULL else NULL
-    head.slope = x.slopes[b * x.slopes_stride[0] + h * x.slopes_stride[1]] * LOG2E if x.slopes != NULL else 0.0
+    head.slope = x.slopes[b * x.slopes_stride[0] + h * x.slopes_stride[1]] if x.slopes != NULL else 0.0
     attend_rows(
-        x, &head,
-        x.q + b * x.q_stride[0] + h * x.q_stride[1],
-        x.out + b * x.out_stride[0] + h * x.out_stride[1],
-        x.lse + b * x.lse_stride[0] + h * x.lse_stride[1] if x.lse != NULL else NULL,
-        x.sinks + h * x.sinks_stride if x.sinks != NULL else NULL,
-        n * vectors // blocks * LANES, min(x.Lq, (n + 1) * vectors // blocks * LANES), scratch,
+        x, &head, n * vectors // blocks * LANES, min(x.Lq, (n + 1) * vectors // blocks * LANES), scratch,
     )
 
 
@@ -173,7 +171,7 @@ def forward(
         x.slopes_stride[i] = slopes.strides[i] // <Py_ssize_t> sizeof(float) if slopes is not None else 0
     x.sinks_stride = sinks.strides[0] // <Py_ssize_t> sizeof(float) if sinks is not None else 0
     x.offset, x.left, x.right = offset, left, right
-    x.scale, x.softcap = scale * LOG2E_DOUBLE, min(softcap * LOG2E_DOUBLE, <double> FLT_MAX)
+    x.scale, x.softcap = scale, min(softcap, <double> FLT_MAX)
     x.Br, x.Bc = Br, Bc
 
     vectors = (x.Lq + LANES - 1) // LANES
@@ -212,34 +210,41 @@ cdef float fma_chains(Py_ssize_t n, float a, float b) noexcept nogil:
     cdef vf acc[ROWS * VECTORS]
     cdef vf x = vf_set(a), y = vf_set(b)
     cdef float lanes[LANES]
+    cdef vf total = vf_set(0.0)
     cdef Py_ssize_t t
-    cdef int i
-    for i in range(ROWS * VECTORS):
-        acc[i] = vf_set(<float> i)
+    cdef int i, j
+    for i in range(ROWS):
+        for j in range(VECTORS):
+            acc[i * VECTORS + j] = vf_set(<float> (i * VECTORS + j))  # all unlike, or they would be one
     for t in range(n):
-        for i in range(ROWS * VECTORS):
-            acc[i] = vf_fma(acc[i], x, y)
-    for i in range(1, ROWS * VECTORS):
-        acc[0] = vf_add(acc[0], acc[i])
-    vf_store(lanes, acc[0])
+        for i in range(ROWS):
+            for j in range(VECTORS):
+                acc[i * VECTORS + j] = vf_fma(acc[i * VECTORS + j], x, y)
+    for i in range(ROWS):
+        for j in range(VECTORS):
+            total = vf_add(total, acc[i * VECTORS + j])
+    vf_store(lanes, total)
     return lanes[0]
 
 
 def fma_rate(double seconds):
-    """The FMA peak of one thread of this build, in FLOP/s: the best of many windows of about 0.1 ms within `seconds`.
+    """The FMA peak of one thread of this build, in FLOP/s: the median over windows of about 1 ms for `seconds`.
 
     A multiply-add counts as two, also where it is two instructions.
     """
-    cdef Py_ssize_t n = 20_000
-    cdef double best = 0.0, started, stop = perf_counter() + seconds
+    cdef Py_ssize_t n = 100_000
+    cdef double started, stop = perf_counter() + seconds
     cdef float result = 0.0
+    windows = []
     while True:
         started = perf_counter()
         with nogil:
-            result = fma_chains(n, 0.999, 0.001 * result)  # on the last result, so that no window can be left out
-        best = max(best, 2.0 * n * ROWS * VECTORS * LANES / (perf_counter() - started))
+            result = fma_chains(n, 0.999, 0.001 * result)
+        if result != result:  # each window starts from the last one's result, and it is used: none can be left out
+            raise FloatingPointError("the chains of multiply-adds did not stay finite")
+        windows.append(perf_counter() - started)
         if started > stop:
-            return best
+            return 2.0 * n * ROWS * VECTORS * LANES / median(windows)
 
 
 SHAPE = {"LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL}

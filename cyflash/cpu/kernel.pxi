@@ -6,10 +6,11 @@
 #
 #     S^T = K Q^T     scores()       register-tiled product
 #     S^T            change_scores() softcap, bias, ALiBi, masks: everything that changes a score, for every precision
-#     P^T = 2^(S-m)   softmax()      online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
+#     P^T = e^(S-m)   softmax()      online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
 #     O^T = V^T P^T   accumulate()   the same register-tiled product
 #
-# Scores are in units of log2: scale * log2(e) is folded into the packed queries.
+# The softmax scale is folded into the packed queries. Scores stay in natural units: in units of log2 the lowest float,
+# which many use as a mask, would be -inf.
 #
 # Rules: every function here is noexcept nogil, allocates nothing, validates nothing. Strides are in elements. Lanes
 # beyond the last row of a panel hold zero queries; what they compute is never written.
@@ -35,8 +36,9 @@ cdef extern from "simd.h" nogil:
     vf vf_div(vf, vf) noexcept
     vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
     vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
-    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     vf vf_abs(vf) noexcept
+    vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
+    vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
     vf vf_fraction(vf x) noexcept                                # x - floor(x) for x <= 0; finite for -inf; NaN for NaN
     vf vf_scale2(vf a, vf x) noexcept                            # a * 2^floor(x) for x <= 0; 0 for -inf
     vf vf_hide(vf x, vf a, vf y) noexcept                        # y where a is -inf, else x
@@ -45,22 +47,18 @@ cdef extern from "simd.h" nogil:
     void vf_transpose(vf*) noexcept                              # LANES vectors of LANES
 
 cdef extern from "math.h" nogil:
-    double exp2(double) noexcept
+    double exp(double) noexcept
     double log(double) noexcept
     float INFINITY
 
 cdef extern from "float.h" nogil:
     float FLT_MAX
 
-cdef extern from *:
-    """
-    #define LOG2E 1.4426950408889634f
-    #define LOG2E_DOUBLE 1.4426950408889634
-    #define LN2_DOUBLE 0.6931471805599453
-    """
-    float LOG2E
-    double LOG2E_DOUBLE
-    double LN2_DOUBLE
+cdef enum:
+    # At most this many products are added one after another in a score; a longer sum is cut into equal parts, so that its
+    # rounding error grows with their number. Head dimensions up to it, the usual ones, pay nothing.
+    PART = 128
+    UNROLL = 2
 
 
 cdef struct Problem:
@@ -93,8 +91,8 @@ cdef struct Problem:
     Py_ssize_t offset           # query i stands at position i + offset
     Py_ssize_t left             # keys from position - left ...
     Py_ssize_t right            # ... to position + right are visible
-    float scale                 # softmax scale in log2 units
-    float softcap               # in log2 units; 0 for none
+    float scale                 # softmax scale
+    float softcap               # 0 for none
     Py_ssize_t Br               # query rows of a task: a multiple of PANEL
     Py_ssize_t Bc               # keys of a block: a multiple of ROWS
 
@@ -108,17 +106,21 @@ cdef struct Panel:
     Py_ssize_t last_key         # ... to its last row may see: [first_key, last_key]
     float* q                    # [D][PANEL] queries times scale
     float* o                    # [Dv rounded up to LANES][PANEL] running output
-    float* m                    # [PANEL] running maximum, log2 units, -inf at first
+    float* m                    # [PANEL] running maximum, -inf at first
     float* l                    # [PANEL] running denominator
 
 
 cdef struct Head:
-    # One head of one sequence: where its rows and keys begin.
+    # One head of one sequence: where its rows and keys begin. Optional arrays are NULL when absent.
+    const float* q
+    float* out
+    float* lse
+    const float* sink
     const float* k
     const float* v
     const float* bias
     const unsigned char* mask
-    float slope                 # ALiBi, log2 units
+    float slope                 # ALiBi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,13 +136,21 @@ cdef inline void multiply(
     row used. `vectors` (and step = 1) are constants at every call, so that acc lives in registers.
     """
     cdef Py_ssize_t t
-    cdef int i, j
+    cdef int i, j, u
     cdef vf x[VECTORS]
     cdef vf y
     for i in range(ROWS):
         for j in range(vectors):
             acc[i * VECTORS + j] = vf_set(0.0)
-    for t in range(n):
+    for t in range(n // UNROLL):
+        for u in range(UNROLL):
+            for j in range(vectors):
+                x[j] = vf_load(a + (t * UNROLL + u) * PANEL + j * LANES)
+            for i in range(ROWS):
+                y = vf_set(b[i][(t * UNROLL + u) * step])
+                for j in range(vectors):
+                    acc[i * VECTORS + j] = vf_fma(y, x[j], acc[i * VECTORS + j])
+    for t in range(n // UNROLL * UNROLL, n):
         for j in range(vectors):
             x[j] = vf_load(a + t * PANEL + j * LANES)
         for i in range(ROWS):
@@ -153,8 +163,9 @@ cdef inline void scores_tile(
     float* s, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
     Py_ssize_t begin, Py_ssize_t end, const int vectors
 ) noexcept nogil:
-    cdef Py_ssize_t c, g, key
+    cdef Py_ssize_t c, g, key, d, part, longest = (D - 1) // ((D + PART - 1) // PART) + 1
     cdef int i, j
+    cdef float* row
     cdef vf acc[ROWS * VECTORS]
     cdef const float* b[ROWS]
     for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
@@ -162,10 +173,18 @@ cdef inline void scores_tile(
         for i in range(ROWS):
             key = min(max(c + i, begin), end - 1)
             b[i] = k + key * k_stride
-        multiply(acc, q, b, 1, D, vectors)
-        for i in range(ROWS):
-            for j in range(vectors):
-                vf_store(s + (c + i) * PANEL + j * LANES, acc[i * VECTORS + j])
+        d = 0
+        while d < D:
+            part = min(D - d, longest)
+            multiply(acc, q + d * PANEL, b, 1, part, vectors)
+            for i in range(ROWS):
+                row = s + (c + i) * PANEL
+                for j in range(vectors):
+                    if d > 0:
+                        acc[i * VECTORS + j] = vf_add(vf_load(row + j * LANES), acc[i * VECTORS + j])
+                    vf_store(row + j * LANES, acc[i * VECTORS + j])
+                b[i] += part
+            d += part
 
 
 cdef void scores(
@@ -249,20 +268,22 @@ cdef void accumulate_visible(
 # Softmax
 
 
-cdef inline vf exp2v(vf x) noexcept nogil:
-    """2^x for x <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: 2^floor(x) times a polynomial in the fraction.
+cdef inline vf expv(vf x) noexcept nogil:
+    """e^x for x <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: with y = x log2(e), 2^floor(y) times a polynomial in
+    the fraction of y.
 
-    The polynomial is the minimax (relative error 2.0e-9) of degree 6 on [0, 1) with constant term 1, fitted by linear
-    programming; at most 1.1 half-ulps with the rounding of its evaluation.
+    The polynomial is the minimax (relative error 2.0e-9) of degree 6 for 2^f on [0, 1) with constant term 1, fitted by
+    linear programming; at most 1.1 half-ulps with the rounding of its evaluation.
     """
-    cdef vf f = vf_fraction(x)
+    cdef vf y = vf_mul(x, vf_set(1.4426950408889634))
+    cdef vf f = vf_fraction(y)
     cdef vf p = vf_fma(vf_set(0.00021612915923520861), f, vf_set(0.0012467846199969426))
     p = vf_fma(p, f, vf_set(0.00967545158999772))
     p = vf_fma(p, f, vf_set(0.05548528060831344))
     p = vf_fma(p, f, vf_set(0.24022930555464905))
     p = vf_fma(p, f, vf_set(0.6931470444431008))
     p = vf_fma(p, f, vf_set(1.0))
-    return vf_scale2(p, x)
+    return vf_scale2(p, y)
 
 
 cdef void softmax(
@@ -270,10 +291,10 @@ cdef void softmax(
 ) noexcept nogil:
     """One step of the online softmax over rows begin <= c < end of the score tile s, in place: S^T becomes P^T.
 
-        m' = max(m, max_c S),   alpha = 2^(m - m'),   P = 2^(S - m'),   l' = alpha l + sum_c P
+        m' = max(m, max_c S),   alpha = e^(m - m'),   P = e^(S - m'),   l' = alpha l + sum_c P
 
     begin, end: multiples of ROWS, and so of 4. A row that has seen nothing yet has m' = -inf: 0 stands in for it, so that
-    P = 2^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator, whatever the maximum makes of it.
+    P = e^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator, whatever the maximum makes of it.
     """
     cdef Py_ssize_t g
     cdef int j, u
@@ -290,12 +311,12 @@ cdef void softmax(
                 x[u] = vf_max(x[u], vf_load(column + (4 * g + u) * PANEL))
         top = vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]))
         base = vf_hide(top, top, vf_set(0.0))
-        a = exp2v(vf_sub(old, base))
+        a = expv(vf_sub(old, base))
         for u in range(4):
             x[u] = vf_set(0.0)
         for g in range(begin // 4, end // 4):
             for u in range(4):
-                p = exp2v(vf_sub(vf_load(column + (4 * g + u) * PANEL), base))
+                p = expv(vf_sub(vf_load(column + (4 * g + u) * PANEL), base))
                 x[u] = vf_add(x[u], p)
                 vf_store(column + (4 * g + u) * PANEL, p)
         p = vf_add(vf_add(x[0], x[1]), vf_add(x[2], x[3]))
@@ -309,34 +330,28 @@ cdef void softmax(
 
 
 cdef inline vf tanhv(vf x) noexcept nogil:
-    """tanh(x) as x N(x^2) / M(x^2), both of degree 4: the minimax of the relative error (2.2e-8, fitted by reweighted
-    least squares) on |x| <= 9.02, beyond which float32's tanh is 1. At most 5.4 half-ulps with rounding."""
-    cdef vf z, n, m
-    x = vf_min(vf_set(9.02), vf_max(vf_set(-9.02), x))
-    z = vf_mul(x, x)
-    n = vf_fma(vf_set(1.3384293340447347e-08), z, vf_set(2.063582440060618e-05))
-    n = vf_fma(n, z, vf_set(0.0034974578096976443))
-    n = vf_fma(n, z, vf_set(0.1338268738313549))
-    n = vf_fma(n, z, vf_set(1.0))
-    m = vf_fma(vf_set(7.790250231186651e-07), z, vf_set(0.0003288517556652875))
-    m = vf_fma(m, z, vf_set(0.02588436145404605))
-    m = vf_fma(m, z, vf_set(0.46716008630504385))
-    m = vf_fma(m, z, vf_set(1.0))
-    return vf_div(vf_mul(x, n), m)
+    """tanh(x) within two units in the last place: 1 - 2 e / (1 + e) with e = e^(-2 |x|) where |x| >= 0.625, and below,
+    where that would cancel, x + x^3 Q(x^2) with the minimax Q of degree 4 (relative error 4.4e-9, fitted by reweighted
+    least squares)."""
+    cdef vf z = vf_mul(x, x), size = vf_abs(x)
+    cdef vf e = expv(vf_mul(vf_set(-2.0), size))
+    cdef vf far = vf_sub(vf_set(1.0), vf_div(vf_add(e, e), vf_add(vf_set(1.0), e)))
+    cdef vf p = vf_fma(vf_set(-0.005704986090153312), z, vf_set(0.02063908646505058))
+    p = vf_fma(p, z, vf_set(-0.0537397148559542))
+    p = vf_fma(p, z, vf_set(0.1333144219553772))
+    p = vf_fma(p, z, vf_set(-0.33333281941919757))
+    return vf_less(size, vf_set(0.625), vf_fma(vf_mul(p, z), x, x), vf_copysign(far, x))
 
 
 cdef inline vf bias_vector(const float* bias, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
-    """n biases in log2 units. -inf stays -inf; a finite one stays finite, though log2(e) times float32's minimum is not."""
+    """n biases."""
     cdef float buffer[LANES]
     cdef Py_ssize_t i
-    cdef vf natural
     if stride == 1:
-        natural = vf_load_part(bias, n)
-    else:
-        for i in range(n):
-            buffer[i] = bias[i * stride]
-        natural = vf_load_part(buffer, n)
-    return vf_hide(vf_max(vf_set(-FLT_MAX), vf_mul(natural, vf_set(LOG2E))), natural, natural)
+        return vf_load_part(bias, n)
+    for i in range(n):
+        buffer[i] = bias[i * stride]
+    return vf_load_part(buffer, n)
 
 
 cdef inline vf keep_vector(const unsigned char* mask, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
@@ -354,7 +369,7 @@ cdef void load_addend(
     vf* t, const float* bias, const Py_ssize_t* bias_stride, const unsigned char* mask, const Py_ssize_t* mask_stride,
     Py_ssize_t rows, Py_ssize_t keys
 ) noexcept nogil:
-    """t[key][row]: bias (log2 units) and mask (-inf) of up to LANES rows x LANES keys, as one tile to add.
+    """t[key][row]: bias and mask (-inf) of up to LANES rows x LANES keys, as one tile to add.
 
     Strides are those of the last two axes. Rows that share one bias and mask (stride 0) are broadcast, not read again.
     """
@@ -376,19 +391,6 @@ cdef void load_addend(
         for r in range(rows, LANES):
             t[r] = vf_set(0.0)
         vf_transpose(t)
-
-
-cdef enum:
-    SLICES = 8
-
-
-cdef void prefetch_tile(const char* first, Py_ssize_t row_bytes, Py_ssize_t rows, Py_ssize_t width) noexcept nogil:
-    """Asks for `rows` rows of `width` bytes, row_bytes apart (0: they are one). A tile of bias or mask is a short piece
-    of each of many long rows, which no hardware prefetcher foresees."""
-    cdef Py_ssize_t r, i
-    for r in range(rows if row_bytes != 0 else 1):
-        for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
-            prefetch(first + r * row_bytes + i * CACHE_LINE)
 
 
 cdef inline float relative(Py_ssize_t x) noexcept nogil:
@@ -475,6 +477,46 @@ cdef int mask_tile(const Problem* x, const Head* head, const Panel* panel, Py_ss
 # A panel against a block of keys
 
 
+cdef enum:
+    SLICES = 8  # pieces of a block's first product, with prefetches between them
+
+
+cdef void prefetch_rows(const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width) noexcept nogil:
+    """Asks for the first `width` bytes of rows begin <= r < end, which are row_bytes apart."""
+    cdef Py_ssize_t r, i
+    for r in range(begin, end):
+        for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
+            prefetch(first + r * row_bytes + i * CACHE_LINE)
+
+
+cdef void prefetch_slice(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end, int i
+) noexcept nogil:
+    """Asks for slice i of what comes after the first product of a block: its values; the bias of the next block, a short
+    piece of each of many long rows, which no hardware prefetcher foresees; and, with a panel's first block, the rows of
+    the output and the queries of the next panel. Asked for all at once they would have to queue."""
+    cdef Py_ssize_t next_block = block + x.Bc
+    cdef Py_ssize_t first = i * panel.rows // SLICES, last = (i + 1) * panel.rows // SLICES
+    prefetch_rows(
+        <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
+        i * (end - begin) // SLICES, (i + 1) * (end - begin) // SLICES, x.Dv * sizeof(float),
+    )
+    if block <= panel.first_key:
+        prefetch_rows(
+            <const char*> (head.out + panel.row * x.out_stride[2]), x.out_stride[2] * sizeof(float), first, last,
+            x.Dv * sizeof(float),
+        )
+        prefetch_rows(
+            <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float), first, last,
+            x.D * sizeof(float),
+        )
+    if x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1 and next_block <= panel.last_key:
+        prefetch_rows(
+            <const char*> (head.bias + panel.row * x.bias_stride[2] + next_block), x.bias_stride[2] * sizeof(float),
+            first, last, min(x.Bc, panel.last_key + 1 - next_block) * sizeof(float),
+        )
+
+
 cdef void fold_block(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* hidden, float* alpha,
     bint careful
@@ -483,7 +525,7 @@ cdef void fold_block(
 
     s, hidden: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
     """
-    cdef Py_ssize_t c, i, low, high, ahead
+    cdef Py_ssize_t c, i, low, high
     cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
     cdef Py_ssize_t end = min(x.Bc, panel.last_key + 1 - block)
     cdef Py_ssize_t position = panel.row + x.offset
@@ -501,20 +543,11 @@ cdef void fold_block(
     edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
     changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
 
-    ahead = block + x.Bc
-    if x.bias != NULL and x.bias_stride[3] == 1 and ahead <= panel.last_key:
-        # a few rows at a time between pieces of the product, which hides their way from memory
-        for i in range(SLICES):
-            prefetch_tile(
-                <const char*> (head.bias + (panel.row + i * panel.rows // SLICES) * x.bias_stride[2] + ahead),
-                x.bias_stride[2] * sizeof(float),
-                (i + 1) * panel.rows // SLICES - i * panel.rows // SLICES, min(x.Bc, panel.last_key + 1 - ahead) * sizeof(float),
-            )
-            low, high = max(begin, i * x.Bc // SLICES // ROWS * ROWS), min(end, (i + 1) * x.Bc // SLICES // ROWS * ROWS)
-            if low < high:
-                scores(s, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
-    else:
-        scores(s, panel.q, k, x.k_stride[2], x.D, begin, end, panel.vectors)
+    for i in range(SLICES):
+        prefetch_slice(x, head, panel, block, begin, end, i)
+        low, high = max(begin, i * x.Bc // SLICES // ROWS * ROWS), min(end, (i + 1) * x.Bc // SLICES // ROWS * ROWS)
+        if low < high:
+            scores(s, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
     if changed:
         change_scores(s, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
@@ -539,8 +572,8 @@ cdef void fold_block(
 # Into and out of a panel
 
 
-cdef void begin_panel(const Problem* x, Panel* panel, const float* q) noexcept nogil:
-    """Packs the queries of a panel, times scale, and clears its state. q: the head's row 0."""
+cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept nogil:
+    """Packs the queries of a panel, times scale, and clears its state."""
     cdef Py_ssize_t d, r, row, n
     cdef int j
     cdef vf t[LANES]
@@ -559,7 +592,7 @@ cdef void begin_panel(const Problem* x, Panel* panel, const float* q) noexcept n
             for r in range(LANES):
                 t[r] = vf_set(0.0)
                 if row + r < panel.rows:
-                    t[r] = vf_mul(scale, vf_load_part(q + (panel.row + row + r) * x.q_stride[2] + d, n))
+                    t[r] = vf_mul(scale, vf_load_part(head.q + (panel.row + row + r) * x.q_stride[2] + d, n))
             vf_transpose(t)
             for r in range(n):
                 vf_store(panel.q + (d + r) * PANEL + row, t[r])
@@ -584,28 +617,27 @@ cdef bint panel_is_finite(const Problem* x, const Panel* panel) noexcept nogil:
     return True
 
 
-cdef void end_panel(const Problem* x, const Panel* panel, float* out, float* lse, const float* sink) noexcept nogil:
-    """Divides by the denominator and writes the caller's layout. out, lse: the head's row 0. lse and sink may be NULL.
+cdef void end_panel(const Problem* x, const Head* head, const Panel* panel) noexcept nogil:
+    """Divides by the denominator and writes the caller's layout.
 
     A row that saw nothing has l = 0 and o = 0: its output is 0 and its LSE the sink, or -inf. The sink is a logit in
     natural units that adds to the denominator only.
     """
     cdef Py_ssize_t d, r, row, n, rows
     cdef int j
-    cdef double top, weight, l, logit
+    cdef double top, weight, l
     cdef vf t[LANES]
     cdef vf factor
     for r in range(panel.vectors * LANES):
         top = panel.m[r]
         l = panel.l[r]
         weight = 1.0
-        if sink != NULL and sink[0] != -INFINITY:
-            logit = sink[0] * LOG2E_DOUBLE
-            top = max(top, logit)
-            weight = exp2(panel.m[r] - top)
-            l = l * weight + exp2(logit - top)
-        if lse != NULL and r < panel.rows:
-            lse[(panel.row + r) * x.lse_stride[2]] = <float> (top * LN2_DOUBLE + log(l)) if l != 0.0 else -INFINITY
+        if head.sink != NULL and head.sink[0] != -INFINITY:
+            top = max(top, <double> head.sink[0])
+            weight = exp(panel.m[r] - top)
+            l = l * weight + exp(head.sink[0] - top)
+        if head.lse != NULL and r < panel.rows:
+            head.lse[(panel.row + r) * x.lse_stride[2]] = <float> (top + log(l)) if l != 0.0 else -INFINITY
         panel.l[r] = <float> (weight / l) if l != 0.0 else 0.0
     for j in range(panel.vectors):
         row = j * LANES
@@ -618,5 +650,5 @@ cdef void end_panel(const Problem* x, const Panel* panel, float* out, float* lse
                 t[r] = vf_mul(factor, vf_load(panel.o + (d + r) * PANEL + row))
             vf_transpose(t)
             for r in range(rows):
-                vf_store_part(out + (panel.row + row + r) * x.out_stride[2] + d, t[r], n)
+                vf_store_part(head.out + (panel.row + row + r) * x.out_stride[2] + d, t[r], n)
             d += LANES

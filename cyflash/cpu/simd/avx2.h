@@ -25,8 +25,9 @@ WORD vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 WORD vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 WORD vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 WORD vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
-WORD vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 WORD vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+WORD vf vf_copysign(vf size, vf sign) { return _mm256_or_ps(size, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+WORD vf vf_less(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 
 /* -200 is below every exponent that a float can reach in two steps: the result is 0, as for -inf */
 WORD vf floor_clamped(vf x) { return _mm256_floor_ps(_mm256_max_ps(_mm256_set1_ps(-200.0f), x)); }

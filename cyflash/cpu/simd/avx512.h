@@ -23,8 +23,9 @@ WORD vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 WORD vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 WORD vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 WORD vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-WORD vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 WORD vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+WORD vf vf_copysign(vf size, vf sign) { return _mm512_or_ps(size, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
+WORD vf vf_less(vf a, vf b, vf x, vf y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
 
 /* vreduceps with rounding towards -inf is x - floor(x), and 0 for -inf */
 WORD vf vf_fraction(vf x) { return _mm512_reduce_ps(x, 0x09); }

@@ -25,8 +25,9 @@ WORD vf vf_mul(vf a, vf b) { return a * b; }
 WORD vf vf_div(vf a, vf b) { return a / b; }
 WORD vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 WORD vf vf_max(vf a, vf b) { return choose(a > b, a, b); }
-WORD vf vf_min(vf a, vf b) { return choose(a < b, a, b); }
 WORD vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+WORD vf vf_copysign(vf size, vf sign) { return (vf)((vi)size | ((vi)sign & (vi)vf_set(-0.0f))); }
+WORD vf vf_less(vf a, vf b, vf x, vf y) { return choose(a < b, x, y); }
 
 /* -200 is below every exponent that a float can reach in two steps: the result is 0, as for -inf */
 WORD vi floor_clamped(vf x) {
