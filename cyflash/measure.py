@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-__all__ = ["CallProcess", "Memory", "blas_threads", "interleaved_times"]
+__all__ = ["CallProcess", "Memory", "blas_threads", "interleaved_times", "peak_memory"]
 
 
 class Memory(NamedTuple):
@@ -109,6 +109,12 @@ class CallProcess:
         self._errors.seek(0)
         reason = (self._errors.read().strip() or f"exit status {status}").splitlines()[-1]
         raise RuntimeError(f"the process that measures a call failed: {reason}")
+
+
+def peak_memory(target, **arguments):
+    """The `Memory` of one call, in a fresh process that ends with it; arguments and errors as for `CallProcess`."""
+    with CallProcess(target, **arguments) as process:
+        return process.memory
 
 
 def interleaved_times(processes, *, rounds=5, seconds=0.04, limit=10.0):
