@@ -33,6 +33,11 @@ class Memory(NamedTuple):
         """What the call added at its peak, its output included."""
         return max(self.peak - self.before, 0)
 
+    @property
+    def method(self):
+        """How the peak was read, in words."""
+        return "peak, reset before the call" if self.reset else "peak before and after the call: a lower bound"
+
 
 class CallProcess:
     """A fresh Python process that prepares one call, makes it once, and can repeat it; a context manager.
