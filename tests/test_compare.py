@@ -370,7 +370,7 @@ def test_the_shipped_file_is_the_one_described():
 
 
 def test_the_shipped_file_is_compared_without_an_argument(capsys, tmp_path):
-    got = run_json(capsys, tmp_path)
+    got = run_json(capsys, tmp_path, "--threads", 1)
     rows = [row for row in got["layers"] if row["scheme"] == "cyflash fp32"]
     assert len(rows) == 12
     for row in rows:
