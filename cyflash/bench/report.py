@@ -144,7 +144,7 @@ def _busy_notes(outcome):
     for threads, systems in outcome.systems.items():
         got = systems["cyflash"]["threads"]["cpu_over_wall"]
         if got < BUSY_BELOW * threads:
-            yield f"The machine was busy: {threads} threads of cyflash got {got:.2f} cores. Repeat on a quiet machine."
+            yield f"The machine was busy: cyflash got {got:.2f} of {threads} cores. Repeat on a quiet machine."
 
 
 def _race_table(races, threads):
