@@ -118,7 +118,8 @@ def test_installed_peers_agree_with_float64(bench_run, name, causal):
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
-def test_misbehaving_systems_are_refused_by_name_and_the_others_measured(bench_run, enter):
+def test_misbehaving_systems_are_refused_by_name_and_the_others_measured(bench_run, enter, monkeypatch):
+    monkeypatch.setattr(race, "THREAD_PROBES", 1)
     enter(bench_peers.Honest, *bench_peers.MISBEHAVING.values())
     names = "honest", *bench_peers.MISBEHAVING
     status, document, out, _ = bench_run("--shapes", "1,2,96,16", "--systems", *names, "--causal", "--rounds", 20)

@@ -63,7 +63,7 @@ def _environment():
 
 def progress():
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2)
 
 
 class Bar:
@@ -100,7 +100,7 @@ def show(outcome):
     if outcome.races:
         console.print(
             "Each peer: its median time over that of cyflash (above 1, cyflash is faster); 95 % bootstrap interval "
-            "over rounds; its own median time. Share: of the fused multiply-add peak measured in the same rounds.\n"
+            "over rounds; its own median time. Peak: of fused multiply-adds, all threads, in the same rounds.\n"
         )
     if outcome.rows:
         console.print(_suite_table(outcome.rows))
@@ -144,24 +144,25 @@ def _busy_notes(outcome):
     for threads, systems in outcome.systems.items():
         got = systems["cyflash"]["threads"]["cpu_over_wall"]
         if got < BUSY_BELOW * threads:
-            yield f"The machine was busy: {threads} threads of cyflash got {got:.2f} cores. Repeat on a quiet machine."
+            yield f"The machine was busy: cyflash got {got:.2f} of {threads} cores. Repeat on a quiet machine."
 
 
 def _race_table(races, threads):
     """One row per case; a peer's cell has its ratio, the interval, and its own time."""
     table = Table(title=f"{threads} thread{'s' * (threads > 1)}, fp32", show_lines=True, caption=_variants(races))
-    for name in ("(B, H, L, D)", "cyflash", "GFLOP/s", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("(B, H, L, D)", no_wrap=True)
+    table.add_column("cyflash", justify="right", no_wrap=True)
     others = list(dict.fromkeys(label for result in races for label in result.cases if label != "cyflash"))
     for name in (*others, "best peer"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for result in races:
         case = result.cases["cyflash"]
         if "cyflash" not in result.timings:
             table.add_row(title(case), "[bold red]FAILED")
             continue
         own, share = result.timings["cyflash"], result.fma_share("cyflash")
-        cells = [title(case), _seconds(own.median), f"{result.gflops('cyflash'):.1f}", f"{share.value:.2f}"]
+        rate = f"{result.gflops('cyflash'):.0f} GFLOP/s"
+        cells = [title(case), f"[bold]{_seconds(own.median)}[/]\n{rate}\n{share.value:.2f} of peak"]
         cells += [_peer_cell(result, label) for label in others]
         peers = result.peers()
         cells.append(f"[bold]{result.ratio(peers[0], 'cyflash').value:.2f} x[/]\n{peers[0]}" if peers else "none")
@@ -184,7 +185,7 @@ def _variants(races):
 
 def _peer_cell(result, label):
     if label not in result.timings:
-        return "[bold red]FAILED"
+        return "[bold red]FAILED" if label in result.cases else ""
     timing = result.timings[label]
     return f"{_ratio(result.ratio(label, 'cyflash'))}\n{_seconds(timing.median)}"
 
@@ -209,8 +210,8 @@ def _in_unit(value, unit):
 
 
 def _ratio(spread):
-    interval = f"\n[dim]{spread.low:.2f} to {spread.high:.2f}[/]" if spread.low is not None else ""
-    return f"[bold]{spread.value:.2f} x[/]{interval}"
+    value, *ends = (_in_unit(x, "x") for x in (spread.value, spread.low, spread.high))
+    return f"[bold]{value} x[/]" + (f"\n[dim]{'-'.join(ends)}[/]" if all(ends) else "")
 
 
 def _seconds(value):

@@ -15,7 +15,7 @@ from cyflash.bench.cases import OPTIONS, Case
 from cyflash.bench.race import Entry, Spread, run_race, team
 from cyflash.bench.report import Bar, title
 from cyflash.bench.systems import SYSTEMS, Cyflash
-from cyflash.measure import peak_memory
+from cyflash.measure import CallProcess
 
 LONG = ((1, 1, 2048, 64), (1, 1, 4096, 64), (1, 1, 2048, 128), (1, 1, 4096, 128))
 ENCODERS = (
@@ -123,8 +123,11 @@ def _memory(outcome, threads, environments, bar):
         what = f"extra memory, L={LONGEST}, {'bias of broadcast rows' if bias else 'no bias'}, {threads} threads"
         isa = environments["cyflash"].get("CYFLASH_ISA")
         try:
-            memory = peak_memory(f"{__name__}:prepare_long_call", L=LONGEST, bias=bias, threads=threads, isa=isa)
-            spread, note = Spread(memory.extra / 1e6), memory.method
+            target = f"{__name__}:prepare_long_call"
+            with CallProcess(target, L=LONGEST, bias=bias, threads=threads, isa=isa) as process:
+                memory = process.memory
+            spread = Spread(memory.extra / 1e6)
+            note = "peak resident set" if memory.reset else "a lower bound: the peak cannot be reset here"
         except (MemoryError, RuntimeError) as error:
             spread, note = None, str(error)
         on_round(math.inf, math.inf)
@@ -132,7 +135,7 @@ def _memory(outcome, threads, environments, bar):
 
 
 def prepare_long_call(L, bias, threads, isa):
-    """A call on (1, 1, L, 64) for `peak_memory`, which runs it, the first of its process: inputs and output are ready.
+    """A call on (1, 1, L, 64) for `CallProcess`, which makes it, the first of its process: inputs and output are ready.
 
     `bias` adds one row of L that stands for L x L.
     """

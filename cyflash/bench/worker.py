@@ -102,14 +102,16 @@ class Worker:
         while time.perf_counter() < start + PROBE_SECONDS:
             candidate.call()
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-        used = [time_now - before.get(thread, 0) for thread, time_now in _thread_times().items()]
+        used = [(time_now - before.get(thread, 0)) / 1e9 for thread, time_now in _thread_times().items()]
+        if used:
+            used.append(cpu - sum(used))  # of threads that have ended meanwhile: one at least
         time.sleep(0.05)  # a short spin after a call is allowed
         idle, start = time.process_time(), time.perf_counter()
         time.sleep(0.2)
         return {
             "asked": self._threads,
             "reported": self._system.threads(),
-            "busy": sum(x > BUSY_SHARE * sum(used) for x in used) or None,  # None: this platform does not tell
+            "busy": sum(x > BUSY_SHARE * cpu for x in used) or None,  # None: this platform does not tell
             "cpu_over_wall": cpu / wall,
             "idle_cpu": (time.process_time() - idle) / (time.perf_counter() - start),
         }
