@@ -62,7 +62,7 @@ def test_grouped_queries(build, H, Hk, Lq):
     cases.verify(*cases.arrays(2, H, Hk, Lq=Lq, Lk=45, D=16))
 
 
-@pytest.mark.parametrize(("D", "L"), [(64, 2048), (128, 1024)])
+@pytest.mark.parametrize(("D", "L"), [(64, 2048), (128, 1024), (256, 400), (512, 400)])
 def test_long(build, D, L):
     cases.verify(*cases.arrays(1, 1, Lq=L, D=D))
     cases.verify(*cases.arrays(1, 1, Lq=L, D=D), causal=True)

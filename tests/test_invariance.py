@@ -182,7 +182,8 @@ def test_tile_sizes_stay_within_the_bound(build, call, shape, blocks):
     config = FlashAttentionConfig(head_dim=shape[5], num_heads=shape[1], causal=causal, block_size_q=blocks[0],
                                   block_size_kv=blocks[1])
     out, lse = flash_attention(q, k, v, **options, config=config, return_lse=True)
-    bounds.Case(q, k, v, **options, causal=causal).check(out, lse)
+    case = bounds.Case(q, k, v, **options, causal=causal)
+    case.check(out, lse, rms=blocks[1] <= 512)  # longer sums in one go round more
     again = flash_attention(q, k, v, **options, config=config, return_lse=True, num_threads=3)
     cases.assert_same_bits(again, (out, lse))
 

@@ -47,10 +47,12 @@ def calls(draw):
     if draw(st.booleans()):
         options["softcap"] = draw(st.sampled_from([0.0, 0.5, 3.0, 50.0]))
     if draw(st.booleans()):
-        bias = r.standard_normal(draw(broadcast_shapes((B, H, Lq, Lk)))).astype(np.float32)
-        options["bias"] = np.where(r.random(bias.shape) < draw(st.sampled_from([0, 0.3])), np.float32(-np.inf), bias)
+        shape = draw(broadcast_shapes((B, H, Lq, Lk)))
+        hidden = r.random(shape) < draw(st.sampled_from([0, 0.3]))
+        options["bias"] = np.where(hidden, -np.inf, r.standard_normal(shape)).astype(np.float32)
     if draw(st.booleans()):
-        options["mask"] = r.random(draw(broadcast_shapes((B, H, Lq, Lk)))) < draw(st.sampled_from([0.1, 0.5, 0.95]))
+        shape = draw(broadcast_shapes((B, H, Lq, Lk)))
+        options["mask"] = np.asarray(r.random(shape) < draw(st.sampled_from([0.1, 0.5, 0.95])))
     if draw(st.booleans()):
         options["alibi_slopes"] = r.random(draw(st.sampled_from([(H,), (B, H)]))).astype(np.float32)
     if draw(st.booleans()):
@@ -64,7 +66,7 @@ def calls(draw):
     return arrays, options
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls(), st.sampled_from(cyflash.cpu.runnable()), st.integers(1, 3), st.tuples(block, block), layout)
 def test_any_call(call, build, threads, blocks, out_layout):
     (q, k, v), options = call
@@ -77,4 +79,4 @@ def test_any_call(call, build, threads, blocks, out_layout):
     with cyflash.set_implementation(build):
         got, lse = flash_attention(q, k, v, **options, config=config, num_threads=threads, out=out, return_lse=True)
     assert got is out
-    bounds.Case(q, k, v, **options).check(out, lse)
+    bounds.Case(q, k, v, **options).check(out, lse, rms=False)  # any size of scores, so no fair statistic
