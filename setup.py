@@ -75,7 +75,7 @@ class BuildExt(build_ext):
 detect = Extension("cyflash.cpu.detect", [f"{CPU}/detect.pyx"], include_dirs=[f"{CPU}/simd"], depends=SHARED[-1:])
 
 setup(
-    packages=["cyflash", "cyflash.cpu", "cyflash.quant"],
+    packages=["cyflash", "cyflash.bench", "cyflash.cpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={"cyflash": ["py.typed"]},
     ext_modules=cythonize(
