@@ -99,6 +99,12 @@ def test_names_of_the_readme_exist():
         operator.attrgetter(name)(cyflash)
 
 
+def test_the_map_of_the_readme_is_true():
+    paths = re.findall(r"^([\w/.]+) {2,}\w", README.partition("## Where things are")[2], re.M)
+    assert "cyflash/attention.py" in paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 def test_the_quick_start_of_the_readme_runs(capsys):
     section = README.partition("## Quick start")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
