@@ -24,7 +24,7 @@ if X86:
 # -O3: distributions build Python, and so extensions, at -O2, where the tiles are not unrolled (a third of the speed).
 # -ffp-contract=off: one order of roundings whatever the tile width; the kernels ask for fma where they want it.
 # -fno-ivopts: with it GCC 12 spills two operands of the 8 x 3 tile (181 instead of 231 GFLOP/s at D = 64).
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-ivopts"]
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-ivopts", "-g0"]
 # Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 CPU = "cyflash/cpu"
@@ -48,8 +48,8 @@ class BuildExt(build_ext):
     def build_extensions(self):
         if not self._compiles():
             sys.exit(
-                "cyflash: no working C compiler was found. Install one and try again: on Debian or Ubuntu "
-                "`apt install gcc python3-dev`, on Fedora `dnf install gcc python3-devel`, on macOS `xcode-select --install`."
+                "cyflash: no working C compiler was found. Install one and try again: on Debian or Ubuntu `apt install "
+                "gcc python3-dev`, on Fedora `dnf install gcc python3-devel`, on macOS `xcode-select --install`."
             )
         if os.environ.get("CYFLASH_OPENMP", "1") != "0" and self._compiles("-fopenmp"):
             for extension in self.extensions:
@@ -65,7 +65,8 @@ class BuildExt(build_ext):
             with open(source, "w") as file:
                 file.write("#include <Python.h>\nint main(void) { return 0; }\n")
             includes = [f"-I{path}" for path in self.include_dirs]
-            command = [*self.compiler.compiler_so, *includes, *flags, source, "-c", "-o", os.path.join(folder, "probe.o")]
+            output = os.path.join(folder, "probe.o")
+            command = [*self.compiler.compiler_so, *includes, *flags, source, "-c", "-o", output]
             try:
                 return subprocess.run(command, capture_output=True).returncode == 0
             except OSError:

@@ -1,4 +1,6 @@
 """Arrays as the kernels take them: views of the caller's memory wherever its strides allow, else copies."""
+import sys
+
 import numpy as np
 
 FLOAT32 = np.dtype(np.float32)
@@ -6,11 +8,19 @@ FLOAT32 = np.dtype(np.float32)
 
 def require_array(name, x, ndim=None):
     """`x` if it is a NumPy array (of one of the dimensions `ndim`), else an error that names it."""
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype=np.float32)")
+    if not isinstance(x, np.ndarray) or _is_masked(x):
+        raise TypeError(
+            f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype=np.float32)"
+        )
     if ndim is not None and x.ndim not in ndim:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, ndim))} dimensions, got {x.ndim} with shape {x.shape}")
+        expected = " or ".join(map(str, ndim))
+        raise ValueError(f"{name}: expected {expected} dimensions, got {x.ndim} with shape {x.shape}")
     return x
+
+
+def _is_masked(x):
+    masked = sys.modules.get("numpy.ma")  # never imported for this: without it there are no masked arrays
+    return masked is not None and isinstance(x, masked.MaskedArray)
 
 
 def require_float32(name, x, ndim=None):
@@ -60,7 +70,8 @@ def overlaps_itself(x):
     if x.size == 0:
         return False
     reach = x.itemsize
-    for stride, length in sorted((abs(stride), length) for stride, length in zip(x.strides, x.shape, strict=True) if length > 1):
+    axes = ((abs(stride), length) for stride, length in zip(x.strides, x.shape, strict=True) if length > 1)
+    for stride, length in sorted(axes):
         if stride < reach:
             return True
         reach += stride * (length - 1)

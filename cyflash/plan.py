@@ -81,7 +81,8 @@ def _key_value_shape(q, k, v):
     for name, x in (("k", k), ("v", v)):
         if x.ndim != q.ndim:
             raise ValueError(
-                f"{name}: expected {q.ndim} dimensions {names[q.ndim]} as q {q.shape}, got {x.ndim} with shape {x.shape}"
+                f"{name}: expected {q.ndim} dimensions {names[q.ndim]} as in q {q.shape}, "
+                f"got {x.ndim} with shape {x.shape}"
             )
     B, H, _, D = (1,) * (4 - q.ndim) + q.shape
     kB, Hk, Lk, kD = (1,) * (4 - k.ndim) + k.shape
@@ -94,7 +95,8 @@ def _key_value_shape(q, k, v):
         raise ValueError(f"k: expected {expected} with {sizes} as in q {q.shape}, got {k.shape}{_layout_hint(q, k)}")
     if Hk != H and (Hk == 0 or H % Hk):
         raise ValueError(
-            f"k: expected a number of heads that divides q's {H} (q {q.shape}), got {Hk} in {k.shape}{_layout_hint(q, k)}"
+            f"k: expected a number of heads that divides q's {H} (q {q.shape}), "
+            f"got {Hk} in {k.shape}{_layout_hint(q, k)}"
         )
     if (vB, vH, vL) != (kB, Hk, Lk):
         raise ValueError(

@@ -12,6 +12,7 @@ A build is imported only when this machine can run it: its module may contain it
 import importlib
 import importlib.util
 import os
+import re
 
 from cyflash.cpu import detect, threads
 
@@ -134,14 +135,15 @@ def tile_sizes(head_dim, block_size_q=None, block_size_kv=None, build=None):
     """(Br, Bc): query rows of a task and keys of a block, as used.
 
     Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys, of which
-    a block has at most MAX_BLOCK_SIZE_KV; without them they are constants of the build, so that results do not depend on
-    the machine's caches.
+    a block has at most MAX_BLOCK_SIZE_KV. Without them they are constants of the build, so that results do not depend
+    on the machine's caches.
     """
     module = active() if build is None else load(build)
     panel, rows = module.SHAPE["PANEL"], module.SHAPE["ROWS"]
     Br = panel if block_size_q is None else -(-block_size_q // panel) * panel
-    Bc = BLOCK_SIZE_KV[name_of(module)] if block_size_kv is None else min(-(-block_size_kv // rows) * rows, MAX_BLOCK_SIZE_KV)
-    return Br, Bc
+    if block_size_kv is None:
+        return Br, BLOCK_SIZE_KV[name_of(module)]
+    return Br, min(-(-block_size_kv // rows) * rows, MAX_BLOCK_SIZE_KV)
 
 
 def tile_bytes(Br, Bc, D, Dv=None, build=None):
@@ -156,9 +158,7 @@ def _cache_sizes():
     folder = "/sys/devices/system/cpu/cpu0/cache"
     for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         try:
-            level, kind, size = (
-                open(os.path.join(folder, entry, name), encoding="ascii").read().strip() for name in ("level", "type", "size")
-            )
+            level, kind, size = (threads.read(os.path.join(folder, entry), name) for name in ("level", "type", "size"))
         except OSError:
             continue
         unit = {"K": 1 << 10, "M": 1 << 20}.get(size[-1:], 1)
@@ -176,8 +176,9 @@ def _openmp_runtime():
     library = "library unknown"
     if os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line and "/" in line}
-        library = ", ".join(sorted(name for name in files if "omp" in os.path.basename(name))) or library
+            files = {line.split(maxsplit=5)[5].strip() for line in maps if ".so" in line and "/" in line}
+        runtimes = sorted(name for name in files if re.match(r"lib[gi]?omp", os.path.basename(name)))
+        library = ", ".join(runtimes) or library
     return f"OpenMP {version}, {library}"
 
 

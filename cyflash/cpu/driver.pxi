@@ -117,7 +117,9 @@ cdef void run_task(const Problem* x, Py_ssize_t task, float* scratch) noexcept n
     )
 
 
-cdef void run_tasks(const Problem* x, Py_ssize_t begin, Py_ssize_t end, float* scratch, Py_ssize_t size, int threads) noexcept nogil:
+cdef void run_tasks(
+    const Problem* x, Py_ssize_t begin, Py_ssize_t end, float* scratch, Py_ssize_t size, int threads
+) noexcept nogil:
     """Tasks begin <= t < end on `threads` threads, each with its own `size` floats of scratch."""
     cdef Py_ssize_t t
     if threads == 1:
@@ -198,8 +200,8 @@ def forward(
                 run_tasks(&x, begin, end, scratch, size, threads)
             if end < tasks:
                 PyErr_CheckSignals()
-                elapsed = perf_counter() - started
-                chunk = max(<Py_ssize_t> threads, <Py_ssize_t> ((end - begin) * SECONDS_BETWEEN_SIGNALS / (elapsed + 1e-9)))
+                elapsed = perf_counter() - started + 1e-9
+                chunk = max(<Py_ssize_t> threads, <Py_ssize_t> ((end - begin) * SECONDS_BETWEEN_SIGNALS / elapsed))
             begin = end
     finally:
         free(memory)

@@ -1,8 +1,8 @@
 # The algorithm of exact fp32 attention on one panel of query rows, written once for every SIMD build.
 #
 # Queries live in lanes: a panel holds up to PANEL = LANES * VECTORS query rows, one per lane, and every tile is stored
-# transposed, [key or head dimension][query row] with a pitch of PANEL floats. Row maxima, row sums and rescaling are then
-# vertical operations without shuffles; keys and values are read in their own layout, one broadcast at a time.
+# transposed, [key or head dimension][query row] with a pitch of PANEL floats. Row maxima, row sums and rescaling are
+# then vertical operations without shuffles; keys and values are read in their own layout, one broadcast at a time.
 #
 #     S^T = K Q^T     scores()       register-tiled product
 #     S^T            change_scores() softcap, bias, ALiBi, masks: everything that changes a score, for every precision
@@ -22,6 +22,7 @@ cdef extern from "simd.h" nogil:
         LANES    # floats in a vector
         VECTORS  # vectors of query rows in a full panel
         ROWS     # keys (or value columns) of a register tile
+        UNROLL   # steps of a product between two tests of its end
         PANEL    # LANES * VECTORS
         CACHE_LINE
     void prefetch(const void*) noexcept
@@ -55,10 +56,9 @@ cdef extern from "float.h" nogil:
     float FLT_MAX
 
 cdef enum:
-    # At most this many products are added one after another in a score; a longer sum is cut into equal parts, so that its
-    # rounding error grows with their number. Head dimensions up to it, the usual ones, pay nothing.
+    # At most this many products are added one after another in a score; a longer sum is cut into equal parts, so that
+    # its rounding error grows with their number. Head dimensions up to it, the usual ones, pay nothing.
     PART = 128
-    UNROLL = 2
 
 
 cdef struct Problem:
@@ -127,6 +127,21 @@ cdef struct Head:
 # The register-tiled product, and its two uses
 
 
+cdef inline void multiply_step(
+    vf* acc, const float* a, const float** b, const Py_ssize_t step, Py_ssize_t t, const int vectors
+) noexcept nogil:
+    """acc[i][j] += b[i][t * step] * a[t][j]"""
+    cdef int i, j
+    cdef vf x[VECTORS]
+    cdef vf y
+    for j in range(vectors):
+        x[j] = vf_load(a + t * PANEL + j * LANES)
+    for i in range(ROWS):
+        y = vf_set(b[i][t * step])
+        for j in range(vectors):
+            acc[i * VECTORS + j] = vf_fma(y, x[j], acc[i * VECTORS + j])
+
+
 cdef inline void multiply(
     vf* acc, const float* a, const float** b, const Py_ssize_t step, Py_ssize_t n, const int vectors
 ) noexcept nogil:
@@ -137,26 +152,14 @@ cdef inline void multiply(
     """
     cdef Py_ssize_t t
     cdef int i, j, u
-    cdef vf x[VECTORS]
-    cdef vf y
     for i in range(ROWS):
         for j in range(vectors):
             acc[i * VECTORS + j] = vf_set(0.0)
     for t in range(n // UNROLL):
         for u in range(UNROLL):
-            for j in range(vectors):
-                x[j] = vf_load(a + (t * UNROLL + u) * PANEL + j * LANES)
-            for i in range(ROWS):
-                y = vf_set(b[i][(t * UNROLL + u) * step])
-                for j in range(vectors):
-                    acc[i * VECTORS + j] = vf_fma(y, x[j], acc[i * VECTORS + j])
+            multiply_step(acc, a, b, step, t * UNROLL + u, vectors)
     for t in range(n // UNROLL * UNROLL, n):
-        for j in range(vectors):
-            x[j] = vf_load(a + t * PANEL + j * LANES)
-        for i in range(ROWS):
-            y = vf_set(b[i][t * step])
-            for j in range(vectors):
-                acc[i * VECTORS + j] = vf_fma(y, x[j], acc[i * VECTORS + j])
+        multiply_step(acc, a, b, step, t, vectors)
 
 
 cdef inline void scores_tile(
@@ -211,6 +214,7 @@ cdef inline void accumulate_tile(
     cdef Py_ssize_t d, g, column
     cdef int i, j
     cdef float* row
+    cdef vf old
     cdef vf acc[ROWS * VECTORS]
     cdef const float* b[ROWS]
     for g in range((Dv + ROWS - 1) // ROWS):
@@ -222,7 +226,8 @@ cdef inline void accumulate_tile(
         for i in range(ROWS):
             row = o + (d + i) * PANEL
             for j in range(vectors):
-                vf_store(row + j * LANES, vf_fma(vf_load(row + j * LANES), vf_load(alpha + j * LANES), acc[i * VECTORS + j]))
+                old = vf_load(row + j * LANES)
+                vf_store(row + j * LANES, vf_fma(old, vf_load(alpha + j * LANES), acc[i * VECTORS + j]))
 
 
 cdef void accumulate(
@@ -293,33 +298,38 @@ cdef void softmax(
 
         m' = max(m, max_c S),   alpha = e^(m - m'),   P = e^(S - m'),   l' = alpha l + sum_c P
 
-    begin, end: multiples of ROWS, and so of 4. A row that has seen nothing yet has m' = -inf: 0 stands in for it, so that
-    P = e^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator, whatever the maximum makes of it.
+    begin, end: multiples of ROWS, the number of independent maxima and sums. A row that has seen nothing yet has
+    m' = -inf: 0 stands in for it, so that P = e^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator,
+    whatever the maximum makes of it.
     """
     cdef Py_ssize_t g
     cdef int j, u
     cdef float* column
     cdef vf old, top, base, a, p
-    cdef vf x[4]
+    cdef vf x[ROWS]
     for j in range(vectors):
         column = s + j * LANES
         old = vf_load(m + j * LANES)
-        for u in range(4):
+        for u in range(ROWS):
             x[u] = old
-        for g in range(begin // 4, end // 4):
-            for u in range(4):
-                x[u] = vf_max(x[u], vf_load(column + (4 * g + u) * PANEL))
-        top = vf_max(vf_max(x[0], x[1]), vf_max(x[2], x[3]))
+        for g in range(begin // ROWS, end // ROWS):
+            for u in range(ROWS):
+                x[u] = vf_max(x[u], vf_load(column + (g * ROWS + u) * PANEL))
+        top = old
+        for u in range(ROWS):
+            top = vf_max(top, x[u])
         base = vf_hide(top, top, vf_set(0.0))
         a = expv(vf_sub(old, base))
-        for u in range(4):
+        for u in range(ROWS):
             x[u] = vf_set(0.0)
-        for g in range(begin // 4, end // 4):
-            for u in range(4):
-                p = expv(vf_sub(vf_load(column + (4 * g + u) * PANEL), base))
+        for g in range(begin // ROWS, end // ROWS):
+            for u in range(ROWS):
+                p = expv(vf_sub(vf_load(column + (g * ROWS + u) * PANEL), base))
                 x[u] = vf_add(x[u], p)
-                vf_store(column + (4 * g + u) * PANEL, p)
-        p = vf_add(vf_add(x[0], x[1]), vf_add(x[2], x[3]))
+                vf_store(column + (g * ROWS + u) * PANEL, p)
+        p = x[0]
+        for u in range(1, ROWS):
+            p = vf_add(p, x[u])
         vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, p))
         vf_store(m + j * LANES, top)
         vf_store(alpha + j * LANES, a)
@@ -453,7 +463,9 @@ cdef void change_scores(
             c += n
 
 
-cdef int mask_tile(const Problem* x, const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+cdef int mask_tile(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
     """-1 when the mask keeps no key of [begin, end) for any row of the panel, 1 when it keeps all, 0 between."""
     cdef Py_ssize_t i, j, kept, seen = 0, all_kept = 0
     cdef const unsigned char* row
@@ -481,7 +493,9 @@ cdef enum:
     SLICES = 8  # pieces of a block's first product, with prefetches between them
 
 
-cdef void prefetch_rows(const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width) noexcept nogil:
+cdef void prefetch_rows(
+    const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width
+) noexcept nogil:
     """Asks for the first `width` bytes of rows begin <= r < end, which are row_bytes apart."""
     cdef Py_ssize_t r, i
     for r in range(begin, end):
@@ -492,9 +506,9 @@ cdef void prefetch_rows(const char* first, Py_ssize_t row_bytes, Py_ssize_t begi
 cdef void prefetch_slice(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end, int i
 ) noexcept nogil:
-    """Asks for slice i of what comes after the first product of a block: its values; the bias of the next block, a short
-    piece of each of many long rows, which no hardware prefetcher foresees; and, with a panel's first block, the rows of
-    the output and the queries of the next panel. Asked for all at once they would have to queue."""
+    """Asks for slice i of what comes after the first product of a block: its values; the bias of the next block, a
+    short piece of each of many long rows, which no hardware prefetcher foresees; and, with a panel's first block, the
+    rows of the output and the queries of the next panel. Asked for all at once they would have to queue."""
     cdef Py_ssize_t next_block = block + x.Bc
     cdef Py_ssize_t first = i * panel.rows // SLICES, last = (i + 1) * panel.rows // SLICES
     prefetch_rows(
@@ -507,8 +521,8 @@ cdef void prefetch_slice(
             x.Dv * sizeof(float),
         )
         prefetch_rows(
-            <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float), first, last,
-            x.D * sizeof(float),
+            <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float),
+            first, last, x.D * sizeof(float),
         )
     if x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1 and next_block <= panel.last_key:
         prefetch_rows(
@@ -562,7 +576,8 @@ cdef void fold_block(
             hidden[c] = 0.0
         change_scores(hidden, x, head, panel, block, begin, end, False, masked, edges)
         accumulate_visible(
-            panel.o, s + begin * PANEL, hidden + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin, panel.vectors
+            panel.o, s + begin * PANEL, hidden + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin,
+            panel.vectors,
         )
     else:
         accumulate(panel.o, s + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin, panel.vectors)

@@ -77,15 +77,16 @@ def quota_of(root, groups):
 def _quota_in(folder):
     try:
         if os.path.exists(os.path.join(folder, "cpu.max")):  # cgroup v2
-            quota, period = _read(folder, "cpu.max").split()
+            quota, period = read(folder, "cpu.max").split()
         else:
-            quota, period = _read(folder, "cpu.cfs_quota_us"), _read(folder, "cpu.cfs_period_us")
+            quota, period = read(folder, "cpu.cfs_quota_us"), read(folder, "cpu.cfs_period_us")
         return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     except (OSError, ValueError):
         return math.inf
 
 
-def _read(folder, name):
+def read(folder, name):
+    """The text of a small file of the system."""
     with open(os.path.join(folder, name), encoding="ascii") as file:
         return file.read().strip()
 
@@ -94,7 +95,7 @@ def _read(folder, name):
 def cgroup_quota():
     """This process's cgroup CPU quota in whole CPUs, or None."""
     try:
-        return quota_of("/sys/fs/cgroup", _read("/proc/self", "cgroup"))
+        return quota_of("/sys/fs/cgroup", read("/proc/self", "cgroup"))
     except OSError:
         return None
 

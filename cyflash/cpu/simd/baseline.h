@@ -2,7 +2,7 @@
  *
  * Tile: 4 rows x 2 vectors = 8 accumulators + 2 operands + 1 broadcast + 1 product (no FMA) = 12 of 16 registers.
  */
-enum { LANES = 4, VECTORS = 2, ROWS = 4 };
+enum { LANES = 4, VECTORS = 2, ROWS = 4, UNROLL = 1 };
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
