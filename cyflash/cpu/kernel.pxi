@@ -493,28 +493,31 @@ cdef enum:
     SLICES = 8  # pieces of a block's first product, with prefetches between them
 
 
-cdef void prefetch_rows(
+cdef inline void prefetch_rows(
     const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width
 ) noexcept nogil:
-    """Asks for the first `width` bytes of rows begin <= r < end, which are row_bytes apart."""
+    """Asks for the first `width` bytes of rows begin <= r < end, which are row_bytes apart. Inline, since GCC takes a
+    function of prefetches alone for one without effect and leaves its calls out."""
     cdef Py_ssize_t r, i
     for r in range(begin, end):
         for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
             prefetch(first + r * row_bytes + i * CACHE_LINE)
 
 
-cdef void prefetch_slice(
+cdef inline void prefetch_slice(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end, int i
 ) noexcept nogil:
-    """Asks for slice i of what comes after the first product of a block: its values; the bias of the next block, a
-    short piece of each of many long rows, which no hardware prefetcher foresees; and, with a panel's first block, the
-    rows of the output and the queries of the next panel. Asked for all at once they would have to queue."""
+    """Asks for slice i of what comes after the first product of a block: the values, by the first panel of a head,
+    which finds them in no cache; the rows of the output and the queries of the next panel, with a panel's first block;
+    the bias of the next block, a short piece of each of many long rows, which no hardware prefetcher foresees. Asked for
+    all at once they would have to queue."""
     cdef Py_ssize_t next_block = block + x.Bc
     cdef Py_ssize_t first = i * panel.rows // SLICES, last = (i + 1) * panel.rows // SLICES
-    prefetch_rows(
-        <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
-        i * (end - begin) // SLICES, (i + 1) * (end - begin) // SLICES, x.Dv * sizeof(float),
-    )
+    if panel.row == 0:
+        prefetch_rows(
+            <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
+            i * (end - begin) // SLICES, (i + 1) * (end - begin) // SLICES, x.Dv * sizeof(float),
+        )
     if block <= panel.first_key:
         prefetch_rows(
             <const char*> (head.out + panel.row * x.out_stride[2]), x.out_stride[2] * sizeof(float), first, last,
