@@ -47,6 +47,8 @@ cdef extern from "simd.h" nogil:
     vf vf_keep_part(const unsigned char*, Py_ssize_t n) noexcept  # 0 where the byte is set, -inf where not; n bytes
     void vf_transpose(vf*) noexcept                              # LANES vectors of LANES
 
+from libc.string cimport memset
+
 cdef extern from "math.h" nogil:
     double exp(double) noexcept
     double log(double) noexcept
@@ -273,22 +275,43 @@ cdef void accumulate_visible(
 # Softmax
 
 
-cdef inline vf expv(vf x) noexcept nogil:
-    """e^x for x <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: with y = x log2(e), 2^floor(y) times a polynomial in
-    the fraction of y.
+cdef inline void exponentials(vf* x, const int n) noexcept nogil:
+    """x[i] = e^x[i] for i < n and x[i] <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: with y = x log2(e), 2^floor(y)
+    times a polynomial in the fraction of y.
 
     The polynomial is the minimax (relative error 2.0e-9) of degree 6 for 2^f on [0, 1) with constant term 1, fitted by
-    linear programming; at most 1.1 half-ulps with the rounding of its evaluation.
+    linear programming; at most 1.1 half-ulps with the rounding of its evaluation. Each step is taken for all n before
+    the next one: a chain of ten dependent instructions at a time would fill the CPU's schedulers with waiting ones.
     """
-    cdef vf y = vf_mul(x, vf_set(1.4426950408889634))
-    cdef vf f = vf_fraction(y)
-    cdef vf p = vf_fma(vf_set(0.00021612915923520861), f, vf_set(0.0012467846199969426))
-    p = vf_fma(p, f, vf_set(0.00967545158999772))
-    p = vf_fma(p, f, vf_set(0.05548528060831344))
-    p = vf_fma(p, f, vf_set(0.24022930555464905))
-    p = vf_fma(p, f, vf_set(0.6931470444431008))
-    p = vf_fma(p, f, vf_set(1.0))
-    return vf_scale2(p, y)
+    cdef int i
+    cdef vf y[ROWS]
+    cdef vf f[ROWS]
+    for i in range(n):
+        y[i] = vf_mul(x[i], vf_set(1.4426950408889634))
+    for i in range(n):
+        f[i] = vf_fraction(y[i])
+    for i in range(n):
+        x[i] = vf_fma(vf_set(0.00021612915923520861), f[i], vf_set(0.0012467846199969426))
+    for i in range(n):
+        x[i] = vf_fma(x[i], f[i], vf_set(0.00967545158999772))
+    for i in range(n):
+        x[i] = vf_fma(x[i], f[i], vf_set(0.05548528060831344))
+    for i in range(n):
+        x[i] = vf_fma(x[i], f[i], vf_set(0.24022930555464905))
+    for i in range(n):
+        x[i] = vf_fma(x[i], f[i], vf_set(0.6931470444431008))
+    for i in range(n):
+        x[i] = vf_fma(x[i], f[i], vf_set(1.0))
+    for i in range(n):
+        x[i] = vf_scale2(x[i], y[i])
+
+
+cdef inline vf expv(vf x) noexcept nogil:
+    """e^x as in exponentials()."""
+    cdef vf one[1]
+    one[0] = x
+    exponentials(one, 1)
+    return one[0]
 
 
 cdef void softmax(
@@ -303,34 +326,37 @@ cdef void softmax(
     whatever the maximum makes of it.
     """
     cdef Py_ssize_t g
-    cdef int j, u
-    cdef float* column
-    cdef vf old, top, base, a, p
+    cdef int j, i
+    cdef float* rows
+    cdef vf old, top, base, sum, a
     cdef vf x[ROWS]
     for j in range(vectors):
-        column = s + j * LANES
         old = vf_load(m + j * LANES)
-        for u in range(ROWS):
-            x[u] = old
+        for i in range(ROWS):
+            x[i] = old
         for g in range(begin // ROWS, end // ROWS):
-            for u in range(ROWS):
-                x[u] = vf_max(x[u], vf_load(column + (g * ROWS + u) * PANEL))
+            rows = s + g * ROWS * PANEL + j * LANES
+            for i in range(ROWS):
+                x[i] = vf_max(x[i], vf_load(rows + i * PANEL))
         top = old
-        for u in range(ROWS):
-            top = vf_max(top, x[u])
+        for i in range(ROWS):
+            top = vf_max(top, x[i])
         base = vf_hide(top, top, vf_set(0.0))
-        a = expv(vf_sub(old, base))
-        for u in range(ROWS):
-            x[u] = vf_set(0.0)
+        sum = vf_set(0.0)
         for g in range(begin // ROWS, end // ROWS):
-            for u in range(ROWS):
-                p = expv(vf_sub(vf_load(column + (g * ROWS + u) * PANEL), base))
-                x[u] = vf_add(x[u], p)
-                vf_store(column + (g * ROWS + u) * PANEL, p)
-        p = x[0]
-        for u in range(1, ROWS):
-            p = vf_add(p, x[u])
-        vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, p))
+            rows = s + g * ROWS * PANEL + j * LANES
+            for i in range(ROWS):
+                x[i] = vf_sub(vf_load(rows + i * PANEL), base)
+            exponentials(x, ROWS)
+            for i in range(ROWS):
+                vf_store(rows + i * PANEL, x[i])
+            for i in range(ROWS // 2):
+                x[i] = vf_add(x[i], x[i + ROWS // 2])
+            for i in range(1, ROWS // 2):
+                x[0] = vf_add(x[0], x[i])
+            sum = vf_add(sum, x[0])
+        a = expv(vf_sub(old, base))
+        vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, sum))
         vf_store(m + j * LANES, top)
         vf_store(alpha + j * LANES, a)
 
@@ -599,9 +625,7 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
     for r in range(PANEL):
         panel.m[r] = -INFINITY
         panel.l[r] = 0.0
-    for d in range(x.Dv):
-        for j in range(panel.vectors):
-            vf_store(panel.o + d * PANEL + j * LANES, vf_set(0.0))
+    memset(panel.o, 0, x.Dv * PANEL * sizeof(float))
     for j in range(panel.vectors):
         row = j * LANES
         d = 0
