@@ -172,7 +172,7 @@ def test_rows_of_the_lowest_number_are_uniform(build):
     mean = v.mean(axis=2, dtype=np.float64)
     for h in range(2):
         np.testing.assert_allclose(out[0, h, ::3], np.broadcast_to(mean[0, h], (10, 8)), atol=1e-6)
-    assert (lse[0, :, ::3] < -2e38).all() and np.isfinite(lse).all()
+    assert (lse[0, :, ::3] == F32.min).all()
     rest = [i for i in range(30) if i % 3]
     bounds.Case(q[:, :, rest], k, v).check(out[:, :, rest], lse[:, :, rest])
 
@@ -194,7 +194,7 @@ def test_lowest_number_with_other_options(build):
     out, lse = flash_attention(q, k, v, bias=bias, alibi_slopes=slopes, causal=True, return_lse=True)
     for i in range(30):
         np.testing.assert_allclose(out[0, 0, i], v[0, 0, : i + 35].mean(axis=0, dtype=np.float64), atol=1e-6)
-    assert (lse < -2e38).all() and np.isfinite(lse).all()
+    assert (lse == F32.min).all()
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-40, 1e-44])
