@@ -107,6 +107,17 @@ def test_visible_bad_numbers_show(build, D, where, bad):
             case.check(out, lse)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+def test_scores_of_minus_infinity(build, options):
+    """Visible keys of weight 0; a value that is NaN shows through them."""
+    q, k, v = (np.abs(x) for x in cases.arrays(1, 1, 1, 30, 30, 8))
+    k[0, 0, [3, 17]] = -np.inf
+    v[0, 0, 17, 2] = np.nan
+    cases.verify(q, k, v, **options)
+    k[...] = -np.inf
+    zeros_and_lse(flash_attention(q, k, np.abs(cases.arrays(1, 1, 1, 30, 30, 8)[2]), return_lse=True), ...)
+
+
 def test_all_keys_nan(build):
     for L in LENGTHS:
         q, k, v = cases.arrays(1, 1, 1, 3, L, 8)
