@@ -71,7 +71,7 @@ def attention(q, k, v, *, causal=False, causal_align="bottom-right", scale=None,
     Notes
     -----
     A row that sees no key (``Lk = 0`` included) has output 0 and log-sum-exp -inf, or the sink. NaN and infinity in
-    keys and values reach only the rows that see them. A score of -inf is a masked key, wherever it came from.
+    keys and values reach only the rows that see them. A row whose visible scores are all -inf counts as seeing none.
 
     The formula is equation (1) of Vaswani et al., "Attention Is All You Need", 2017, with the options of the libraries
     that followed it: bottom-right causal and windows as in FlashAttention-2, ALiBi of Press et al., 2022, sinks of
@@ -92,7 +92,7 @@ def attention(q, k, v, *, causal=False, causal_align="bottom-right", scale=None,
                       bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks):
         scores = np.where(head.visible, head_scores(head), -np.inf)
         weights, row_lse = softmax(scores, head.sink)
-        rows.append(weighted_sum(weights, scores != -np.inf, head.v))
+        rows.append(weighted_sum(weights, head.visible, head.v))
         lse.append(row_lse)
     out = np.array(rows).reshape(shape + Dv)
     return (out, np.array(lse).reshape(shape)) if return_lse else out

@@ -150,7 +150,7 @@ def _head_bounds(head):
         sink_error = 0.0 if head.sink == -np.inf else p_sink * STEPS * EPS * (abs(head.sink) + np.abs(head.sink - top))
 
         size = np.abs(np.where(np.isfinite(head.v), head.v, 0.0))
-        out = np.abs(reference.weighted_sum(p, seen, head.v))
+        out = np.abs(reference.weighted_sum(p, head.visible, head.v))
         denominator = weight_error.sum(axis=1) + sink_error
         roundings = (8 + -(-len(head.k) // KEYS_PER_BLOCK)) * EPS
         bound = SAFETY * (roundings * (p @ size) + weight_error @ size + denominator[:, None] * out)

@@ -1,5 +1,13 @@
 """What every test file shares: a fixture that runs a test once for each SIMD build, on that build."""
 import pytest
+from threadpoolctl import threadpool_limits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread():
+    """NumPy's threads only get in the way of small products and of ours."""
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def pytest_generate_tests(metafunc):

@@ -183,7 +183,7 @@ def test_tile_sizes_stay_within_the_bound(build, call, shape, blocks):
                                   block_size_kv=blocks[1])
     out, lse = flash_attention(q, k, v, **options, config=config, return_lse=True)
     case = bounds.Case(q, k, v, **options, causal=causal)
-    case.check(out, lse, rms=blocks[1] <= 512)  # longer sums in one go round more
+    case.check(out, lse)
     again = flash_attention(q, k, v, **options, config=config, return_lse=True, num_threads=3)
     cases.assert_same_bits(again, (out, lse))
 

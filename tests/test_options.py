@@ -122,7 +122,7 @@ def test_softcap_at_every_scale(build, softcap, size):
     q, k, v = inputs(40, 50)
     q *= np.float32(size)
     out, lse = flash_attention(q, k, v, softcap=softcap, return_lse=True)
-    bounds.Case(q, k, v, softcap=softcap).check(out, lse, rms=size <= 10 and softcap >= 5)
+    bounds.Case(q, k, v, softcap=softcap).check(out, lse)
 
 
 @pytest.mark.parametrize("sink", [-1e4, -30.0, 0.0, 5.0, 30.0, 1e4, -np.inf])

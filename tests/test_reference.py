@@ -173,6 +173,15 @@ def test_infinite_score_gives_nan():
     assert np.isnan(out).all() and lse[0] == np.inf
 
 
+def test_scores_of_minus_infinity_weigh_nothing():
+    """Visible all the same: what else such a key holds is multiplied by 0, and 0 * NaN is NaN."""
+    q, k, v = np.ones((1, 1)), np.array([[-np.inf], [0.0]]), np.array([[5.0, np.nan], [1.0, 2.0]])
+    out, lse = attention(q, k, v, return_lse=True)
+    assert out[0, 0] == 1 and np.isnan(out[0, 1]) and lse[0] == 0
+    out, lse = attention(q, k[:1], v[:1, :1], return_lse=True)
+    assert out[0, 0] == 0 and lse[0] == -np.inf
+
+
 def test_shapes_agree():
     """A batch of one, heads without a batch and a single head give the same numbers."""
     q, k, v = arrays(B=1, H=1, Hk=1)

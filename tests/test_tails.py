@@ -18,7 +18,7 @@ def sweep(D, lengths):
         parts = [x[:, :L] for x, L in zip(spoiled, (Lq, Lk, Lk), strict=True)]
         for part, x in zip(parts, (q, k, v), strict=True):
             part[...] = x[:, : part.shape[1]]
-        out, lse = flash_attention(*parts, return_lse=True)
+        out, lse = flash_attention(*parts, return_lse=True, num_threads=1)
         bounds.Case(*parts).check(out, lse)
 
 
