@@ -142,12 +142,14 @@ def attend(
 def _run(plan, flops, q, k, v, out, lse, block_size_q, block_size_kv, num_threads):
     """One kernel call. Tile sizes are cut to the problem's, which changes no bit, so that small calls stay small."""
     build = cpu.active()
-    Br, Bc = cpu.tile_sizes(plan.D, block_size_q, block_size_kv)
+    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
     useful = 1 + int(flops / FLOPS_PER_THREAD)
     count = 1 if useful == 1 and num_threads is None else min(useful, threads.count(num_threads))
+    if count > 1:
+        threads.started()
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     if out.size:
         build.forward(

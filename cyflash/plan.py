@@ -15,6 +15,8 @@ from cyflash import arrays
 # Stands for "no bound" of a window: beyond any key, yet far from overflow when positions are added to it.
 UNBOUNDED = 1 << 61
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 class Plan(NamedTuple):
     """What the kernels need to know of a call, besides the arrays."""
@@ -44,7 +46,7 @@ def make_plan(
     """Check arrays q, k, v (of checked dtypes) and the options of `flash_attention` against each other."""
     B, H, Lq, D = (1,) * (4 - q.ndim) + q.shape
     Hk, Lk, Dv = _key_value_shape(q, k, v)
-    if causal_align not in ("bottom-right", "top-left"):
+    if not isinstance(causal_align, str) or causal_align not in ("bottom-right", "top-left"):
         raise ValueError(f"causal_align: expected 'bottom-right' or 'top-left', got {causal_align!r}")
     left, right = _window(window)
     if _flag("causal", causal):
@@ -52,7 +54,7 @@ def make_plan(
     rows = (*q.shape[:-1], Lk)
     return Plan(
         B, H, Hk, Lq, Lk, D, Dv,
-        scale=1.0 / math.sqrt(D) if scale is None else _real("scale", scale),
+        scale=1.0 / math.sqrt(D) if scale is None else _scale(scale),
         softcap=_softcap(softcap),
         offset=Lk - Lq if causal_align == "bottom-right" else 0,
         left=left,
@@ -127,9 +129,22 @@ def _is_index(value):
 
 def _real(name, value):
     """`value` as a finite float."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+    except OverflowError:  # an integer or a fraction beyond float
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
+    return number
+
+
+def _scale(value):
+    scale = _real("scale", value)
+    if abs(scale) > FLOAT32_MAX:
+        raise ValueError(
+            f"scale: expected at most {FLOAT32_MAX:.3g}, the largest float32, got {value!r}; scale q or k instead"
+        )
+    return scale
 
 
 def _softcap(value):
@@ -174,7 +189,7 @@ def _bias(bias, rows):
 
 
 def _mask(mask, rows):
-    arrays.require_array("mask", mask)
+    arrays.require_array("mask", mask, dtype="bool")
     if mask.dtype != np.bool_:
         way_out = (
             "an array that is added to the scores is `bias`" if mask.dtype.kind in "fV" else "write mask.astype(bool)"
@@ -183,10 +198,21 @@ def _mask(mask, rows):
     return _broadcast("mask", mask.view(np.uint8), rows)
 
 
+def _numbers(name, x):
+    """A list of numbers, nested or not, as float32."""
+    try:
+        array = np.array(x)
+    except ValueError:  # of uneven lengths
+        array = np.array(None)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name}: expected an array or a list of numbers, got {x!r}")
+    return array.astype(np.float32)
+
+
 def _per_head(name, x, shapes, wanted):
     """A small float32 array of one of `shapes`, broadcast to `wanted`. Lists of numbers are taken too."""
     if isinstance(x, (list, tuple)):
-        x = np.array(x, np.float32)
+        x = _numbers(name, x)
     arrays.require_float32(name, x)
     if x.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))} for q's heads, got {x.shape}")

@@ -1,5 +1,6 @@
 """Choosing the SIMD build: by what the machine can run, by CYFLASH_ISA, by set_implementation; what cpu_info says."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import cyflash
 from cyflash import cpu
+from cyflash.attention import attend
 from cyflash.cpu import detect
 
 
@@ -161,3 +163,15 @@ def test_every_build_gives_the_same_within_the_bound():
             results.append(cyflash.flash_attention(q, k, v, causal=True))
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=0, atol=5e-6)
+
+
+def test_a_call_uses_one_build_though_another_thread_changes_it(monkeypatch):
+    """Its tiles are those of the build that runs: another's need not be whole panels of it."""
+    builds = itertools.cycle(cpu.load(name) for name in reversed(cpu.runnable()))
+    q, k, v = np.random.default_rng(0).standard_normal((3, 100, 8), dtype=np.float32)
+    config = cyflash.FlashAttentionConfig(head_dim=8, block_size_q=1, block_size_kv=1)
+    expected = [attend(q, k, v, config=config)[2] for name in cpu.runnable() if cyflash.set_implementation(name)]
+    cyflash.set_implementation(None)
+    monkeypatch.setattr(cpu, "active", lambda: next(builds))
+    for _ in cpu.runnable():
+        assert attend(q, k, v, config=config)[2] in expected

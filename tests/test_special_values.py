@@ -4,7 +4,7 @@ import cases
 import numpy as np
 import pytest
 
-from cyflash import flash_attention
+from cyflash import flash_attention, reference
 
 LENGTHS = range(1, 41)
 F32 = np.finfo(np.float32)
@@ -236,3 +236,37 @@ def test_zero_keys_are_uniform(build):
     out, lse = flash_attention(q, np.zeros_like(k), v, return_lse=True)
     np.testing.assert_allclose(out[0, 0], np.broadcast_to(v[0, 0].mean(axis=0), (20, 8)), atol=1e-6)
     np.testing.assert_allclose(lse, np.log(64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["plain", "causal", "bias"])
+def test_a_score_of_minus_infinity_hides_its_value(build, bad, name):
+    """It is a masked key, wherever it came from: its value reaches no row."""
+    option = {"plain": {}, "causal": {"causal": True}, "bias": {"bias": np.zeros((5, 40), np.float32)}}[name]
+    q, k, v = cases.arrays(1, 2, 1, 5, 40, 8)
+    q = np.abs(q)
+    for j in (0, 7, 39):
+        expected = flash_attention(q, k, v, mask=np.arange(40) != j, **option, return_lse=True)
+        spoiled_k, spoiled_v = k.copy(), v.copy()
+        spoiled_k[:, :, j] = -np.inf
+        spoiled_v[:, :, j] = bad
+        cases.assert_same_bits(flash_attention(q, spoiled_k, spoiled_v, **option, return_lse=True), expected)
+
+
+def test_infinite_and_nan_sinks(build):
+    """A sink of infinity takes all weight, one of NaN shows; a row that sees no key has output 0 beside either."""
+    q, k, v = cases.arrays(1, 3, 3, 6, 20, 8)
+    options = {"mask": np.arange(6)[:, None] != 2, "sinks": np.array([np.inf, np.nan, 0.5], np.float32)}
+    out, lse = flash_attention(q, k, v, **options, return_lse=True)
+    expected, expected_lse = reference.attention(q, k, v, **options, return_lse=True)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+    assert not out[0, 0].any() and (lse[0, 0] == np.inf).all()
+    assert np.isnan(out[0, 1, [0, 1, 3, 4, 5]]).all() and not out[0, 1, 2].any() and np.isnan(lse[0, 1]).all()
+
+
+@pytest.mark.parametrize("softcap", [1e-37, 1e-40, 1e-60, 1e-300])
+def test_tiny_softcap_is_not_none(build, softcap):
+    """All scores are as good as 0, so every key weighs the same."""
+    q, k, v = cases.arrays(1, 1, 1, 20, 64, 8)
+    cases.verify(q, k, v, softcap=softcap)

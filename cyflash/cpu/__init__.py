@@ -138,7 +138,11 @@ def tile_sizes(head_dim, block_size_q=None, block_size_kv=None, build=None):
     a block has at most MAX_BLOCK_SIZE_KV. Without them they are constants of the build, so that results do not depend
     on the machine's caches.
     """
-    module = active() if build is None else load(build)
+    return tile_sizes_of(active() if build is None else load(build), block_size_q, block_size_kv)
+
+
+def tile_sizes_of(module, block_size_q=None, block_size_kv=None):
+    """`tile_sizes` of a build that is already chosen: the active one may change in another thread meanwhile."""
     panel, rows = module.SHAPE["PANEL"], module.SHAPE["ROWS"]
     Br = panel if block_size_q is None else -(-block_size_q // panel) * panel
     if block_size_kv is None:

@@ -2,6 +2,9 @@
 
 By default min(CPU affinity, cgroup quota, OMP_NUM_THREADS); CYFLASH_NUM_THREADS, then `set_num_threads`, then a call's
 `num_threads` override it.
+
+GNU's OpenMP cannot start threads in a process that was forked from one whose threads it had already started: the child
+would wait for them for ever. Calls in such a child have one thread, whatever is asked; their bits are the same.
 """
 import functools
 import math
@@ -11,6 +14,23 @@ import os
 from cyflash.cpu import detect
 
 _chosen = None
+_started = False  # whether a call of this process, or of one that it was forked from, had several threads
+_lost = False     # whether this process was forked after that
+
+
+def started():
+    """Note that OpenMP is about to start threads."""
+    global _started
+    _started = True
+
+
+def _forked():
+    global _lost
+    _lost = _started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def checked(name, value):
@@ -121,7 +141,7 @@ def limits():
 
 
 def count(num_threads=None):
-    """Threads of a call that passes `num_threads`; one when built without OpenMP."""
+    """Threads of a call that passes `num_threads`; one when built without OpenMP, and where a fork has lost them."""
     if num_threads is not None:
         wanted = checked("num_threads", num_threads)
     else:
@@ -129,4 +149,4 @@ def count(num_threads=None):
         wanted = known["set_num_threads"] or known["cyflash_num_threads"]
         if wanted is None:
             wanted = min(n for n in (known["affinity"], known["cgroup"], known["omp_num_threads"]) if n is not None)
-    return wanted if detect.openmp()[0] else 1
+    return wanted if detect.openmp()[0] and not _lost else 1
