@@ -142,7 +142,7 @@ def attend(
 def _run(plan, flops, q, k, v, out, lse, block_size_q, block_size_kv, num_threads):
     """One kernel call. Tile sizes are cut to the problem's, which changes no bit, so that small calls stay small."""
     build = cpu.active()
-    Br, Bc = cpu.tile_sizes(plan.D, block_size_q, block_size_kv)
+    Br, Bc = cpu.tile_sizes(block_size_q, block_size_kv)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows

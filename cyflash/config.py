@@ -244,7 +244,7 @@ class FlashAttention:
         """
         L, D = _count("seq_len", seq_len), self.config.head_dim
         # A call cuts its tiles to its lengths, so a short sequence holds less.
-        Br, Bc = cpu.tile_sizes(D, min(L, self.config.block_size_q), min(L, self.config.block_size_kv))
+        Br, Bc = cpu.tile_sizes(min(L, self.config.block_size_q), min(L, self.config.block_size_kv))
         naive_bytes = 4 * L * L
         flash_bytes = cpu.tile_bytes(Br, Bc, D, D) + 4 * L
         return MemorySavings(naive_bytes, flash_bytes, naive_bytes / flash_bytes, L)
@@ -325,7 +325,7 @@ def _count(name, value):
 def _tiles_for_caches(D, caches, most_rows):
     """Return (Br, Bc) for head_dim D and caches of these sizes; unknown ones count as small: 32 KiB and 256 KiB."""
     l1, l2 = caches["l1d"] or 32 * KIB, caches["l2"] or 256 * KIB
-    rows, _ = cpu.tile_sizes(D, 1, 1)  # one panel: the queries that fill the registers
+    rows, _ = cpu.tile_sizes(1, 1)  # one panel: the queries that fill the registers
     # L1: in the first product a panel's Q (4 * rows * D bytes) meets a block of keys and fills its scores (4 * rows *
     # Bc); in the second the panel's output takes the place of Q. K and V stream by, so a quarter is left to them:
     #     4 * rows * (D + Bc) <= 3/4 L1          (rows=48: D=64 takes 64 keys in 32 KiB, 128 in 48 KiB)
@@ -339,7 +339,7 @@ def _tiles_for_caches(D, caches, most_rows):
     Br = rows
     while Br + rows <= most_rows and cpu.tile_bytes(Br + rows, Bc, D, D) + 8 * Bc * D <= l2 // 2:
         Br += rows
-    return cpu.tile_sizes(D, Br, Bc)
+    return cpu.tile_sizes(Br, Bc)
 
 
 def _most_rows(L, H, threads):

@@ -131,7 +131,7 @@ def set_implementation(name):
     return restore
 
 
-def tile_sizes(head_dim, block_size_q=None, block_size_kv=None, build=None):
+def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
     """(Br, Bc): query rows of a task and keys of a block, as used.
 
     Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys, of which
