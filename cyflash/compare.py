@@ -119,7 +119,7 @@ def measure(captures, settings):
             label = f"{capture.path.stem}: {name}" if len(captures) > 1 else name
 
             def step(what, label=label):
-                progress.update(task, description=f"{label}: {what}")
+                progress.update(task, description=f"{label}: {what}", refresh=True)  # quick steps are named too
                 return lambda: progress.advance(task)
 
             rows += measure_layer(capture, name, label, settings, step)
