@@ -146,8 +146,7 @@ def _run(plan, flops, q, k, v, out, lse, block_size_q, block_size_kv, num_thread
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    useful = 1 + int(flops / FLOPS_PER_THREAD)
-    count = 1 if useful == 1 and num_threads is None else min(useful, threads.count(num_threads))
+    count = threads.for_call(1 + int(flops / FLOPS_PER_THREAD), num_threads)
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     if out.size:
         build.forward(

@@ -1,7 +1,7 @@
 """How many threads a call gets.
 
 By default min(CPU affinity, cgroup quota, OMP_NUM_THREADS); CYFLASH_NUM_THREADS, then `set_num_threads`, then a call's
-`num_threads` override it.
+`num_threads` override it. A process forked after a call on several threads has one: see `_after_fork`.
 """
 import functools
 import math
@@ -11,6 +11,8 @@ import os
 from cyflash.cpu import detect
 
 _chosen = None
+_started = False  # a call of this process, or of the one it was forked from, has run on several threads
+_orphaned = False
 
 
 def checked(name, value):
@@ -129,4 +131,22 @@ def count(num_threads=None):
         wanted = known["set_num_threads"] or known["cyflash_num_threads"]
         if wanted is None:
             wanted = min(n for n in (known["affinity"], known["cgroup"], known["omp_num_threads"]) if n is not None)
-    return wanted if detect.openmp()[0] else 1
+    return wanted if detect.openmp()[0] and not _orphaned else 1
+
+
+def for_call(most, num_threads=None):
+    """Threads of a call that keeps `most` of them busy."""
+    global _started
+    threads = 1 if most == 1 and num_threads is None else min(most, count(num_threads))
+    _started = _started or threads > 1
+    return threads
+
+
+def _after_fork():
+    """A fork has no copy of its parent's threads, but OpenMP's record of them: GNU's would wait for them for ever."""
+    global _orphaned
+    _orphaned = _started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
