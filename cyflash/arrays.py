@@ -6,12 +6,14 @@ import numpy as np
 FLOAT32 = np.dtype(np.float32)
 
 
-def require_array(name, x, ndim=None):
+def require_array(name, x, ndim=None, dtype="np.float32"):
     """`x` if it is a NumPy array (of one of the dimensions `ndim`), else an error that names it."""
-    if not isinstance(x, np.ndarray) or _is_masked(x):
+    if not isinstance(x, np.ndarray):
         raise TypeError(
-            f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype=np.float32)"
+            f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype={dtype})"
         )
+    if _is_masked(x):
+        raise TypeError(f"{name}: expected a plain array, got a MaskedArray; pass {name}.data, and hide keys by `mask`")
     if ndim is not None and x.ndim not in ndim:
         expected = " or ".join(map(str, ndim))
         raise ValueError(f"{name}: expected {expected} dimensions, got {x.ndim} with shape {x.shape}")

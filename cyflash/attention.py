@@ -54,9 +54,9 @@ def flash_attention(
         Added to the scores; broadcasts by NumPy's rules to q.shape[:-1] + (Lk,) and is never expanded. -inf hides.
     mask : ndarray of bool, optional
         True keeps. Broadcasts like bias.
-    alibi_slopes : ndarray of float32, shape (H,) or (B, H), optional
+    alibi_slopes : ndarray of float32 or list of float, shape (H,) or (B, H), optional
         Adds -slope * abs(position - j) to the scores (Press et al. 2022).
-    sinks : ndarray of float32, shape (H,), optional
+    sinks : ndarray of float32 or list of float, shape (H,), optional
         One extra logit per head in the softmax's denominator, without a value; neither scaled nor softcapped.
     dropout_p : float, optional
         Only 0 is implemented. Default: config's, else 0.

@@ -18,7 +18,12 @@ from cyflash.cpu import cpu_info
 from cyflash.plan import _flag, _is_index, _real
 
 KIB, MIB = 1024, 1024**2
-MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 64, 512  # limits of `FlashAttentionConfig.auto`
+MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 64, cpu.MAX_BLOCK_SIZE_KV  # limits of `FlashAttentionConfig.auto`
+# Options of `flash_attention` that the engine sets itself.
+TAKEN = {
+    "config": "the engine has its own; make another one, FlashAttention(config)",
+    "return_lse": "the engine always returns the log-sum-exp, as .logsumexp",
+}
 
 __all__ = ["FlashAttention", "FlashAttentionConfig", "FlashAttentionOutput", "MemorySavings"]
 
@@ -250,8 +255,14 @@ class FlashAttention:
         return MemorySavings(naive_bytes, flash_bytes, naive_bytes / flash_bytes, L)
 
     def _attend(self, q, k, v, options):
-        from cyflash.attention import attend  # late: cyflash.attention takes configurations and imports this module
+        # late: cyflash.attention takes configurations and imports this module
+        from cyflash.attention import attend, flash_attention
 
+        allowed = [name for name in flash_attention.__kwdefaults__ if name not in TAKEN]
+        for name in options:
+            if name not in allowed:
+                expected = TAKEN.get(name, f"expected an option of flash_attention ({', '.join(allowed)})")
+                raise TypeError(f"{name}: {expected}")
         output, logsumexp, work = attend(q, k, v, config=self.config, return_lse=True, **options)
         return FlashAttentionOutput(
             output=output,

@@ -52,7 +52,7 @@ def make_plan(
     rows = (*q.shape[:-1], Lk)
     return Plan(
         B, H, Hk, Lq, Lk, D, Dv,
-        scale=1.0 / math.sqrt(D) if scale is None else _real("scale", scale),
+        scale=1.0 / math.sqrt(D) if scale is None else _scale(scale),
         softcap=_softcap(softcap),
         offset=Lk - Lq if causal_align == "bottom-right" else 0,
         left=left,
@@ -92,11 +92,11 @@ def _key_value_shape(q, k, v):
     if D == 0:
         raise ValueError(f"q: expected a head_dim of at least 1, got shape {q.shape}")
     if (kB, kD) != (B, D):
-        raise ValueError(f"k: expected {expected} with {sizes} as in q {q.shape}, got {k.shape}{_layout_hint(q, k)}")
+        raise ValueError(f"k: expected {expected} with {sizes} as in q {q.shape}, got {k.shape}{_layout_hint(q)}")
     if Hk != H and (Hk == 0 or H % Hk):
         raise ValueError(
             f"k: expected a number of heads that divides q's {H} (q {q.shape}), "
-            f"got {Hk} in {k.shape}{_layout_hint(q, k)}"
+            f"got {Hk} in {k.shape}{_layout_hint(q)}"
         )
     if (vB, vH, vL) != (kB, Hk, Lk):
         raise ValueError(
@@ -107,7 +107,7 @@ def _key_value_shape(q, k, v):
     return Hk, Lk, Dv
 
 
-def _layout_hint(q, k):
+def _layout_hint(q):
     if q.ndim < 3:
         return ""
     order = "(B, L, H, D)" if q.ndim == 4 else "(L, H, D)"
@@ -132,6 +132,13 @@ def _real(name, value):
     return float(value)
 
 
+def _scale(value):
+    scale = _real("scale", value)
+    if abs(scale) > float(np.finfo(np.float32).max):
+        raise ValueError(f"scale: expected a number that float32 can hold, got {value!r}")
+    return scale
+
+
 def _softcap(value):
     cap = _real("softcap", value)
     if cap < 0.0:
@@ -144,9 +151,10 @@ def _window(window):
     if window is None:
         return UNBOUNDED, UNBOUNDED
     if _is_index(window):
+        W = operator.index(window)
         raise ValueError(
-            f"window: expected (left, right), got the integer {window}; a window of W tokens that includes the query's "
-            f"own is (W-1, 0), here ({operator.index(window) - 1}, 0)"
+            f"window: expected (left, right), got the integer {W}; a window of W tokens that includes the query's own "
+            f"is (W-1, 0){f', here ({W - 1}, 0)' if W > 0 else ''}"
         )
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(_is_index(side) for side in window):
         raise ValueError(f"window: expected two integers (left, right), got {window!r}")
@@ -174,7 +182,7 @@ def _bias(bias, rows):
 
 
 def _mask(mask, rows):
-    arrays.require_array("mask", mask)
+    arrays.require_array("mask", mask, dtype="bool")
     if mask.dtype != np.bool_:
         way_out = (
             "an array that is added to the scores is `bias`" if mask.dtype.kind in "fV" else "write mask.astype(bool)"
@@ -186,7 +194,10 @@ def _mask(mask, rows):
 def _per_head(name, x, shapes, wanted):
     """A small float32 array of one of `shapes`, broadcast to `wanted`. Lists of numbers are taken too."""
     if isinstance(x, (list, tuple)):
-        x = np.array(x, np.float32)
+        try:
+            x = np.array(x, np.float32)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}: expected float32, or numbers in a list, got {x!r}") from None
     arrays.require_float32(name, x)
     if x.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))} for q's heads, got {x.shape}")

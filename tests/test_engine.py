@@ -286,6 +286,17 @@ def test_the_engine_takes_a_config_and_the_right_ranks():
         engine.forward_multi_head(x[0], x[0], x[0])
 
 
+def test_unknown_options_of_the_engine_are_named():
+    q = random(4, 16)
+    engine = FlashAttention(FlashAttentionConfig.new(16, 1))
+    with pytest.raises(TypeError, match=r"attn_mask: expected an option of flash_attention .*causal, .*num_threads"):
+        engine.forward(q, q, q, attn_mask=None)
+    with pytest.raises(TypeError, match=r"config: the engine has its own; .*FlashAttention"):
+        engine.forward(q, q, q, config=FlashAttentionConfig.new(16, 2))
+    with pytest.raises(TypeError, match=r"return_lse: .*always.*logsumexp"):
+        engine.forward_multi_head(q[None], q[None], q[None], return_lse=False)
+
+
 # --- Configuration from this machine ----------------------------------------------------------------------------------
 
 
