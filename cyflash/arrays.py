@@ -49,12 +49,19 @@ def rows_in_place(x):
     """x itself if it is aligned and its last axis is contiguous, else a copy that is."""
     if x.flags.aligned and (x.strides[-1] == x.itemsize or x.shape[-1] == 1 or x.size == 0):
         return x
-    return np.ascontiguousarray(x)
+    return _copy(x, x.ndim - 1)
 
 
 def aligned(x):
     """x itself if it is aligned, else a copy that is."""
-    return x if x.flags.aligned else x.copy()
+    return x if x.flags.aligned else _copy(x, x.ndim)
+
+
+def _copy(x, axes):
+    """A copy in which what is broadcast along the first `axes` axes stays so: no more memory than x takes."""
+    once = x[tuple(slice(0, 1) if n < axes and stride == 0 else slice(None) for n, stride in enumerate(x.strides))]
+    copy = np.array(once, order="C")
+    return copy if copy.shape == x.shape else np.broadcast_to(copy, x.shape)
 
 
 def overlap(a, b):
