@@ -89,7 +89,7 @@ def _quota_in(folder):
 
 def read(folder, name):
     """The text of a small file of the system."""
-    with open(os.path.join(folder, name), encoding="ascii") as file:
+    with open(os.path.join(folder, name), encoding="utf-8", errors="surrogateescape") as file:
         return file.read().strip()
 
 
@@ -111,12 +111,13 @@ def _from_environment():
 
 def limits():
     """Everything that the default is made of; None where a limit is not set."""
-    has_openmp, _, openmp_limit = detect.openmp()
+    # asked anew each time: threadpoolctl and omp_set_num_threads change OpenMP's while the process runs
+    (has_openmp, _, openmp_limit), processors = detect.openmp(), affinity()
+    has_limit = has_openmp and (openmp_limit < processors or "OMP_NUM_THREADS" in os.environ)
     return {
-        "affinity": affinity(),
+        "affinity": processors,
         "cgroup": cgroup_quota(),
-        # asked anew each time: threadpoolctl and omp_set_num_threads change it while the process runs
-        "omp_num_threads": openmp_limit if has_openmp else None,
+        "omp_num_threads": openmp_limit if has_limit else None,
         "cyflash_num_threads": _from_environment(),
         "set_num_threads": _chosen,
     }
