@@ -123,7 +123,7 @@ def mask_with_options():
 
 
 def one_query():
-    """The split over keys of a single row skips too."""
+    """A single row over many keys skips too."""
     _never_reads_keys(0, 60000, 1, 65536, window=(5000, 0))
 
 

@@ -71,7 +71,7 @@ def test_extra_memory(build, name):
 
 
 def test_the_measurement_sees_an_expanded_bias(build):
-    """16 MB that the call itself would take: the expanded bias of a batch as long as the limit."""
+    """A call that takes a few megabytes more than the limit, as an expanded bias would."""
     setup = """options = dict(window=(300, 0))
 attention = cyflash.flash_attention
 cyflash.flash_attention = lambda *a, **k: (np.ones(5 << 20, np.float32).sum(), attention(*a, **k))"""

@@ -197,6 +197,11 @@ def cpu_info():
         thread_limits : {"affinity", "cgroup", "omp_num_threads", "cyflash_num_threads", "set_num_threads"}: int or None
         openmp : the OpenMP runtime, or None when built without it (one thread)
 
+    Raises
+    ------
+    ValueError, RuntimeError
+        For a CYFLASH_ISA or CYFLASH_NUM_THREADS that cannot be used.
+
     Examples
     --------
     >>> import cyflash
