@@ -23,14 +23,20 @@ if X86:
 
 # -O3: distributions build Python, and so extensions, at -O2, where the tiles are not unrolled (a third of the speed).
 # -ffp-contract=off: one order of roundings whatever the tile width; the kernels ask for fma where they want it.
+<<<<<<< HEAD
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-g0"]
 # Where the compiler knows them: without these GCC 12 spills two operands of the 8 x 3 tile (181 instead of 231 GFLOP/s
 # at D = 64) and moves registers about in its inner loop.
 GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
+=======
+# -fno-ivopts: with that pass GCC 12 spills two operands of the 8 x 3 tile (181 instead of 231 GFLOP/s at D = 64).
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-ivopts", "-g0"]
+>>>>>>> reader
 # Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 CPU = "cyflash/cpu"
-SHARED = [f"{CPU}/{name}" for name in ("kernel.pxi", "driver.pxi", "simd/simd.h", "simd/openmp.h")]
+OPENMP = f"{CPU}/simd/openmp.h"
+SHARED = [OPENMP, *(f"{CPU}/{name}" for name in ("kernel.pxi", "driver.pxi", "simd/simd.h"))]
 
 
 def simd_extension(name, flags):
@@ -78,7 +84,13 @@ class BuildExt(build_ext):
                 return False
 
 
-detect = Extension("cyflash.cpu.detect", [f"{CPU}/detect.pyx"], include_dirs=[f"{CPU}/simd"], depends=SHARED[-1:])
+detect = Extension(
+    "cyflash.cpu.detect",
+    [f"{CPU}/detect.pyx"],
+    include_dirs=[f"{CPU}/simd"],
+    extra_compile_args=FLAGS.copy(),
+    depends=[OPENMP],
+)
 
 setup(
     packages=["cyflash", "cyflash.bench", "cyflash.cpu", "cyflash.quant"],

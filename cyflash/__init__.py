@@ -12,8 +12,11 @@
 
     reference.py     the specification: float64 attention in plain NumPy
     flops.py         what a call counts as work
+    plain.py         attention in plain NumPy float32, to compare with
+    capture.py       Q, K, V in .npz and .safetensors files
+    measure.py       time and memory of a call, in a fresh process
     quant/           cyflash.quant: accuracy metrics
-    cli.py           the command `cyflash`: compare.py, bench.py, info.py
+    cli.py           the command `cyflash`: compare.py (with report.py), bench/, info.py; output.py is common to them
 """
 from cyflash import reference
 from cyflash.attention import flash_attention

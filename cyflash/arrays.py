@@ -8,10 +8,12 @@ FLOAT32 = np.dtype(np.float32)
 
 def require_array(name, x, ndim=None, dtype="np.float32"):
     """`x` if it is a NumPy array (of one of the dimensions `ndim`), else an error that names it."""
-    if not isinstance(x, np.ndarray) or _is_masked(x):
+    if not isinstance(x, np.ndarray):
         raise TypeError(
             f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype={dtype})"
         )
+    if _is_masked(x):
+        raise TypeError(f"{name}: expected a plain array, got a MaskedArray; pass {name}.data, and hide keys by `mask`")
     if ndim is not None and x.ndim not in ndim:
         expected = " or ".join(map(str, ndim))
         raise ValueError(f"{name}: expected {expected} dimensions, got {x.ndim} with shape {x.shape}")
@@ -47,12 +49,19 @@ def rows_in_place(x):
     """x itself if it is aligned and its last axis is contiguous, else a copy that is."""
     if x.flags.aligned and (x.strides[-1] == x.itemsize or x.shape[-1] == 1 or x.size == 0):
         return x
-    return np.ascontiguousarray(x)
+    return _copy(x, x.ndim - 1)
 
 
 def aligned(x):
     """x itself if it is aligned, else a copy that is."""
-    return x if x.flags.aligned else x.copy()
+    return x if x.flags.aligned else _copy(x, x.ndim)
+
+
+def _copy(x, axes):
+    """A copy in which what is broadcast along the first `axes` axes stays so: no more memory than x takes."""
+    once = x[tuple(slice(0, 1) if n < axes and stride == 0 else slice(None) for n, stride in enumerate(x.strides))]
+    copy = np.array(once, order="C")
+    return copy if copy.shape == x.shape else np.broadcast_to(copy, x.shape)
 
 
 def overlap(a, b):

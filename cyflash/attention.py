@@ -54,9 +54,9 @@ def flash_attention(
         Added to the scores; broadcasts by NumPy's rules to q.shape[:-1] + (Lk,) and is never expanded. -inf hides.
     mask : ndarray of bool, optional
         True keeps. Broadcasts like bias.
-    alibi_slopes : ndarray of float32, shape (H,) or (B, H), optional
+    alibi_slopes : ndarray of float32 or list of float, shape (H,) or (B, H), optional
         Adds -slope * abs(position - j) to the scores (Press et al. 2022).
-    sinks : ndarray of float32, shape (H,), optional
+    sinks : ndarray of float32 or list of float, shape (H,), optional
         One extra logit per head in the softmax's denominator, without a value; neither scaled nor softcapped.
     dropout_p : float, optional
         Only 0 is implemented. Default: config's, else 0.
@@ -146,10 +146,7 @@ def _run(plan, flops, q, k, v, out, lse, block_size_q, block_size_kv, num_thread
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    useful = 1 + int(flops / FLOPS_PER_THREAD)
-    count = 1 if useful == 1 and num_threads is None else min(useful, threads.count(num_threads))
-    if count > 1:
-        threads.started()
+    count = threads.for_call(1 + int(flops / FLOPS_PER_THREAD), num_threads)
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     if out.size:
         build.forward(

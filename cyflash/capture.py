@@ -138,6 +138,15 @@ def save_capture(path, layers, **options):
     ------
     TypeError, ValueError
         As `load_capture`: what cannot be read is not written.
+
+    Examples
+    --------
+    >>> import numpy as np, os, tempfile
+    >>> from cyflash.capture import save_capture
+    >>> q, kv = np.ones((8, 16, 4), np.float32), np.ones((2, 16, 4), np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_capture(os.path.join(folder, "x.npz"), {"a": (q, kv, kv), "b": (q, kv, kv)}, window=(7, 0)).name
+    'x.npz'
     """
     path = Path(path)
     file_format = _format(path)

@@ -28,6 +28,9 @@ def main(argv=None):
     int
         Exit status: 0, 1 if a comparison or check failed, 2 for an error of use, 130 when interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     argv = sys.argv[1:] if argv is None else argv
     args = _parser(argv).parse_args(argv)
     try:

@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import os
 import statistics
 from contextlib import ExitStack
 from itertools import chain
@@ -17,8 +16,9 @@ import numpy as np
 import cyflash
 from cyflash.capture import LAYOUTS, load_capture
 from cyflash.measure import CallProcess, blas_threads, interleaved_times
+from cyflash.output import as_bytes, check_files
 from cyflash.plain import plain_attention
-from cyflash.report import as_bytes, check_plot, draw, show, summarise
+from cyflash.report import draw, show, summarise
 
 
 def _numpy_fp32(layer, options, threads):
@@ -67,10 +67,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    for path in filter(None, (args.json, args.plot)):
-        _check_writable(path)
-    if args.plot:
-        check_plot(args.plot)
+    check_files(args.json, args.plot)
     captures = [load_capture(path, args.layout) for path in args.files or [shipped_data()]]
     threads, notes = _threads(args.threads)
     with blas_threads(threads) as blas:
@@ -79,9 +76,10 @@ def run(args):
     report = describe(captures, settings, rows)
     report["notes"] = notes + _notes(captures, rows)
 
+    if args.json:  # first, so that nothing is lost
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"Numbers: {args.json}")
     if args.plot:
         draw(report, args.plot)
@@ -119,7 +117,7 @@ def measure(captures, settings):
             label = f"{capture.path.stem}: {name}" if len(captures) > 1 else name
 
             def step(what, label=label):
-                progress.update(task, description=f"{label}: {what}")
+                progress.update(task, description=f"{label}: {what}", refresh=True)  # quick steps are named too
                 return lambda: progress.advance(task)
 
             rows += measure_layer(capture, name, label, settings, step)
@@ -306,11 +304,3 @@ def _positive(text):
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return number
-
-
-def _check_writable(path):
-    """Say before measuring, not after, that a result cannot be written."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: no folder {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{path}: cannot be written")

@@ -7,7 +7,6 @@
 """
 
 import math
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +14,16 @@ import numpy as np
 
 from cyflash import cpu
 from cyflash.cpu import cpu_info
-from cyflash.plan import _flag, _is_index, _real
+from cyflash.cpu.threads import checked
+from cyflash.plan import _flag, _real
 
 KIB, MIB = 1024, 1024**2
-MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 64, 512  # limits of `FlashAttentionConfig.auto`
+MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 64, cpu.MAX_BLOCK_SIZE_KV  # limits of `FlashAttentionConfig.auto`
+# Options of `flash_attention` that the engine sets itself.
+TAKEN = {
+    "config": "the engine has its own; make another one, FlashAttention(config)",
+    "return_lse": "the engine always returns the log-sum-exp, as .logsumexp",
+}
 
 __all__ = ["FlashAttention", "FlashAttentionConfig", "FlashAttentionOutput", "MemorySavings"]
 
@@ -34,8 +39,8 @@ class FlashAttentionConfig:
     num_heads : int, default 8
         H, the query heads; checked by `FlashAttention.forward_multi_head` only.
     block_size_q, block_size_kv : int, default 64
-        Query rows and keys of one tile. Rounded to what the registers of the SIMD build need; the sizes used are in
-        `FlashAttentionOutput`. They change speed and memory, and results only within rounding.
+        Query rows and keys of one tile. Rounded up to what the registers of the SIMD build need, keys to at most 512;
+        the sizes used are in `FlashAttentionOutput`. They change speed and memory, and results only within rounding.
     causal : bool, default False
         Each query sees the keys up to its own position.
     scale : float, optional
@@ -65,7 +70,7 @@ class FlashAttentionConfig:
 
     def __post_init__(self):
         for name in ("head_dim", "num_heads", "block_size_q", "block_size_kv"):
-            self._normalise(name, _count)
+            self._normalise(name, checked)
         self._normalise("causal", _flag)
         self._normalise("dropout_p", _real)
         if self.scale is not None:
@@ -79,17 +84,55 @@ class FlashAttentionConfig:
 
     @classmethod
     def new(cls, head_dim, num_heads):
-        """Configure for `num_heads` heads of `head_dim`, everything else at its default."""
+        """Configure for `num_heads` heads of `head_dim`, everything else at its default.
+
+        Parameters
+        ----------
+        head_dim, num_heads : int
+
+        Returns
+        -------
+        FlashAttentionConfig
+
+        Examples
+        --------
+        >>> FlashAttentionConfig.new(128, 16).block_size_q
+        64
+        """
         return cls(head_dim=head_dim, num_heads=num_heads)
 
     @classmethod
     def for_head_dim(cls, head_dim):
-        """Configure tiles of 64 queries x 64 keys: the usual choice."""
+        """Configure tiles of 64 queries x 64 keys: the usual choice.
+
+        Parameters
+        ----------
+        head_dim : int
+
+        Returns
+        -------
+        FlashAttentionConfig
+        """
         return cls(head_dim=head_dim, block_size_q=64, block_size_kv=64)
 
     @classmethod
     def for_long_sequence(cls, head_dim):
-        """Configure tiles of 32 queries x 128 keys: longer runs over the keys, smaller state of the queries."""
+        """Configure tiles of 32 queries x 128 keys: longer runs over the keys, smaller state of the queries.
+
+        Parameters
+        ----------
+        head_dim : int
+
+        Returns
+        -------
+        FlashAttentionConfig
+
+        Examples
+        --------
+        >>> config = FlashAttentionConfig.for_long_sequence(64)
+        >>> config.block_size_q, config.block_size_kv
+        (32, 128)
+        """
         return cls(head_dim=head_dim, block_size_q=32, block_size_kv=128)
 
     @classmethod
@@ -114,6 +157,8 @@ class FlashAttentionConfig:
         ------
         NotImplementedError
             For another precision.
+        ValueError
+            For a count below 1.
 
         Examples
         --------
@@ -123,22 +168,22 @@ class FlashAttentionConfig:
         """
         if precision != "fp32":
             raise NotImplementedError(f"precision: {precision!r} is not available; available: 'fp32'")
-        D, H = _count("head_dim", head_dim), _count("num_heads", num_heads)
+        D, H = checked("head_dim", head_dim), checked("num_heads", num_heads)
         info = cpu_info()
-        most_rows = MOST_ROWS if seq_len is None else _most_rows(_count("seq_len", seq_len), H, info["threads"])
+        most_rows = MOST_ROWS if seq_len is None else _most_rows(checked("seq_len", seq_len), H, info["threads"])
         Br, Bc = _tiles_for_caches(D, info["caches"], most_rows)
         return cls(head_dim=D, num_heads=H, block_size_q=Br, block_size_kv=Bc)
 
     def with_causal(self, causal):
-        """Return a copy with `causal`."""
+        """Return a copy with `causal`, a bool."""
         return replace(self, causal=causal)
 
     def with_dropout(self, dropout_p):
-        """Return a copy with `dropout_p`."""
+        """Return a copy with `dropout_p`, a float in [0, 1)."""
         return replace(self, dropout_p=dropout_p)
 
     def softmax_scale(self):
-        """Return the factor on the scores: `scale`, or 1/sqrt(head_dim) where it is None."""
+        """Return the factor on the scores, a float: `scale`, or 1/sqrt(head_dim) where it is None."""
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
 
@@ -185,6 +230,15 @@ class FlashAttention:
         ------
         ValueError
             When q is not of two axes, or as `flash_attention` raises.
+        TypeError
+            For `config` and `return_lse`, which the engine sets itself, or as `flash_attention` raises.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> x = np.ones((10, 64), np.float32)
+        >>> FlashAttention(FlashAttentionConfig.new(64, 1)).forward(x, x, x, causal=True).output.shape
+        (10, 64)
         """
         if np.ndim(q) != 2:
             raise ValueError(f"q: expected (L, D), got {np.shape(q)}; use forward_multi_head for several heads")
@@ -210,6 +264,15 @@ class FlashAttention:
         ------
         ValueError
             When q is not of three or four axes or has other than `num_heads` heads, or as `flash_attention` raises.
+        TypeError
+            For `config` and `return_lse`, which the engine sets itself, or as `flash_attention` raises.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> q, kv = np.ones((4, 10, 64), np.float32), np.ones((2, 10, 64), np.float32)
+        >>> FlashAttention(FlashAttentionConfig.new(64, 4)).forward_multi_head(q, kv, kv).logsumexp.shape
+        (4, 10)
         """
         shape, H = tuple(np.shape(q)), self.config.num_heads
         if len(shape) not in (3, 4):
@@ -237,21 +300,32 @@ class FlashAttention:
         -------
         MemorySavings
 
+        Raises
+        ------
+        ValueError
+            For a length below 1.
+
         Examples
         --------
         >>> FlashAttention(FlashAttentionConfig.new(64, 8)).memory_savings(2048).naive_bytes
         16777216
         """
-        L, D = _count("seq_len", seq_len), self.config.head_dim
+        L, D = checked("seq_len", seq_len), self.config.head_dim
         # A call cuts its tiles to its lengths, so a short sequence holds less.
-        Br, Bc = cpu.tile_sizes(D, min(L, self.config.block_size_q), min(L, self.config.block_size_kv))
+        Br, Bc = cpu.tile_sizes(min(L, self.config.block_size_q), min(L, self.config.block_size_kv))
         naive_bytes = 4 * L * L
         flash_bytes = cpu.tile_bytes(Br, Bc, D, D) + 4 * L
         return MemorySavings(naive_bytes, flash_bytes, naive_bytes / flash_bytes, L)
 
     def _attend(self, q, k, v, options):
-        from cyflash.attention import attend  # late: cyflash.attention takes configurations and imports this module
+        # late: cyflash.attention takes configurations and imports this module
+        from cyflash.attention import attend, flash_attention
 
+        allowed = [name for name in flash_attention.__kwdefaults__ if name not in TAKEN]
+        for name in options:
+            if name not in allowed:
+                expected = TAKEN.get(name, f"expected an option of flash_attention ({', '.join(allowed)})")
+                raise TypeError(f"{name}: {expected}")
         output, logsumexp, work = attend(q, k, v, config=self.config, return_lse=True, **options)
         return FlashAttentionOutput(
             output=output,
@@ -297,6 +371,16 @@ class FlashAttentionOutput:
 class MemorySavings:
     """Memory of attention without and with tiles; see `FlashAttention.memory_savings`.
 
+    Attributes
+    ----------
+    naive_bytes : int
+        Of the score matrix.
+    flash_bytes : int
+        Of the tiles of one thread and the log-sum-exp.
+    reduction_factor : float
+        naive_bytes / flash_bytes.
+    seq_len : int
+
     Examples
     --------
     >>> print(MemorySavings(naive_bytes=16_777_216, flash_bytes=65_536, reduction_factor=256.0, seq_len=2048))
@@ -315,17 +399,10 @@ class MemorySavings:
         )
 
 
-def _count(name, value):
-    """Return `value` as an int of at least 1."""
-    if not _is_index(value) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return operator.index(value)
-
-
 def _tiles_for_caches(D, caches, most_rows):
     """Return (Br, Bc) for head_dim D and caches of these sizes; unknown ones count as small: 32 KiB and 256 KiB."""
     l1, l2 = caches["l1d"] or 32 * KIB, caches["l2"] or 256 * KIB
-    rows, _ = cpu.tile_sizes(D, 1, 1)  # one panel: the queries that fill the registers
+    rows, _ = cpu.tile_sizes(1, 1)  # one panel: the queries that fill the registers
     # L1: in the first product a panel's Q (4 * rows * D bytes) meets a block of keys and fills its scores (4 * rows *
     # Bc); in the second the panel's output takes the place of Q. K and V stream by, so a quarter is left to them:
     #     4 * rows * (D + Bc) <= 3/4 L1          (rows=48: D=64 takes 64 keys in 32 KiB, 128 in 48 KiB)
@@ -339,7 +416,7 @@ def _tiles_for_caches(D, caches, most_rows):
     Br = rows
     while Br + rows <= most_rows and cpu.tile_bytes(Br + rows, Bc, D, D) + 8 * Bc * D <= l2 // 2:
         Br += rows
-    return cpu.tile_sizes(D, Br, Bc)
+    return cpu.tile_sizes(Br, Bc)
 
 
 def _most_rows(L, H, threads):

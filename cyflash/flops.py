@@ -24,6 +24,11 @@ def visible_pairs(Lq, Lk, causal=False, causal_align="bottom-right", window=None
     -------
     int
 
+    Raises
+    ------
+    ValueError
+        For another `causal_align`.
+
     Examples
     --------
     >>> visible_pairs(4, 4)

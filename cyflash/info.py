@@ -3,6 +3,7 @@
 import json
 
 import cyflash
+from cyflash.output import as_binary
 
 # Where a thread count can come from: key of cpu_info()["thread_limits"] -> how a person sets it.
 LIMITS = {
@@ -29,21 +30,22 @@ def run(args):
 
 def show(info):
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    caches = ", ".join(f"{name.upper()} {_size(size)}" for name, size in info["caches"].items())
+    caches = ", ".join(f"{name.upper()} {as_binary(size)}" for name, size in info["caches"].items())
     for name, value in {
         "cyflash": cyflash.__version__,
-        "processor": info["model"],
+        "processor": escape(info["model"]),
         "cores": str(info["cores"]),
         "caches": caches,
         "features": " ".join(info["features"]) or "none that a build needs",
         "threads": f"[bold]{info['threads']}[/], from {origin(info['threads'], info['thread_limits'], info['openmp'])}",
-        "OpenMP": info["openmp"] or "none: cyflash was built without it, and calls run on one thread",
+        "OpenMP": escape(info["openmp"] or "") or "none: cyflash was built without it, and calls run on one thread",
     }.items():
         table.add_row(name, value)
     console.print(table)
@@ -77,12 +79,6 @@ def origin(threads, limits, openmp):
             return LIMITS[name]
     least = [text for name, text in LIMITS.items() if limits.get(name) == threads]
     return " and ".join(least) or "this machine's default"
-
-
-def _size(count):
-    if count is None:
-        return "unknown"
-    return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"
 
 
 def _yes(value):

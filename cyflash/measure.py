@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-__all__ = ["CallProcess", "Memory", "blas_threads", "interleaved_times", "peak_memory"]
+__all__ = ["CallProcess", "Memory", "blas_threads", "interleaved_times"]
 
 
 class Memory(NamedTuple):
@@ -32,11 +32,6 @@ class Memory(NamedTuple):
     def extra(self):
         """What the call added at its peak, its output included."""
         return max(self.peak - self.before, 0)
-
-    @property
-    def method(self):
-        """How the peak was read, in words."""
-        return "peak, reset before the call" if self.reset else "peak before and after the call: a lower bound"
 
 
 class CallProcess:
@@ -114,12 +109,6 @@ class CallProcess:
         self._errors.seek(0)
         reason = (self._errors.read().strip() or f"exit status {status}").splitlines()[-1]
         raise RuntimeError(f"the process that measures a call failed: {reason}")
-
-
-def peak_memory(target, **arguments):
-    """The `Memory` of one call, in a fresh process that ends with it; arguments and errors as for `CallProcess`."""
-    with CallProcess(target, **arguments) as process:
-        return process.memory
 
 
 def interleaved_times(processes, *, rounds=5, seconds=0.04, limit=10.0):

@@ -94,11 +94,11 @@ def _key_value_shape(q, k, v):
     if D == 0:
         raise ValueError(f"q: expected a head_dim of at least 1, got shape {q.shape}")
     if (kB, kD) != (B, D):
-        raise ValueError(f"k: expected {expected} with {sizes} as in q {q.shape}, got {k.shape}{_layout_hint(q, k)}")
+        raise ValueError(f"k: expected {expected} with {sizes} as in q {q.shape}, got {k.shape}{_layout_hint(q)}")
     if Hk != H and (Hk == 0 or H % Hk):
         raise ValueError(
             f"k: expected a number of heads that divides q's {H} (q {q.shape}), "
-            f"got {Hk} in {k.shape}{_layout_hint(q, k)}"
+            f"got {Hk} in {k.shape}{_layout_hint(q)}"
         )
     if (vB, vH, vL) != (kB, Hk, Lk):
         raise ValueError(
@@ -109,7 +109,7 @@ def _key_value_shape(q, k, v):
     return Hk, Lk, Dv
 
 
-def _layout_hint(q, k):
+def _layout_hint(q):
     if q.ndim < 3:
         return ""
     order = "(B, L, H, D)" if q.ndim == 4 else "(L, H, D)"
@@ -159,9 +159,10 @@ def _window(window):
     if window is None:
         return UNBOUNDED, UNBOUNDED
     if _is_index(window):
+        W = operator.index(window)
         raise ValueError(
-            f"window: expected (left, right), got the integer {window}; a window of W tokens that includes the query's "
-            f"own is (W-1, 0), here ({operator.index(window) - 1}, 0)"
+            f"window: expected (left, right), got the integer {W}; a window of W tokens that includes the query's own "
+            f"is (W-1, 0){f', here ({W - 1}, 0)' if W > 0 else ''}"
         )
     if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(_is_index(side) for side in window):
         raise ValueError(f"window: expected two integers (left, right), got {window!r}")

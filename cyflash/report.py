@@ -5,7 +5,9 @@ import statistics
 
 import numpy as np
 
-__all__ = ["as_bytes", "check_plot", "draw", "show", "summarise"]
+from cyflash.output import as_bytes, as_time, figure_class
+
+__all__ = ["draw", "show", "summarise"]
 
 ERRORS = {"rel_l1": "rel. L1", "max_abs": "max abs", "worst_head": "worst\nhead", "worst_row": "worst\nrow"}
 COLOURS = {"numpy fp32": "#8c8c8c", "cyflash fp32": "#1f6fb4"}
@@ -100,7 +102,7 @@ def _cells(row):
     error, memory = row["error"] or {}, row["memory"] or {}
     return [
         *(f"{error[name]:.1e}" if name in error else "-" for name in ERRORS),
-        _as_time(row["seconds"]),
+        as_time(row["seconds"]),
         "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
         as_bytes(memory.get("extra")),
         "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}x",
@@ -177,42 +179,7 @@ def _bars(axis, names, values):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def check_plot(path):
-    """Say before measuring, not after, that a plot cannot be drawn."""
-    formats = figure_class()().canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
-        others = ", ".join(f".{name}" for name in sorted(formats))
-        raise ValueError(f"{path}: expected a name that ends in .png (or another of {others})")
-
-
-def figure_class():
-    """matplotlib's Figure, imported when a plot is asked for."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib; install it with: pip install 'cyflash-attn[plot]'") from None
-    return Figure
-
-
 # Text
-
-
-def as_bytes(count):
-    if count is None:
-        return "-"
-    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
-    return f"{_three_digits(count / size)} {unit}"
-
-
-def _as_time(seconds):
-    if seconds is None:
-        return "-"
-    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
-    return f"{_three_digits(seconds / size)} {unit}"
-
-
-def _three_digits(x):
-    return f"{x:#.3g}" if x < 99.95 else f"{x:.0f}"
 
 
 def _range(spread):

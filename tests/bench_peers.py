@@ -98,7 +98,7 @@ class CannotStart(_Peer):
     name = "cannot start"
 
     def __init__(self, threads):
-        raise OSError("a library of it is missing")
+        raise OSError("a library of it [/in/this/folder] is missing")
 
 
 class Dies(_Peer):

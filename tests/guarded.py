@@ -71,7 +71,7 @@ def _never_reads_keys(start, stop, Lq, Lk, **options):
     D = 64
     q, k, v = (pages(x[0, 0]) for x in cases.arrays(Lq=Lq, Lk=Lk, D=D))
     small = FlashAttentionConfig(head_dim=D, num_heads=1, block_size_q=32, block_size_kv=64)
-    for how, (_, Bc) in [({"config": small}, cyflash.cpu.tile_sizes(D, 32, 64)), ({}, cyflash.cpu.tile_sizes(D))]:
+    for how, (_, Bc) in [({"config": small}, cyflash.cpu.tile_sizes(32, 64)), ({}, cyflash.cpu.tile_sizes())]:
         for threads in (1, 2):
             expected = flash_attention(q, k, v, **options, **how, num_threads=threads, return_lse=True)
             first, last = -(-start // Bc) * Bc, (stop // Bc * Bc if stop < Lk else Lk)
@@ -123,7 +123,7 @@ def mask_with_options():
 
 
 def one_query():
-    """The split over keys of a single row skips too."""
+    """A single row over many keys skips too."""
     _never_reads_keys(0, 60000, 1, 65536, window=(5000, 0))
 
 
@@ -132,7 +132,7 @@ def bias_of_skipped_tiles():
     Lq, Lk, D = 64, 8192, 16
     q, k, v = (x[0, 0] for x in cases.arrays(Lq=Lq, Lk=Lk, D=D))
     bias = pages(np.random.default_rng(0).standard_normal((Lq, Lk), dtype=np.float32))
-    Bc = cyflash.cpu.tile_sizes(D)[1]
+    Bc = cyflash.cpu.tile_sizes()[1]
     first = -(-max(Lq, Bc) // 1024) * 1024
     expected = flash_attention(q, k, v, bias=bias, causal=True, causal_align="top-left", return_lse=True)
     for i in range(Lq):

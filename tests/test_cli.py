@@ -2,13 +2,16 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import cyflash
 from cyflash import cli, info
+from cyflash.capture import save_capture
 
 
 def cyflash_command(*arguments, **options):
@@ -131,6 +134,16 @@ def test_a_closed_pipe_is_no_error():
     process.stderr.close()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show_are_no_error(tmp_path, encoding):
+    x = np.ones((5, 4), np.float32)
+    path = save_capture(tmp_path / "x.npz", {"слой": (x, x, x)})
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    got = cyflash_command("compare", path, env=environment, encoding=encoding)
+    assert got.returncode == 0, got.stderr
+    assert "cyflash fp32, 1 layer:" in got.stdout
+
+
 # cyflash info
 
 
@@ -163,6 +176,13 @@ def test_info_as_json(capsys):
     known = cyflash.cpu_info()
     assert got.pop("version") == cyflash.__version__
     assert got == json.loads(json.dumps(known))
+
+
+def test_brackets_in_names_are_shown_as_they_are(capsys):
+    known = cyflash.cpu_info() | {"openmp": "OpenMP 1, /[x]/[/lib]/libgomp.so", "model": "CPU [/dim] 1"}
+    info.show(known)
+    out = capsys.readouterr().out
+    assert "/[x]/[/lib]/libgomp.so" in out and "CPU [/dim] 1" in out
 
 
 def test_info_without_openmp_and_with_a_build_that_does_not_run(capsys):

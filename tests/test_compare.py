@@ -110,6 +110,16 @@ def test_the_numbers_are_written_as_json(capsys, capture, tmp_path):
     assert summary["largest"]["worst_row"] == max(got["layers"][n]["error"]["worst_row"] for n in (1, 3))
 
 
+def test_the_numbers_are_written_before_anything_is_shown(capture, tmp_path, monkeypatch):
+    def broken(report):
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(compare, "show", broken)
+    path = tmp_path / "numbers.json"
+    assert main(["compare", str(capture), "--json", str(path)]) == 2
+    assert len(json.loads(path.read_text())["layers"]) == 4
+
+
 def test_the_errors_are_those_of_the_functions(capsys, capture, tmp_path):
     got = run_json(capsys, tmp_path, capture)
     layer = load_capture(capture)["b"]

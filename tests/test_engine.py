@@ -141,7 +141,7 @@ def test_output_reports_what_the_call_took():
     assert isinstance(result, FlashAttentionOutput)
     assert result.output.shape == (2, 6, 300, 40)
     assert result.flops == attention_flops(2, 6, 300, 270, 24, 40, window=(9, 2))
-    assert (result.block_size_q, result.block_size_kv) == cpu.tile_sizes(24, 64, 64)
+    assert (result.block_size_q, result.block_size_kv) == cpu.tile_sizes(64, 64)
     assert result.peak_tile_bytes == cpu.tile_bytes(result.block_size_q, result.block_size_kv, 24, 40)
     assert result.implementation == cyflash.cpu_info()["implementation"]
 
@@ -185,8 +185,8 @@ def test_block_sizes_are_used_and_reported_as_rounded(sizes):
     config = FlashAttentionConfig(head_dim=16, block_size_q=sizes[0], block_size_kv=sizes[1])
     _, _, work = attend(q, q, q, config=config)
     used = (work.block_size_q, work.block_size_kv)
-    assert used == cpu.tile_sizes(16, *sizes)
-    assert cpu.tile_sizes(16, *used) == used
+    assert used == cpu.tile_sizes(*sizes)
+    assert cpu.tile_sizes(*used) == used
     _, _, default = attend(q, q, q)
     assert (work.tile_bytes == default.tile_bytes) == (used == (default.block_size_q, default.block_size_kv))
 
@@ -286,6 +286,17 @@ def test_the_engine_takes_a_config_and_the_right_ranks():
         engine.forward_multi_head(x[0], x[0], x[0])
 
 
+def test_unknown_options_of_the_engine_are_named():
+    q = random(4, 16)
+    engine = FlashAttention(FlashAttentionConfig.new(16, 1))
+    with pytest.raises(TypeError, match=r"attn_mask: expected an option of flash_attention .*causal, .*num_threads"):
+        engine.forward(q, q, q, attn_mask=None)
+    with pytest.raises(TypeError, match=r"config: the engine has its own; .*FlashAttention"):
+        engine.forward(q, q, q, config=FlashAttentionConfig.new(16, 2))
+    with pytest.raises(TypeError, match=r"return_lse: .*always.*logsumexp"):
+        engine.forward_multi_head(q[None], q[None], q[None], return_lse=False)
+
+
 # --- Configuration from this machine ----------------------------------------------------------------------------------
 
 
@@ -312,7 +323,7 @@ def test_auto_gives_sizes_that_are_used_as_they_are(D):
 def test_auto_fills_half_of_l2(monkeypatch, D, l2):
     config = auto(monkeypatch, D, 32 * KIB, l2)
     Br, Bc = config.block_size_q, config.block_size_kv
-    panel, _ = cpu.tile_sizes(D, 1, 1)
+    panel, _ = cpu.tile_sizes(1, 1)
 
     def bytes_with(rows):
         return cpu.tile_bytes(rows, Bc, D, D) + 8 * Bc * D
@@ -337,7 +348,7 @@ def test_auto_keeps_every_thread_busy(monkeypatch):
     assert tied.block_size_q < free.block_size_q
     tasks = 8 * -(-1024 // tied.block_size_q)
     assert tasks >= 4 * 16
-    panel, _ = cpu.tile_sizes(64, 1, 1)
+    panel, _ = cpu.tile_sizes(1, 1)
     assert auto(monkeypatch, 64, 32 * KIB, 4096 * KIB, seq_len=1).block_size_q == panel
 
 

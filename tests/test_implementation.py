@@ -148,7 +148,7 @@ def test_tile_sizes_are_whole_panels_and_register_tiles(build):
     shape = cpu.active().SHAPE
     for block_size_q in (1, 47, 48, 64, 1000):
         for block_size_kv in (1, 8, 63, 64, 100, 5000):
-            Br, Bc = cpu.tile_sizes(64, block_size_q, block_size_kv)
+            Br, Bc = cpu.tile_sizes(block_size_q, block_size_kv)
             assert Br % shape["PANEL"] == 0 and block_size_q <= Br < block_size_q + shape["PANEL"]
             assert Bc % shape["ROWS"] == 0
             assert Bc == min(-(-block_size_kv // shape["ROWS"]) * shape["ROWS"], cpu.MAX_BLOCK_SIZE_KV)

@@ -41,6 +41,11 @@ SETUPS = {
     "bias for all rows": "options = dict(window=(300, 0), bias=array(L))",
     "bias for all rows of each head": "options = dict(window=(300, 0), bias=array(2, 1, L))",
     "bias for all keys": "options = dict(window=(300, 0), bias=array(L, 1))",
+    "misaligned bias for all rows": "row = np.ndarray(L, np.float32, bytearray(4 * L + 1), 1);"
+                                    " options = dict(window=(300, 0), bias=np.broadcast_to(row, (2, L, L)))",
+    "misaligned keys for all heads": "row = np.ndarray((L, D), np.float32, bytearray(4 * L * D + 1), 1);"
+                                     " q, out = (np.tile(x[:1], (16, 1, 1)) for x in (q, out));"
+                                     " k = v = np.broadcast_to(row, (16, L, D)); options = dict(window=(9, 0))",
     "mask for all rows": "options = dict(window=(300, 0), mask=r.random(L) < 0.5)",
     "mask of one block": "options = dict(mask=np.arange(L) < 300)",
     "mask for all keys": "options = dict(window=(300, 0), mask=r.random((L, 1)) < 0.5)",
@@ -66,7 +71,7 @@ def test_extra_memory(build, name):
 
 
 def test_the_measurement_sees_an_expanded_bias(build):
-    """16 MB that the call itself would take: the expanded bias of a batch as long as the limit."""
+    """A call that takes a few megabytes more than the limit, as an expanded bias would."""
     setup = """options = dict(window=(300, 0))
 attention = cyflash.flash_attention
 cyflash.flash_attention = lambda *a, **k: (np.ones(5 << 20, np.float32).sum(), attention(*a, **k))"""

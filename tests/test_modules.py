@@ -105,7 +105,8 @@ def test_unknown_build_by_environment():
     assert code != 0 and "CYFLASH_ISA" in text and "nonsense" in text and "baseline" in text
 
 
-def test_set_implementation():
+def test_set_implementation(monkeypatch):
+    monkeypatch.delenv("CYFLASH_ISA", raising=False)
     before = cyflash.cpu_info()["implementation"]
     assert before in cyflash.cpu.runnable()
     with cyflash.set_implementation("baseline"):

@@ -138,6 +138,14 @@ def test_sinks_are_neither_scaled_nor_capped(build):
     np.testing.assert_allclose(out, 4 / (4 + np.exp(4.0)), rtol=1e-6)
 
 
+def test_numbers_per_head_may_come_as_lists(build):
+    q, k, v = inputs(40, 50)
+    lists = {"sinks": [0.5, -1.0, 2.0, 0.0], "alibi_slopes": [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]}
+    arrays = {name: np.array(value, np.float32) for name, value in lists.items()}
+    expected = flash_attention(q, k, v, **arrays, return_lse=True)
+    cases.assert_same_bits(flash_attention(q, k, v, **lists, return_lse=True), expected)
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0, 100.0, -0.05])
 def test_alibi_slopes(build, slope):
     for lengths in LENGTHS:

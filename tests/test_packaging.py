@@ -1,5 +1,7 @@
 """What is shipped and what an import brings in: package contents, versions, documents that must agree with the code."""
 
+import doctest
+import importlib
 import importlib.metadata
 import inspect
 import operator
@@ -114,6 +116,27 @@ def test_the_quick_start_of_the_readme_runs(capsys):
         exec(block, names)
     assert names["out"].shape == names["exact"].shape == (2, 8, 1024, 64)
     assert "reduction" in capsys.readouterr().out
+
+
+def modules_with_examples():
+    """Their names, with quant/ as it is installed."""
+    for path in sorted([*(ROOT / "cyflash").rglob("*.py"), *(ROOT / "quant").rglob("*.py")]):
+        if ">>> " in path.read_text():
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(("cyflash", *parts) if parts[0] == "quant" else parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_of_docstrings_run(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed
+
+
+def test_every_public_name_has_an_example_or_says_what_it_holds():
+    for name in cyflash.__all__:
+        thing = getattr(cyflash, name)
+        if not inspect.ismodule(thing):
+            assert re.search(r"\n(Examples|Attributes)\n-", inspect.getdoc(thing)), name
 
 
 # --- Builds -----------------------------------------------------------------------------------------------------------

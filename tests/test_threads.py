@@ -42,6 +42,18 @@ def test_the_default_is_the_smallest_limit(limits, affinity, cgroup, openmp, exp
     assert cyflash.cpu_info()["threads"] == expected
 
 
+@pytest.mark.parametrize(
+    "affinity, openmp, set_to, limit", [(8, 8, None, None), (8, 2, None, 2), (8, 8, "8", 8), (2, 8, "8", 8)]
+)
+def test_the_limit_of_openmp_is_named_only_where_it_is_one(limits, monkeypatch, affinity, openmp, set_to, limit):
+    """Unset, it is the number of processors; OMP_NUM_THREADS sets it, and so may other libraries at any time."""
+    limits(affinity, None, openmp)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_to:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_to)
+    assert threads.limits()["omp_num_threads"] == limit
+
+
 def test_each_setting_wins_over_the_one_before(limits, monkeypatch):
     limits(2, 2, 2)
     monkeypatch.setenv("CYFLASH_NUM_THREADS", "5")
@@ -120,6 +132,31 @@ print(np.array_equal(cyflash.flash_attention(x, x, x, num_threads=2), expected))
     assert done.stdout.split() == ["0", "True"], done.stderr
 
 
+FORK = """
+import multiprocessing, sys, numpy as np, cyflash
+x = np.ones((1, 8, 512, 64), np.float32)
+if sys.argv[1] == "after":
+    cyflash.flash_attention(x, x, x, num_threads=2)
+def child():
+    cyflash.flash_attention(x, x, x, num_threads=2)
+    sys.exit(cyflash.cpu.threads.count(3))
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join(30)
+print(process.exitcode)
+process.kill()
+"""
+
+
+@needs_openmp
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(("when", "threads_of_child"), [("before", 3), ("after", 1)])
+def test_a_forked_process_answers(when, threads_of_child):
+    """A fork has no copy of the threads that its parent started, and GNU's OpenMP would wait for them for ever."""
+    done = subprocess.run([sys.executable, "-c", FORK, when], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(threads_of_child), done.stderr
+
+
 def write(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -151,6 +188,13 @@ def test_cgroup_v1_quota(tmp_path):
 def test_cgroup_v1_without_limit(tmp_path):
     write(tmp_path / "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
     assert threads.quota_of(str(tmp_path), "4:cpu:/\n") is None
+
+
+def test_cgroup_names_may_be_of_any_bytes(tmp_path):
+    (tmp_path / "cgroup").write_bytes(b"0::/\xff\xc3\xa9\n")
+    groups = threads.read(str(tmp_path), "cgroup")
+    write(tmp_path / os.fsdecode(b"\xff\xc3\xa9"), cpu__max="200000 100000")
+    assert threads.quota_of(str(tmp_path), groups) == 2
 
 
 def test_no_cgroup_files_no_limit(tmp_path):

@@ -13,7 +13,6 @@ peer over that of cyflash in the same rounds; its interval is a 95 % bootstrap o
 """
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cyflash.bench import report, suite
 from cyflash.bench.cases import Case
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import SYSTEMS
+from cyflash.output import check_files
 
 SHAPES = (
     (1, 1, 2048, 64),
@@ -82,7 +82,7 @@ def run(args):
     threads = _thread_counts(args.threads)
     environments = {"cyflash": _build(args.isa)}
     limit = _limit(args)
-    _check_outputs(args)
+    check_files(args.json, args.plot)
     if args.suite and (args.shapes or args.causal):
         raise ValueError("--suite measures a fixed list of shapes; leave out --shapes and --causal")
     outcome = report.Outcome(_options(args), skipped)
@@ -96,9 +96,9 @@ def run(args):
     except SystemFailed as error:  # cyflash itself: nothing is left to compare
         print(f"cyflash bench: {error}", file=sys.stderr)
         return 1
-    report.show(outcome)
-    if args.json:
+    if args.json:  # first, so that nothing is lost
         report.write_json(outcome, args.json)
+    report.show(outcome)
     if args.plot:
         report.plot(outcome, args.plot)
     return 1 if outcome.all_failures() else 0
@@ -168,13 +168,3 @@ def _options(args):
     """The arguments as the report keeps them."""
     names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", "suite")
     return {name: getattr(args, name) for name in names}
-
-
-def _check_outputs(args):
-    """Before minutes of measuring: can the files be written?"""
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib; pip install 'cyflash-attn[plot]'")
-    for option in ("json", "plot"):
-        path = getattr(args, option)
-        if path and not path.parent.is_dir():
-            raise ValueError(f"--{option}: the folder {path.parent} does not exist")

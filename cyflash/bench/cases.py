@@ -29,10 +29,6 @@ class Case:
     num_threads: int | None = None
     reuse_out: bool = True
 
-    @property
-    def plain(self):
-        return not self.options and self.window is None and self.kv_heads in (None, self.shape[1])
-
     def inputs(self):
         """q, k, v: float32, standard normal."""
         B, H, L, D = self.shape

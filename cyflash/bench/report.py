@@ -7,11 +7,13 @@ import platform
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cyflash import cpu_info
 from cyflash.bench.race import SystemFailed
+from cyflash.output import as_binary, as_time, figure_class
 
 BUSY_BELOW = 0.9
 
@@ -63,7 +65,8 @@ def _environment():
 
 def progress():
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True, refresh_per_second=2)
 
 
 class Bar:
@@ -77,7 +80,7 @@ class Bar:
         """Begins a race; returns what the race calls after every round."""
         before = self._begun
         self._begun += 1
-        self._display.update(self._task, description=f"{self._name}: {what}", completed=before)
+        self._display.update(self._task, description=f"{self._name}: {what}", completed=before, refresh=True)
         return lambda done, elapsed: self._display.update(
             self._task, completed=before + self._limit.fraction(done, elapsed)
         )
@@ -105,12 +108,12 @@ def show(outcome):
     if outcome.rows:
         console.print(_suite_table(outcome.rows))
     for where, reason in outcome.all_failures().items():
-        console.print(f"[bold red]FAILED[/] {where}: {reason}", highlight=False)
+        console.print(f"[bold red]FAILED[/] {where}: {escape(reason)}", highlight=False)
 
 
 def _machine(environment):
     cpu = environment["cpu"]
-    caches = ", ".join(f"{name} {_binary(size)}" for name, size in cpu["caches"].items() if size)
+    caches = ", ".join(f"{name} {as_binary(size)}" for name, size in cpu["caches"].items() if size)
     limits = ", ".join(f"{name} {value}" for name, value in cpu["thread_limits"].items() if value is not None)
     lines = {
         "CPU": f"{cpu['model']}, {cpu['cores']} cores; {caches}",
@@ -120,7 +123,7 @@ def _machine(environment):
     }
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
-        table.add_row(f"[bold]{name}", text)
+        table.add_row(f"[bold]{name}", escape(text))
     return table
 
 
@@ -133,9 +136,10 @@ def _systems_table(outcome):
             counts = about["threads"]
             settings = ", ".join(f"{name} {value}" for name, value in about["settings"].items())
             counted = "?" if counts["busy"] is None else str(counts["busy"])
-            table.add_row(label, about["version"], str(threads), counted, f"{counts['cpu_over_wall']:.2f}", settings)
+            cells = about["version"], str(threads), counted, f"{counts['cpu_over_wall']:.2f}", settings
+            table.add_row(label, *map(escape, cells))
     for label, reason in outcome.skipped.items():
-        table.add_row(label, "[dim]skipped", "", "", "", f"[dim]{reason}")
+        table.add_row(label, "[dim]skipped", "", "", "", f"[dim]{escape(reason)}")
     return table
 
 
@@ -162,7 +166,7 @@ def _race_table(races, threads):
             continue
         own, share = result.timings["cyflash"], result.fma_share("cyflash")
         rate = f"{result.gflops('cyflash'):.0f} GFLOP/s"
-        cells = [title(case), f"[bold]{_seconds(own.median)}[/]\n{rate}\n{share.value:.2f} of peak"]
+        cells = [title(case), f"[bold]{as_time(own.median)}[/]\n{rate}\n{share.value:.2f} of peak"]
         cells += [_peer_cell(result, label) for label in others]
         peers = result.peers()
         cells.append(f"[bold]{result.ratio(peers[0], 'cyflash').value:.2f} x[/]\n{peers[0]}" if peers else "none")
@@ -187,7 +191,7 @@ def _peer_cell(result, label):
     if label not in result.timings:
         return "[bold red]FAILED" if label in result.cases else ""
     timing = result.timings[label]
-    return f"{_ratio(result.ratio(label, 'cyflash'))}\n{_seconds(timing.median)}"
+    return f"{_ratio(result.ratio(label, 'cyflash'))}\n{as_time(timing.median)}"
 
 
 def _suite_table(rows):
@@ -198,10 +202,10 @@ def _suite_table(rows):
     table.add_column("note")
     for row in rows:
         if row.spread is None:
-            table.add_row(row.what, "[yellow]not measured", "", row.note)
+            table.add_row(row.what, "[yellow]not measured", "", escape(row.note))
             continue
         value, *ends = (_in_unit(x, row.unit) for x in (row.spread.value, row.spread.low, row.spread.high))
-        table.add_row(row.what, f"{value} {row.unit}", " to ".join(ends) if all(ends) else "", row.note)
+        table.add_row(row.what, f"{value} {row.unit}", " to ".join(ends) if all(ends) else "", escape(row.note))
     return table
 
 
@@ -212,17 +216,6 @@ def _in_unit(value, unit):
 def _ratio(spread):
     value, *ends = (_in_unit(x, "x") for x in (spread.value, spread.low, spread.high))
     return f"[bold]{value} x[/]" + (f"\n[dim]{'-'.join(ends)}[/]" if all(ends) else "")
-
-
-def _seconds(value):
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"
-
-
-def _binary(size):
-    return f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size / 2**10:g} KiB"
 
 
 # ---- files
@@ -267,11 +260,9 @@ def _race_record(result):
 
 def plot(outcome, path):
     """GFLOP/s of every system on every case, a panel per thread count, with the measured peak."""
-    from matplotlib.figure import Figure
-
     counts = list(dict.fromkeys(result.threads for result in outcome.races))
     widest = max((sum(result.threads == threads for result in outcome.races) for threads in counts), default=1)
-    figure = Figure(figsize=(max(7, 1.6 * widest + 1.5), 3.6 * len(counts) + 0.6), layout="constrained")
+    figure = figure_class()(figsize=(max(7, 1.6 * widest + 1.5), 3.6 * len(counts) + 0.6), layout="constrained")
     for threads, axes in zip(counts, figure.subplots(len(counts), squeeze=False)[:, 0], strict=True):
         _plot_panel(axes, [result for result in outcome.races if result.threads == threads], threads)
     figure.savefig(path, dpi=130)

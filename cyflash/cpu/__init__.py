@@ -131,7 +131,7 @@ def set_implementation(name):
     return restore
 
 
-def tile_sizes(head_dim, block_size_q=None, block_size_kv=None, build=None):
+def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
     """(Br, Bc): query rows of a task and keys of a block, as used.
 
     Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys, of which
@@ -200,6 +200,11 @@ def cpu_info():
         threads : how many a call gets now, by default
         thread_limits : {"affinity", "cgroup", "omp_num_threads", "cyflash_num_threads", "set_num_threads"}: int or None
         openmp : the OpenMP runtime, or None when built without it (one thread)
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        For a CYFLASH_ISA or CYFLASH_NUM_THREADS that cannot be used.
 
     Examples
     --------

@@ -1,10 +1,7 @@
 """How many threads a call gets.
 
 By default min(CPU affinity, cgroup quota, OMP_NUM_THREADS); CYFLASH_NUM_THREADS, then `set_num_threads`, then a call's
-`num_threads` override it.
-
-GNU's OpenMP cannot start threads in a process that was forked from one whose threads it had already started: the child
-would wait for them for ever. Calls in such a child have one thread, whatever is asked; their bits are the same.
+`num_threads` override it. A process forked after a call on several threads has one: see `_after_fork`.
 """
 import functools
 import math
@@ -14,23 +11,8 @@ import os
 from cyflash.cpu import detect
 
 _chosen = None
-_started = False  # whether a call of this process, or of one that it was forked from, had several threads
-_lost = False     # whether this process was forked after that
-
-
-def started():
-    """Note that OpenMP is about to start threads."""
-    global _started
-    _started = True
-
-
-def _forked():
-    global _lost
-    _lost = _started
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+_started = False  # a call of this process, or of the one it was forked from, has run on several threads
+_orphaned = False
 
 
 def checked(name, value):
@@ -107,7 +89,7 @@ def _quota_in(folder):
 
 def read(folder, name):
     """The text of a small file of the system."""
-    with open(os.path.join(folder, name), encoding="ascii") as file:
+    with open(os.path.join(folder, name), encoding="utf-8", errors="surrogateescape") as file:
         return file.read().strip()
 
 
@@ -129,12 +111,13 @@ def _from_environment():
 
 def limits():
     """Everything that the default is made of; None where a limit is not set."""
-    has_openmp, _, openmp_limit = detect.openmp()
+    # asked anew each time: threadpoolctl and omp_set_num_threads change OpenMP's while the process runs
+    (has_openmp, _, openmp_limit), processors = detect.openmp(), affinity()
+    has_limit = has_openmp and (openmp_limit < processors or "OMP_NUM_THREADS" in os.environ)
     return {
-        "affinity": affinity(),
+        "affinity": processors,
         "cgroup": cgroup_quota(),
-        # asked anew each time: threadpoolctl and omp_set_num_threads change it while the process runs
-        "omp_num_threads": openmp_limit if has_openmp else None,
+        "omp_num_threads": openmp_limit if has_limit else None,
         "cyflash_num_threads": _from_environment(),
         "set_num_threads": _chosen,
     }
@@ -149,4 +132,22 @@ def count(num_threads=None):
         wanted = known["set_num_threads"] or known["cyflash_num_threads"]
         if wanted is None:
             wanted = min(n for n in (known["affinity"], known["cgroup"], known["omp_num_threads"]) if n is not None)
-    return wanted if detect.openmp()[0] and not _lost else 1
+    return wanted if detect.openmp()[0] and not _orphaned else 1
+
+
+def for_call(most, num_threads=None):
+    """Threads of a call that keeps `most` of them busy."""
+    global _started
+    threads = 1 if most == 1 and num_threads is None else min(most, count(num_threads))
+    _started = _started or threads > 1
+    return threads
+
+
+def _after_fork():
+    """A fork has no copy of its parent's threads, but OpenMP's record of them: GNU's would wait for them for ever."""
+    global _orphaned
+    _orphaned = _started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,69 @@
+"""What the commands share about output: files that can be written, plots that can be drawn, numbers with units."""
+
+import os
+
+__all__ = ["as_binary", "as_bytes", "as_time", "check_files", "figure_class"]
+
+
+def check_files(json=None, plot=None):
+    """Say before measuring, not after, that a result cannot be written or a plot cannot be drawn.
+
+    Parameters
+    ----------
+    json, plot : Path, optional
+        Where the results are to go.
+
+    Raises
+    ------
+    OSError
+        For a folder that is not there, or a file that cannot be written.
+    ValueError
+        For a plot of an unknown format.
+    ImportError
+        For a plot without matplotlib.
+    """
+    for path in filter(None, (json, plot)):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: no folder {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(f"{path}: cannot be written")
+    if plot:
+        formats = figure_class()().canvas.get_supported_filetypes()
+        if plot.suffix.lstrip(".").lower() not in formats:
+            others = ", ".join(f".{name}" for name in sorted(formats))
+            raise ValueError(f"{plot}: expected a name that ends in .png (or another of {others})")
+
+
+def figure_class():
+    """matplotlib's Figure, imported when a plot is asked for."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("--plot needs matplotlib; install it with: pip install 'cyflash-attn[plot]'") from None
+    return Figure
+
+
+def as_bytes(count):
+    """A measured size: 4.08 MB."""
+    return _in_units(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)))
+
+
+def as_time(seconds):
+    """A measured time: 1.33 ms."""
+    return _in_units(seconds, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)))
+
+
+def as_binary(count):
+    """The size of a cache: 48 KiB."""
+    if count is None:
+        return "unknown"
+    return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"
+
+
+def _in_units(value, units):
+    """Three digits in the first unit that `value` reaches, or in the last; "-" for None."""
+    if value is None:
+        return "-"
+    unit, size = next((unit for unit in units if value >= unit[1]), units[-1])
+    x = value / size
+    return f"{x:#.3g} {unit}" if x < 99.95 else f"{x:.0f} {unit}"
