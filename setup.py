@@ -23,15 +23,10 @@ if X86:
 
 # -O3: distributions build Python, and so extensions, at -O2, where the tiles are not unrolled (a third of the speed).
 # -ffp-contract=off: one order of roundings whatever the tile width; the kernels ask for fma where they want it.
-<<<<<<< HEAD
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-g0"]
 # Where the compiler knows them: without these GCC 12 spills two operands of the 8 x 3 tile (181 instead of 231 GFLOP/s
 # at D = 64) and moves registers about in its inner loop.
 GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
-=======
-# -fno-ivopts: with that pass GCC 12 spills two operands of the 8 x 3 tile (181 instead of 231 GFLOP/s at D = 64).
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-ivopts", "-g0"]
->>>>>>> reader
 # Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 CPU = "cyflash/cpu"

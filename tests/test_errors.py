@@ -66,11 +66,8 @@ CASES = {
     "mask shape": (ValueError, {"mask": np.ones((Lq, Lk + 1), bool)}, ["mask: expected", "(2, 4, 10, 12)", "(10, 13)"]),
     "mask rank": (ValueError, {"mask": np.ones((1, B, H, Lq, Lk), bool)}, ["mask: expected", "(1, 2, 4, 10, 12)"]),
     "mask float": (TypeError, {"mask": zeros(Lq, Lk)}, ["mask: expected bool", "float32", "bias"]),
-<<<<<<< HEAD
     "mask True": (TypeError, {"mask": True}, ["mask: expected", "got bool; write np.asarray(mask, dtype=bool)"]),
-=======
     "mask a list": (TypeError, {"mask": [True] * Lk}, ["mask: expected", "list", "np.asarray(mask, dtype=bool)"]),
->>>>>>> reader
     "mask integer": (TypeError, {"mask": zeros(Lq, Lk, dtype="i8")}, ["mask: expected bool", "int64"]),
     "window int": (ValueError, {"window": 4}, ["window: expected", "(left, right)", "4", "(3, 0)"]),
     "window 0": (ValueError, {"window": 0}, ["window: expected", "the integer 0", "(W-1, 0)$"]),
@@ -84,14 +81,10 @@ CASES = {
     "softcap inf": (ValueError, {"softcap": float("inf")}, ["softcap: expected", "inf"]),
     "scale nan": (ValueError, {"scale": float("nan")}, ["scale: expected", "nan"]),
     "scale inf": (ValueError, {"scale": float("inf")}, ["scale: expected", "inf"]),
-<<<<<<< HEAD
     "scale beyond float32": (ValueError, {"scale": 1e39}, ["scale: expected", "float32", "1e+39"]),
     "scale beyond float": (ValueError, {"scale": 10**400}, ["scale: expected", "1000000"]),
     "softcap beyond float": (ValueError, {"softcap": 10**400}, ["softcap: expected", "1000000"]),
     "causal_align array": (ValueError, {"causal_align": np.array(["top-left", "x"])}, ["causal_align: ", "top-left"]),
-=======
-    "scale beyond float32": (ValueError, {"scale": 1e39}, ["scale: expected", "1e+39"]),
->>>>>>> reader
     "causal_align": (ValueError, {"causal_align": "left"}, ["causal_align: ", "bottom-right", "top-left", "'left'"]),
     "slopes of kv heads": (ValueError, {"alibi_slopes": zeros(Hk)}, ["alibi_slopes: ", "(4,)", "(2, 4)", "(2,)"]),
     "slopes transposed": (ValueError, {"alibi_slopes": zeros(H, B)}, ["alibi_slopes: expected", "(4, 2)"]),
@@ -99,15 +92,10 @@ CASES = {
     "sinks of kv heads": (ValueError, {"sinks": zeros(Hk)}, ["sinks: expected", "(4,)", "(2,)"]),
     "sinks per batch": (ValueError, {"sinks": zeros(B, H)}, ["sinks: expected", "(4,)", "(2, 4)"]),
     "sinks integer": (TypeError, {"sinks": zeros(H, dtype="i8")}, ["sinks: expected float32", "int64"]),
-<<<<<<< HEAD
     "sinks of words": (TypeError, {"sinks": ["a"] * H}, ["sinks: expected", "numbers", "'a'"]),
     "sinks of None": (TypeError, {"sinks": [None] * H}, ["sinks: expected", "numbers", "None"]),
     "ragged slopes": (TypeError, {"alibi_slopes": [[1.0], [1.0, 2.0]]}, ["alibi_slopes: expected", "numbers"]),
-=======
-    "sinks of letters": (TypeError, {"sinks": ["a", "b", "c", "d"]}, ["sinks: expected float32", "'a'"]),
-    "slopes ragged": (TypeError, {"alibi_slopes": [[1.0], [2.0, 3.0]]}, ["alibi_slopes: expected float32", "[[1.0], "]),
     "a masked array": (TypeError, {"k": np.ma.zeros((B, Hk, Lk, D), F32)}, ["k: expected", "MaskedArray", "`mask`"]),
->>>>>>> reader
     "config head_dim": (ValueError, {"config": FlashAttentionConfig(head_dim=16)}, ["config", "head_dim", "16", "8"]),
     "config of another type": (TypeError, {"config": {"head_dim": 8}}, ["config: ", "FlashAttentionConfig", "dict"]),
     "dropout": (NotImplementedError, {"dropout_p": 0.1}, ["dropout_p"]),

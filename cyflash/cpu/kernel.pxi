@@ -278,8 +278,8 @@ cdef void accumulate_visible(
 
 
 cdef inline void exponentials(vf* x, const int n) noexcept nogil:
-    """x[i] = e^x[i] for i < n and x[i] <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: with y = x log2(e), 2^floor(y)
-    times a polynomial in the fraction of y.
+    """x[i] = e^x[i] for i < n and x[i] <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: with y = x log2(e),
+    2^floor(y) times a polynomial in the fraction of y.
 
     The polynomial is the minimax (relative error 2.0e-9) of degree 6 for 2^f on [0, 1) with constant term 1, fitted by
     linear programming; at most 1.1 half-ulps with the rounding of its evaluation. Each step is taken for all n before
@@ -552,8 +552,8 @@ cdef inline void prefetch_slice(
 ) noexcept nogil:
     """Asks for slice i of what comes after the first product of a block: the values, by the first panel of a head,
     which finds them in no cache; the rows of the output and the queries of the next panel, with a panel's first block;
-    the bias of the next block, a short piece of each of many long rows, which no hardware prefetcher foresees. Asked for
-    all at once they would have to queue."""
+    the bias of the next block, a short piece of each of many long rows, which no hardware prefetcher foresees. Asked
+    for all at once they would have to queue."""
     cdef Py_ssize_t next_block = block + x.Bc
     cdef Py_ssize_t first = i * panel.rows // SLICES, last = (i + 1) * panel.rows // SLICES
     if panel.row == 0:
