@@ -21,7 +21,7 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # ---------------------------------------------------------------------------------------------------------------------
 # Scratch of one thread, in floats:
 #
-#     s, kept     2 x Bc x PANEL        one tile of scores, and a copy of it (fold_block)
+#     s, hidden   2 x Bc x PANEL        one tile of scores, and of what is hidden from them
 #     alpha       PANEL
 #     then for each panel of the Br rows:
 #         q       D x PANEL
@@ -54,7 +54,7 @@ cdef void place_panel(const Problem* x, Panel* panel, Py_ssize_t first, Py_ssize
 
 
 cdef void fold_blocks(
-    const Problem* x, const Head* head, Panel* panels, Py_ssize_t n, float* s, float* kept, float* alpha, bint careful
+    const Problem* x, const Head* head, Panel* panels, Py_ssize_t n, float* s, float* hidden, float* alpha, bint careful
 ) noexcept nogil:
     """Folds every block of keys that one of n panels sees: a block is read once for all of them."""
     cdef Py_ssize_t i, block, first_key = panels[0].first_key, last_key = panels[n - 1].last_key
@@ -62,7 +62,7 @@ cdef void fold_blocks(
         return
     for block in range(first_key // x.Bc, last_key // x.Bc + 1):
         for i in range(n):
-            fold_block(x, head, &panels[i], block * x.Bc, s, kept, alpha, careful)
+            fold_block(x, head, &panels[i], block * x.Bc, s, hidden, alpha, careful)
 
 
 cdef void attend_rows(
@@ -74,23 +74,24 @@ cdef void attend_rows(
     hidden values kept out of the products: calls without NaN or inf pay nothing for it.
     """
     cdef float* s = scratch
-    cdef float* kept = s + x.Bc * PANEL
-    cdef float* alpha = kept + x.Bc * PANEL
+    cdef float* hidden = s + x.Bc * PANEL
+    cdef float* alpha = hidden + x.Bc * PANEL
     cdef float* state = alpha + PANEL
     cdef Panel* panels = <Panel*> (state + x.Br // PANEL * panel_floats(x.D, x.Dv))
     cdef Py_ssize_t vectors = (last - first + LANES - 1) // LANES
     cdef Py_ssize_t i, n = (vectors + VECTORS - 1) // VECTORS
+    cdef bint hides = x.mask != NULL or x.bias != NULL or x.left < x.Lk + x.Lq or x.right < x.Lk + x.Lq
     for i in range(n):
         place_panel(
             x, &panels[i], first + i * vectors // n * LANES, min(last, first + (i + 1) * vectors // n * LANES),
             state + i * panel_floats(x.D, x.Dv),
         )
         begin_panel(x, head, &panels[i])
-    fold_blocks(x, head, panels, n, s, kept, alpha, False)
+    fold_blocks(x, head, panels, n, s, hidden, alpha, False)
     for i in range(n):
-        if not panel_is_finite(x, &panels[i]):
+        if hides and not panel_is_finite(x, &panels[i]):
             begin_panel(x, head, &panels[i])
-            fold_blocks(x, head, &panels[i], 1, s, kept, alpha, True)
+            fold_blocks(x, head, &panels[i], 1, s, hidden, alpha, True)
         end_panel(x, head, &panels[i])
 
 

@@ -15,8 +15,6 @@
 # Rules: every function here is noexcept nogil, allocates nothing, validates nothing. Strides are in elements. Lanes
 # beyond the last row of a panel hold zero queries; what they compute is never written.
 
-from libc.string cimport memcpy
-
 cdef extern from "simd.h" nogil:
     ctypedef struct vf:
         pass
@@ -252,11 +250,11 @@ cdef void accumulate(
 
 
 cdef void accumulate_visible(
-    float* o, const float* p, const float* score, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv,
+    float* o, const float* p, const float* hidden, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv,
     const float* alpha, Py_ssize_t n, int vectors
 ) noexcept nogil:
-    """accumulate() where a product counts only if the score[c][r] is not -inf: NaN and inf in values do not leak into
-    rows that do not see them. The same additions in the same order, so the same bits wherever values are finite."""
+    """accumulate() where a product counts only if hidden[c][r] is not -inf: NaN and inf in values do not leak into rows
+    that do not see them. The same additions in the same order, so the same bits wherever values are finite."""
     cdef Py_ssize_t c, d
     cdef int j
     cdef vf acc
@@ -267,7 +265,7 @@ cdef void accumulate_visible(
             for c in range(n):
                 acc = vf_hide(
                     vf_fma(vf_set(v[c * v_stride + d]), vf_load(p + c * PANEL + j * LANES), acc),
-                    vf_load(score + c * PANEL + j * LANES), acc,
+                    vf_load(hidden + c * PANEL + j * LANES), acc,
                 )
             place = o + d * PANEL + j * LANES
             vf_store(place, vf_fma(vf_load(place), vf_load(alpha + j * LANES), acc))
@@ -439,16 +437,17 @@ cdef inline float relative(Py_ssize_t x) noexcept nogil:
 
 cdef void change_scores(
     float* s, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
-    Py_ssize_t begin, Py_ssize_t end, bint masked, bint edges
+    Py_ssize_t begin, Py_ssize_t end, bint soft, bint masked, bint edges
 ) noexcept nogil:
     """Everything that changes a score, on rows begin <= c < end of the tile s of the keys from `block` on, in the order
     softcap, ALiBi and bias, masks. A hidden score becomes -inf whatever it was, NaN included.
 
-    masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides a part of this tile.
+    soft: apply softcap. masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides
+    a part of this tile.
     """
     cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
     cdef int j
-    cdef bint added = x.bias != NULL or masked, soft = x.softcap != 0.0
+    cdef bint added = x.bias != NULL or masked
     cdef float lane[LANES]
     cdef vf addend[LANES]
     cdef vf y, key, place, low, high
@@ -512,22 +511,6 @@ cdef int mask_tile(
     return -1 if all_kept == 0 else 1
 
 
-cdef bint hides_some(const float* s, Py_ssize_t n, int vectors) noexcept nogil:
-    """Whether one of n rows of scores holds -inf."""
-    cdef Py_ssize_t c
-    cdef int j, r
-    cdef vf some = vf_set(0.0)
-    cdef float buffer[LANES]
-    for c in range(n):
-        for j in range(vectors):
-            some = vf_hide(some, vf_load(s + c * PANEL + j * LANES), vf_set(1.0))
-    vf_store(buffer, some)
-    for r in range(LANES):
-        if buffer[r] != 0.0:
-            return True
-    return False
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A panel against a block of keys
 
@@ -578,13 +561,12 @@ cdef inline void prefetch_slice(
 
 
 cdef void fold_block(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* kept, float* alpha,
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* hidden, float* alpha,
     bint careful
 ) noexcept nogil:
     """Folds keys [block, block + Bc) into the running state of a panel; nothing that no row can see is read.
 
-    s, kept: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here, so the
-    scores are kept to tell where.
+    s, hidden: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
     """
     cdef Py_ssize_t c, i, low, high
     cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
@@ -610,20 +592,20 @@ cdef void fold_block(
         if low < high:
             scores(s, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
     if changed:
-        change_scores(s, x, head, panel, block, begin, end, masked, edges)
+        change_scores(s, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
     for c in range(low * PANEL, begin * PANEL):
         s[c] = -INFINITY
     for c in range(end * PANEL, high * PANEL):
         s[c] = -INFINITY
-    careful = careful and hides_some(s + begin * PANEL, end - begin, panel.vectors)
-    if careful:
-        memcpy(kept + begin * PANEL, s + begin * PANEL, (end - begin) * PANEL * sizeof(float))
     softmax(s, panel.m, panel.l, alpha, low, high, panel.vectors)
     v = head.v + (block + begin) * x.v_stride[2]
-    if careful:
+    if careful and changed:
+        for c in range(begin * PANEL, end * PANEL):
+            hidden[c] = 0.0
+        change_scores(hidden, x, head, panel, block, begin, end, False, masked, edges)
         accumulate_visible(
-            panel.o, s + begin * PANEL, kept + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin,
+            panel.o, s + begin * PANEL, hidden + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin,
             panel.vectors,
         )
     else:
