@@ -135,3 +135,13 @@ def test_returns_new_arrays_each_time(build):
     second = flash_attention(2 * q, k, v, return_lse=True)
     assert not any(np.shares_memory(a, b) for a in first for b in (*second, q, k, v))
     assert not np.array_equal(first[0], second[0])
+
+
+def test_exponential_is_unbiased(build):
+    """Keys of score 0 and -x show e^-x / (1 + e^-x): the mean error over many x is that of a wrong coefficient."""
+    x = np.random.default_rng(0).uniform(0.1, 1.4, (40_000, 1)).astype(np.float32)
+    k, v = np.array([[0], [-1]], np.float32), np.array([[0], [1]], np.float32)
+    out = flash_attention(x, k, v, scale=1.0)
+    expected = np.exp(-x.astype(np.float64)) / (1 + np.exp(-x.astype(np.float64)))
+    error = (out - expected) / expected / bounds.EPS
+    assert abs(error.mean()) < 0.15 and np.abs(error).max() < 3
