@@ -201,7 +201,7 @@ def _sizes(q, k, v):
         raise ValueError(f"k: expected the batch and the last axis of q {q.shape}, got {k.shape}")
     if (Bv, Hv, Lv) != (Bk, Hk, Lk):
         raise ValueError(f"v: expected the shape of k {k.shape} but for the last axis, got {v.shape}")
-    if Hk == 0 or H % Hk:
+    if Hk != H and (Hk == 0 or H % Hk):
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hk}")
     return B, H, Lq, Hk, Lk
 

@@ -238,3 +238,8 @@ def test_errors(change, error, message):
     call = dict(zip("qkv", arrays(), strict=True)) | change
     with pytest.raises(error, match=message):
         attention(**call)
+
+
+def test_no_heads_at_all():
+    out, lse = attention(*(np.zeros((2, 0, 4, 8)),) * 3, return_lse=True)
+    assert out.shape == (2, 0, 4, 8) and lse.shape == (2, 0, 4)
