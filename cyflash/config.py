@@ -39,8 +39,9 @@ class FlashAttentionConfig:
     num_heads : int, default 8
         H, the query heads; checked by `FlashAttention.forward_multi_head` only.
     block_size_q, block_size_kv : int, default 64
-        Query rows and keys of one tile. Rounded up to what the registers of the SIMD build need, keys to at most 512;
-        the sizes used are in `FlashAttentionOutput`. They change speed and memory, and results only within rounding.
+        Query rows and keys of one tile. Rounded up to what the registers of the SIMD build need, to at most 1024 rows
+        and 512 keys; the sizes used are in `FlashAttentionOutput`. They change speed and memory, and results only
+        within rounding.
     causal : bool, default False
         Each query sees the keys up to its own position.
     scale : float, optional

@@ -146,6 +146,7 @@ def test_fma_rate_is_plausible(name):
 
 def test_tile_sizes_are_whole_panels_and_register_tiles(build):
     shape = cpu.active().SHAPE
+    assert cpu.tile_sizes(10**9)[0] == cpu.MAX_BLOCK_SIZE_Q // shape["PANEL"] * shape["PANEL"]
     for block_size_q in (1, 47, 48, 64, 1000):
         for block_size_kv in (1, 8, 63, 64, 100, 5000):
             Br, Bc = cpu.tile_sizes(block_size_q, block_size_kv)

@@ -126,7 +126,7 @@ def modules_with_examples():
             yield ".".join(("cyflash", *parts) if parts[0] == "quant" else parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("name", modules_with_examples())
+@pytest.mark.parametrize("name", list(modules_with_examples()))
 def test_examples_of_docstrings_run(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed

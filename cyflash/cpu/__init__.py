@@ -32,6 +32,9 @@ BLOCK_SIZE_KV = {"baseline": 128, "avx2": 128, "avx512": 128}
 # this its scores (512 x 48 x 4 bytes = 96 KB) are far out of the first-level cache.
 MAX_BLOCK_SIZE_KV = 512
 
+# A task runs to its end before Ctrl-C is answered, and needs a thread to itself: it must not grow into the whole call.
+MAX_BLOCK_SIZE_Q = 1024
+
 _active = None
 
 
@@ -134,9 +137,9 @@ def set_implementation(name):
 def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
     """(Br, Bc): query rows of a task and keys of a block, as used.
 
-    Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys, of which
-    a block has at most MAX_BLOCK_SIZE_KV. Without them they are constants of the build, so that results do not depend
-    on the machine's caches.
+    Sizes that the caller gives are rounded up to whole panels of query rows and whole register tiles of keys, and down
+    to the largest of these within MAX_BLOCK_SIZE_Q and MAX_BLOCK_SIZE_KV. Without them they are constants of the build,
+    so that results do not depend on the machine's caches.
     """
     return tile_sizes_of(active() if build is None else load(build), block_size_q, block_size_kv)
 
@@ -144,7 +147,7 @@ def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
 def tile_sizes_of(module, block_size_q=None, block_size_kv=None):
     """`tile_sizes` of a build that is already chosen: the active one may change in another thread meanwhile."""
     panel, rows = module.SHAPE["PANEL"], module.SHAPE["ROWS"]
-    Br = panel if block_size_q is None else -(-block_size_q // panel) * panel
+    Br = panel if block_size_q is None else min(-(-block_size_q // panel), MAX_BLOCK_SIZE_Q // panel) * panel
     if block_size_kv is None:
         return Br, BLOCK_SIZE_KV[name_of(module)]
     return Br, min(-(-block_size_kv // rows) * rows, MAX_BLOCK_SIZE_KV)
