@@ -516,7 +516,7 @@ cdef int mask_tile(
 
 
 cdef enum:
-    SLICES = 8  # pieces of a block's first product, with prefetches between them
+    SLICES = 8  # pieces of a block's first product when there is something to prefetch between them
 
 
 cdef inline void prefetch_rows(
@@ -528,6 +528,11 @@ cdef inline void prefetch_rows(
     for r in range(begin, end):
         for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
             prefetch(first + r * row_bytes + i * CACHE_LINE)
+
+
+cdef bint next_bias_is_far(const Problem* x, const Panel* panel, Py_ssize_t block) noexcept nogil:
+    """Whether the next block has a bias of its own for every row, in rows that can be prefetched."""
+    return x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1 and block + x.Bc <= panel.last_key
 
 
 cdef inline void prefetch_slice(
@@ -553,7 +558,7 @@ cdef inline void prefetch_slice(
             <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float),
             first, last, x.D * sizeof(float),
         )
-    if x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1 and next_block <= panel.last_key:
+    if next_bias_is_far(x, panel, block):
         prefetch_rows(
             <const char*> (head.bias + panel.row * x.bias_stride[2] + next_block), x.bias_stride[2] * sizeof(float),
             first, last, min(x.Bc, panel.last_key + 1 - next_block) * sizeof(float),
@@ -568,7 +573,7 @@ cdef void fold_block(
 
     s, hidden: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
     """
-    cdef Py_ssize_t c, i, low, high
+    cdef Py_ssize_t c, i, low, high, slices = 1
     cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
     cdef Py_ssize_t end = min(x.Bc, panel.last_key + 1 - block)
     cdef Py_ssize_t position = panel.row + x.offset
@@ -586,9 +591,12 @@ cdef void fold_block(
     edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
     changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
 
-    for i in range(SLICES):
-        prefetch_slice(x, head, panel, block, begin, end, i)
-        low, high = max(begin, i * x.Bc // SLICES // ROWS * ROWS), min(end, (i + 1) * x.Bc // SLICES // ROWS * ROWS)
+    if panel.row == 0 or block <= panel.first_key or next_bias_is_far(x, panel, block):
+        slices = SLICES
+    for i in range(slices):
+        if slices > 1:
+            prefetch_slice(x, head, panel, block, begin, end, i)
+        low, high = max(begin, i * x.Bc // slices // ROWS * ROWS), min(end, (i + 1) * x.Bc // slices // ROWS * ROWS)
         if low < high:
             scores(s, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
     if changed:
@@ -620,6 +628,7 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
     """Packs the queries of a panel, times scale, and clears its state."""
     cdef Py_ssize_t d, r, row, n
     cdef int j
+    cdef const float* q
     cdef vf t[LANES]
     cdef vf scale = vf_set(x.scale)
     for r in range(PANEL):
@@ -631,13 +640,21 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
         d = 0
         while d < x.D:
             n = min(<Py_ssize_t> LANES, x.D - d)
-            for r in range(LANES):
-                t[r] = vf_set(0.0)
-                if row + r < panel.rows:
-                    t[r] = vf_mul(scale, vf_load_part(head.q + (panel.row + row + r) * x.q_stride[2] + d, n))
-            vf_transpose(t)
-            for r in range(n):
-                vf_store(panel.q + (d + r) * PANEL + row, t[r])
+            q = head.q + (panel.row + row) * x.q_stride[2] + d
+            if n == LANES and row + LANES <= panel.rows:
+                for r in range(LANES):
+                    t[r] = vf_mul(scale, vf_load(q + r * x.q_stride[2]))
+                vf_transpose(t)
+                for r in range(LANES):
+                    vf_store(panel.q + (d + r) * PANEL + row, t[r])
+            else:
+                for r in range(LANES):
+                    t[r] = vf_set(0.0)
+                    if row + r < panel.rows:
+                        t[r] = vf_mul(scale, vf_load_part(q + r * x.q_stride[2], n))
+                vf_transpose(t)
+                for r in range(n):
+                    vf_store(panel.q + (d + r) * PANEL + row, t[r])
             d += LANES
 
 
@@ -668,6 +685,7 @@ cdef void end_panel(const Problem* x, const Head* head, const Panel* panel) noex
     cdef Py_ssize_t d, r, row, n, rows
     cdef int j
     cdef double top, weight, l
+    cdef float* out
     cdef vf t[LANES]
     cdef vf factor
     for r in range(panel.vectors * LANES):
@@ -691,6 +709,11 @@ cdef void end_panel(const Problem* x, const Head* head, const Panel* panel) noex
             for r in range(LANES):
                 t[r] = vf_mul(factor, vf_load(panel.o + (d + r) * PANEL + row))
             vf_transpose(t)
-            for r in range(rows):
-                vf_store_part(head.out + (panel.row + row + r) * x.out_stride[2] + d, t[r], n)
+            out = head.out + (panel.row + row) * x.out_stride[2] + d
+            if n == LANES and rows == LANES:
+                for r in range(LANES):
+                    vf_store(out + r * x.out_stride[2], t[r])
+            else:
+                for r in range(rows):
+                    vf_store_part(out + r * x.out_stride[2], t[r], n)
             d += LANES
