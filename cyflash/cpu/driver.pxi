@@ -22,7 +22,7 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # Scratch of one thread, in floats:
 #
 #     s, hidden   2 x Bc x PANEL        one tile of scores, and of what is hidden from them
-#     alpha       PANEL
+#     top, alpha  2 x PANEL             the greatest score of each row of a tile; e^(m - m')
 #     then for each panel of the Br rows:
 #         q       D x PANEL
 #         o       Dv (rounded up to LANES) x PANEL
@@ -37,7 +37,7 @@ cdef Py_ssize_t panel_floats(Py_ssize_t D, Py_ssize_t Dv) noexcept nogil:
 
 cdef Py_ssize_t scratch_floats(Py_ssize_t Br, Py_ssize_t Bc, Py_ssize_t D, Py_ssize_t Dv) noexcept nogil:
     cdef Py_ssize_t structure = (sizeof(Panel) + 63) // 64 * 64 // sizeof(float)
-    return PANEL * (2 * Bc + 1) + (Br // PANEL) * (panel_floats(D, Dv) + structure)
+    return PANEL * (2 * Bc + 2) + (Br // PANEL) * (panel_floats(D, Dv) + structure)
 
 
 cdef void place_panel(const Problem* x, Panel* panel, Py_ssize_t first, Py_ssize_t last, float* state) noexcept nogil:
@@ -54,7 +54,8 @@ cdef void place_panel(const Problem* x, Panel* panel, Py_ssize_t first, Py_ssize
 
 
 cdef void fold_blocks(
-    const Problem* x, const Head* head, Panel* panels, Py_ssize_t n, float* s, float* hidden, float* alpha, bint careful
+    const Problem* x, const Head* head, Panel* panels, Py_ssize_t n, float* s, float* hidden, float* top, float* alpha,
+    bint careful
 ) noexcept nogil:
     """Folds every block of keys that one of n panels sees: a block is read once for all of them."""
     cdef Py_ssize_t i, block, first_key = panels[0].first_key, last_key = panels[n - 1].last_key
@@ -62,7 +63,7 @@ cdef void fold_blocks(
         return
     for block in range(first_key // x.Bc, last_key // x.Bc + 1):
         for i in range(n):
-            fold_block(x, head, &panels[i], block * x.Bc, s, hidden, alpha, careful)
+            fold_block(x, head, &panels[i], block * x.Bc, s, hidden, top, alpha, careful)
 
 
 cdef void attend_rows(
@@ -75,7 +76,8 @@ cdef void attend_rows(
     """
     cdef float* s = scratch
     cdef float* hidden = s + x.Bc * PANEL
-    cdef float* alpha = hidden + x.Bc * PANEL
+    cdef float* top = hidden + x.Bc * PANEL
+    cdef float* alpha = top + PANEL
     cdef float* state = alpha + PANEL
     cdef Panel* panels = <Panel*> (state + x.Br // PANEL * panel_floats(x.D, x.Dv))
     cdef Py_ssize_t vectors = (last - first + LANES - 1) // LANES
@@ -87,11 +89,11 @@ cdef void attend_rows(
             state + i * panel_floats(x.D, x.Dv),
         )
         begin_panel(x, head, &panels[i])
-    fold_blocks(x, head, panels, n, s, hidden, alpha, False)
+    fold_blocks(x, head, panels, n, s, hidden, top, alpha, False)
     for i in range(n):
         if hides and not panel_is_finite(x, &panels[i]):
             begin_panel(x, head, &panels[i])
-            fold_blocks(x, head, &panels[i], 1, s, hidden, alpha, True)
+            fold_blocks(x, head, &panels[i], 1, s, hidden, top, alpha, True)
         end_panel(x, head, &panels[i])
 
 

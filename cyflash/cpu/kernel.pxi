@@ -165,12 +165,13 @@ cdef inline void multiply(
 
 
 cdef inline void scores_tile(
-    float* s, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
+    float* s, float* top, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
     Py_ssize_t begin, Py_ssize_t end, const int vectors
 ) noexcept nogil:
     cdef Py_ssize_t c, g, key, d, part, longest = (D - 1) // ((D + PART - 1) // PART) + 1
     cdef int i, j
     cdef float* row
+    cdef vf highest
     cdef vf acc[ROWS * VECTORS]
     cdef const float* b[ROWS]
     for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
@@ -190,23 +191,28 @@ cdef inline void scores_tile(
                     vf_store(row + j * LANES, acc[i * VECTORS + j])
                 b[i] += part
             d += part
+        for j in range(vectors):
+            highest = vf_load(top + j * LANES)
+            for i in range(ROWS):
+                highest = vf_max(highest, vf_load(s + (c + i) * PANEL + j * LANES))
+            vf_store(top + j * LANES, highest)
 
 
 cdef void scores(
-    float* s, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
+    float* s, float* top, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
     Py_ssize_t begin, Py_ssize_t end, int vectors
 ) noexcept nogil:
-    """S^T[c][r] = sum_d K[c][d] Q[r][d] for keys begin <= c < end of a block.
+    """S^T[c][r] = sum_d K[c][d] Q[r][d] for keys begin <= c < end of a block, and top[r] = max(top[r], max_c S^T).
 
     k: key 0 of the block. Whole groups of ROWS rows of s are written; the rows outside [begin, end) repeat its first or
     last key, so that no other key is read, and the caller hides them.
     """
     if vectors == 1:
-        scores_tile(s, q, k, k_stride, D, begin, end, 1)
+        scores_tile(s, top, q, k, k_stride, D, begin, end, 1)
     elif vectors == 2:
-        scores_tile(s, q, k, k_stride, D, begin, end, 2)
+        scores_tile(s, top, q, k, k_stride, D, begin, end, 2)
     else:
-        scores_tile(s, q, k, k_stride, D, begin, end, VECTORS)
+        scores_tile(s, top, q, k, k_stride, D, begin, end, VECTORS)
 
 
 cdef inline void accumulate_tile(
@@ -315,33 +321,25 @@ cdef inline vf expv(vf x) noexcept nogil:
 
 
 cdef void softmax(
-    float* s, float* m, float* l, float* alpha, Py_ssize_t begin, Py_ssize_t end, int vectors
+    float* s, const float* top, float* m, float* l, float* alpha, Py_ssize_t begin, Py_ssize_t end, int vectors
 ) noexcept nogil:
     """One step of the online softmax over rows begin <= c < end of the score tile s, in place: S^T becomes P^T.
 
-        m' = max(m, max_c S),   alpha = e^(m - m'),   P = e^(S - m'),   l' = alpha l + sum_c P
+        m' = max(m, top),   alpha = e^(m - m'),   P = e^(S - m'),   l' = alpha l + sum_c P
 
-    begin, end: multiples of ROWS, the number of independent maxima and sums. A row that has seen nothing yet has
+    top: the greatest score of each row. begin, end: multiples of ROWS. A row that has seen nothing yet has
     m' = -inf: 0 stands in for it, so that P = e^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator,
     whatever the maximum makes of it.
     """
     cdef Py_ssize_t g
     cdef int j, i
     cdef float* rows
-    cdef vf old, top, base, sum, a
+    cdef vf old, highest, base, sum, a
     cdef vf x[ROWS]
     for j in range(vectors):
         old = vf_load(m + j * LANES)
-        for i in range(ROWS):
-            x[i] = old
-        for g in range(begin // ROWS, end // ROWS):
-            rows = s + g * ROWS * PANEL + j * LANES
-            for i in range(ROWS):
-                x[i] = vf_max(x[i], vf_load(rows + i * PANEL))
-        top = old
-        for i in range(ROWS):
-            top = vf_max(top, x[i])
-        base = vf_hide(top, top, vf_set(0.0))
+        highest = vf_max(old, vf_load(top + j * LANES))
+        base = vf_hide(highest, highest, vf_set(0.0))
         sum = vf_set(0.0)
         for g in range(begin // ROWS, end // ROWS):
             rows = s + g * ROWS * PANEL + j * LANES
@@ -357,7 +355,7 @@ cdef void softmax(
             sum = vf_add(sum, x[0])
         a = expv(vf_sub(old, base))
         vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, sum))
-        vf_store(m + j * LANES, top)
+        vf_store(m + j * LANES, highest)
         vf_store(alpha + j * LANES, a)
 
 
@@ -436,11 +434,12 @@ cdef inline float relative(Py_ssize_t x) noexcept nogil:
 
 
 cdef void change_scores(
-    float* s, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
+    float* s, float* top, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
     Py_ssize_t begin, Py_ssize_t end, bint soft, bint masked, bint edges
 ) noexcept nogil:
     """Everything that changes a score, on rows begin <= c < end of the tile s of the keys from `block` on, in the order
-    softcap, ALiBi and bias, masks. A hidden score becomes -inf whatever it was, NaN included.
+    softcap, ALiBi and bias, masks. A hidden score becomes -inf whatever it was, NaN included. top[r] becomes the
+    greatest score of row r.
 
     soft: apply softcap. masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides
     a part of this tile.
@@ -450,7 +449,7 @@ cdef void change_scores(
     cdef bint added = x.bias != NULL or masked
     cdef float lane[LANES]
     cdef vf addend[LANES]
-    cdef vf y, key, place, low, high
+    cdef vf y, key, place, low, high, highest
     cdef vf cap = vf_set(x.softcap), per_cap = vf_set(0.0), slope = vf_set(-head.slope)
     cdef const float* bias = NULL
     cdef const unsigned char* mask = NULL
@@ -464,6 +463,7 @@ cdef void change_scores(
         high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
         place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
         rows = min(<Py_ssize_t> LANES, panel.rows - j * LANES)
+        highest = vf_set(-INFINITY)
         c = begin
         while c < end:
             n = min(<Py_ssize_t> LANES, end - c)
@@ -485,8 +485,10 @@ cdef void change_scores(
                     y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
                 if edges:
                     y = vf_inside(y, key, low, high)
+                highest = vf_max(highest, y)
                 vf_store(score, y)
             c += n
+        vf_store(top + j * LANES, highest)
 
 
 cdef int mask_tile(
@@ -566,12 +568,12 @@ cdef inline void prefetch_slice(
 
 
 cdef void fold_block(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* hidden, float* alpha,
-    bint careful
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* hidden, float* top,
+    float* alpha, bint careful
 ) noexcept nogil:
     """Folds keys [block, block + Bc) into the running state of a panel; nothing that no row can see is read.
 
-    s, hidden: [Bc][PANEL] scratch. alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
+    s, hidden: [Bc][PANEL] scratch. top, alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
     """
     cdef Py_ssize_t c, i, low, high, slices = 1
     cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
@@ -593,25 +595,27 @@ cdef void fold_block(
 
     if panel.row == 0 or block <= panel.first_key or next_bias_is_far(x, panel, block):
         slices = SLICES
+    for i in range(PANEL):
+        top[i] = -INFINITY
     for i in range(slices):
         if slices > 1:
             prefetch_slice(x, head, panel, block, begin, end, i)
         low, high = max(begin, i * x.Bc // slices // ROWS * ROWS), min(end, (i + 1) * x.Bc // slices // ROWS * ROWS)
         if low < high:
-            scores(s, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
+            scores(s, top, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
     if changed:
-        change_scores(s, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
+        change_scores(s, top, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
     for c in range(low * PANEL, begin * PANEL):
         s[c] = -INFINITY
     for c in range(end * PANEL, high * PANEL):
         s[c] = -INFINITY
-    softmax(s, panel.m, panel.l, alpha, low, high, panel.vectors)
+    softmax(s, top, panel.m, panel.l, alpha, low, high, panel.vectors)
     v = head.v + (block + begin) * x.v_stride[2]
     if careful and changed:
         for c in range(begin * PANEL, end * PANEL):
             hidden[c] = 0.0
-        change_scores(hidden, x, head, panel, block, begin, end, False, masked, edges)
+        change_scores(hidden, top, x, head, panel, block, begin, end, False, masked, edges)
         accumulate_visible(
             panel.o, s + begin * PANEL, hidden + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin,
             panel.vectors,
