@@ -1,4 +1,6 @@
 """What must not change a result: bit for bit within one SIMD build; within the bound for tile sizes and builds."""
+import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import bounds
@@ -136,6 +138,31 @@ def test_strides_and_alignment(build, layout, which):
         if which in (name, "all"):
             arrays[name] = change(arrays[name])
     cases.assert_same_bits(run(arrays.values(), options), expected)
+
+
+@pytest.fixture(scope="module")
+def sparse_memory():
+    """20 GB of addresses, of which only the touched pages exist."""
+    reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    return np.frombuffer(mmap.mmap(-1, 20 << 30, flags=flags), np.uint8)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or sys.maxsize < 2**32, reason="needs lazy memory")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("which", ["q", "k", "v", "out", "bias", "mask"])
+def test_offsets_beyond_32_bits(build, sparse_memory, which, axis):
+    """Batches, heads or rows that lie more than 2^31 elements apart give the bits of neighbours."""
+    B, H, L = 2, 2, 33
+    arrays = dict(zip("qkv", cases.arrays(B, H, H, L, L, 16), strict=True)) | cases.all_options(B, H, L, L)
+    expected = run((), arrays)
+    arrays["out"] = np.full_like(expected[0], np.nan)
+    x = arrays[which]
+    strides = list(x.strides)
+    strides[axis] = ((1 << 31) + 4096) * x.itemsize // (x.shape[axis] - 1) // 4096 * 4096 + 4096
+    far = np.ndarray(x.shape, x.dtype, sparse_memory, strides=strides)
+    far[...] = x
+    cases.assert_same_bits(run((), arrays | {which: far}), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, (0, 1, 2), (0, 1, 2, 3)], ids=str)
