@@ -5,6 +5,7 @@ import json
 import bench_peers
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cyflash import bench, cpu_info, flops
 from cyflash.bench import cases, race, suite, systems
@@ -313,3 +314,25 @@ def test_suite_measures_every_row(bench_run, monkeypatch):
 
 def test_default_shapes_include_the_long_and_the_encoder_ones():
     assert {(1, 1, 2048, 64), (1, 1, 4096, 64), (1, 1, 4096, 128), (8, 12, 512, 64)} <= set(bench.SHAPES)
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
+    """With all peers, long names of settings, and times of three digits: nothing is cut or wrapped."""
+    from cyflash.bench import report
+
+    labels, case = ["cyflash", "numpy", *PEERS], Case((16, 12, 384, 128), causal=True)
+
+    def timing(seconds):
+        return race.Timing("way", {"way": seconds, "other": 1.0}, "", None, rounds=[[seconds * x] for x in (1, 1.5, 2)])
+
+    contest = race.Race(1, dict.fromkeys(labels, case), {label: timing(1.23e-2) for label in labels}, {}, [2e11] * 3)
+    about = {"version": "2026.4.1", "settings": {"A_RATHER_LONG_SETTING_OF_ITS": "/with/a/long/path" * 3}}
+    about["threads"] = {"busy": 1, "cpu_over_wall": 1.0}
+    outcome = report.Outcome({}, {}, {1: dict.fromkeys(labels, about)}, races=[contest])
+    monkeypatch.setattr(report, "Console", lambda: Console(width=80, force_terminal=True, color_system=None))
+    report.show(outcome)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    for text in (*labels, "(16, 12, 384, 128)", "1.00 x", "1.00-1.00", "18.4 ms"):
+        assert text in out

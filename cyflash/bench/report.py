@@ -6,6 +6,7 @@ import math
 import platform
 from dataclasses import asdict, dataclass, field
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -88,6 +89,9 @@ class Bar:
 
 # ---- tables
 
+# All peers fit into 80 columns.
+_NARROW = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": 0}
+
 
 def show(outcome):
     """Prints the outcome to stdout."""
@@ -103,7 +107,7 @@ def show(outcome):
     if outcome.races:
         console.print(
             "Each peer: its median time over that of cyflash (above 1, cyflash is faster); 95 % bootstrap interval "
-            "over rounds; its own median time. Peak: of fused multiply-adds, all threads, in the same rounds.\n"
+            "over rounds; its own median time. Peak: share of that of fused multiply-adds, all threads, same rounds.\n"
         )
     if outcome.rows:
         console.print(_suite_table(outcome.rows))
@@ -128,9 +132,9 @@ def _machine(environment):
 
 
 def _systems_table(outcome):
-    table = Table(title="Systems, each in its own process")
-    for name in ("system", "version", "threads: asked", "counted", "CPU/wall", "settings"):
-        table.add_column(name)
+    table = Table(title="Systems, each in its own process", **_NARROW)
+    for name in ("system", "version", "threads:\nasked", "counted", "CPU/wall", "settings"):
+        table.add_column(name, no_wrap=name != "settings", overflow="fold")
     for threads, systems in outcome.systems.items():
         for label, about in systems.items():
             counts = about["threads"]
@@ -153,25 +157,30 @@ def _busy_notes(outcome):
 
 def _race_table(races, threads):
     """One row per case; a peer's cell has its ratio, the interval, and its own time."""
-    table = Table(title=f"{threads} thread{'s' * (threads > 1)}, fp32", show_lines=True, caption=_variants(races))
+    title_text = f"{threads} thread{'s' * (threads > 1)}, fp32"
+    table = Table(title=title_text, show_lines=True, caption=_variants(races), **_NARROW)
     table.add_column("(B, H, L, D)", no_wrap=True)
     table.add_column("cyflash", justify="right", no_wrap=True)
     others = list(dict.fromkeys(label for result in races for label in result.cases if label != "cyflash"))
-    for name in (*others, "best peer"):
+    for name in (*others, "best\npeer"):
         table.add_column(name, justify="right", overflow="fold")
     for result in races:
         case = result.cases["cyflash"]
         if "cyflash" not in result.timings:
-            table.add_row(title(case), "[bold red]FAILED")
+            table.add_row(_two_lines(case), "[bold red]FAILED")
             continue
         own, share = result.timings["cyflash"], result.fma_share("cyflash")
         rate = f"{result.gflops('cyflash'):.0f} GFLOP/s"
-        cells = [title(case), f"[bold]{as_time(own.median)}[/]\n{rate}\n{share.value:.2f} of peak"]
+        cells = [_two_lines(case), f"[bold]{as_time(own.median)}[/]\n{rate}\n{share.value:.2f} peak"]
         cells += [_peer_cell(result, label) for label in others]
         peers = result.peers()
-        cells.append(f"[bold]{result.ratio(peers[0], 'cyflash').value:.2f} x[/]\n{peers[0]}" if peers else "none")
+        cells.append(f"[bold]{result.ratio(peers[0], 'cyflash').value:.2f} x[/]" if peers else "none")
         table.add_row(*cells)
     return table
+
+
+def _two_lines(case):
+    return title(case).replace(") ", ")\n")
 
 
 def _variants(races):
