@@ -21,7 +21,7 @@ cdef extern from "simd.h" nogil:
     enum:
         LANES    # floats in a vector
         VECTORS  # vectors of query rows in a full panel
-        ROWS     # keys (or value columns) of a register tile
+        ROWS     # keys (or value columns) of a register tile; divides LANES
         UNROLL   # steps of a product between two tests of its end
         PANEL    # LANES * VECTORS
         CACHE_LINE
@@ -40,8 +40,8 @@ cdef extern from "simd.h" nogil:
     vf vf_abs(vf) noexcept
     vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
     vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
-    vf vf_fraction(vf x) noexcept                                # x - floor(x) for x <= 0; finite for -inf; NaN for NaN
-    vf vf_scale2(vf a, vf x) noexcept                            # a * 2^floor(x) for x <= 0; 0 for -inf
+    vf vf_fraction(vf x) noexcept       # x - floor(x) for -200 <= x <= 0; in [0, 1) below, -inf too; NaN for NaN
+    vf vf_scale2(vf a, vf x) noexcept   # a * 2^floor(x) for x <= 0, also where that is 0 or denormal
     vf vf_hide(vf x, vf a, vf y) noexcept                        # y where a is -inf, else x
     vf vf_inside(vf x, vf j, vf low, vf high) noexcept           # x where low <= j <= high, else -inf
     vf vf_keep_part(const unsigned char*, Py_ssize_t n) noexcept  # 0 where the byte is set, -inf where not; n bytes
@@ -286,7 +286,8 @@ cdef inline void exponentials(vf* x, const int n) noexcept nogil:
     2^floor(y) times a polynomial in the fraction of y.
 
     The polynomial is the minimax (relative error 2.0e-9) of degree 6 for 2^f on [0, 1) with constant term 1, fitted by
-    linear programming; at most 1.1 half-ulps with the rounding of its evaluation. Each step is taken for all n before
+    linear programming, and within 1.1 units in the last place with the rounding of its evaluation. Rounding y adds a
+    relative error of up to |x| 2^-24, which is what rounding the score itself does. Each step is taken for all n before
     the next one: a chain of ten dependent instructions at a time would fill the CPU's schedulers with waiting ones.
     """
     cdef int i
