@@ -18,6 +18,11 @@ from typing import NamedTuple
 __all__ = ["CallProcess", "Memory", "blas_threads", "interleaved_times"]
 
 
+# Threads of a process that waits for its turn must sleep: OpenBLAS's spin for some 15 ms and would slow the next one's
+# turn. 2^22 ticks are about 1 ms, longer than the pauses between two products of one call.
+SLEEP_SOON = {"OPENBLAS_THREAD_TIMEOUT": "22", "KMP_BLOCKTIME": "1"}
+
+
 class Memory(NamedTuple):
     """Resident set of a process around one call, in bytes."""
 
@@ -72,7 +77,7 @@ class CallProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, target],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**SLEEP_SOON, **os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         try:
             self.memory = Memory(**self._ask(arguments))
