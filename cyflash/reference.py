@@ -138,10 +138,13 @@ def heads(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, win
         yield Head(q[b, h], k[b, kv], v[b, kv], distance, visible, scale, softcap, head_bias, slopes[b, h], sinks[b, h])
 
 
-def head_scores(head):
-    """Scores of one head before masks, (Lq, Lk): scale, then softcap, then bias and ALiBi."""
+def head_scores(head, products=None):
+    """Scores of one head before masks, (Lq, Lk): scale, then softcap, then bias and ALiBi.
+
+    products: q @ k.T, when it has been computed otherwise.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = head.scale * (head.q @ head.k.T)
+        scores = head.scale * (head.q @ head.k.T if products is None else products)
         if head.softcap:
             scores = head.softcap * np.tanh(scores / head.softcap)
         return scores + head.bias - head.slope * np.abs(head.distance)

@@ -172,12 +172,28 @@ def _score_error(head):
     return error + STEPS * EPS * (np.abs(score) + bias + np.abs(alibi))
 
 
+def products_in_order(q, k):
+    """q @ k.T in float32, one fused multiply-add after another, as the kernels of a BLAS for large matrices take them.
+
+    Some kernels for small matrices (OpenBLAS on AVX-512) add sixteen partial sums: what "plain NumPy" errs would depend
+    on the machine's BLAS. Large matrices are left to it.
+    """
+    if len(q) * len(k) > 1 << 18:
+        return q @ k.T
+    total = np.zeros((len(q), len(k)), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for a, b in zip(q.T.astype(np.float64), k.T.astype(np.float64), strict=True):
+            total = (total + a[:, None] * b).astype(np.float32)
+    return total
+
+
 def plain_float32(q, k, v, **options):
     """What a NumPy user would write: the whole score matrix, in float32."""
     rows = []
     for head in reference.heads(q, k, v, **options):
         single = {name: np.float32(getattr(head, name)) for name in ("q", "k", "v", "distance", "bias", "slope")}
-        scores = np.where(head.visible, reference.head_scores(head._replace(**single)), np.float32(-np.inf))
+        scores = reference.head_scores(head._replace(**single), products_in_order(single["q"], single["k"]))
+        scores = np.where(head.visible, scores, np.float32(-np.inf))
         with np.errstate(invalid="ignore", over="ignore"):
             top = np.maximum(scores.max(axis=1, initial=-np.inf, keepdims=True), np.float32(head.sink))
             top = np.where(top == -np.inf, np.float32(0), top)
