@@ -105,7 +105,8 @@ class NumPy(System):
 
     def settings(self):
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        return {"blas": f"{blas['name']} {blas['version']}"}
+        kernels = {pool.get("architecture") for pool in threadpool_info() if pool["user_api"] == "blas"} - {None}
+        return {"blas": f"{blas['name']} {blas['version']}", "kernels": ", ".join(sorted(kernels)) or "unknown"}
 
     def candidates(self, case):
         from cyflash.plain import plain_attention
