@@ -97,16 +97,17 @@ class NumPy(System):
     needs = ("numpy",)
 
     def threads(self):
-        try:
-            from threadpoolctl import threadpool_info
-        except ImportError:
-            return None
-        return max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=None)
+        return max((pool["num_threads"] for pool in self._pools()), default=None)
 
     def settings(self):
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        kernels = {pool.get("architecture") for pool in threadpool_info() if pool["user_api"] == "blas"} - {None}
+        kernels = {pool["architecture"] for pool in self._pools() if "architecture" in pool}
         return {"blas": f"{blas['name']} {blas['version']}", "kernels": ", ".join(sorted(kernels)) or "unknown"}
+
+    def _pools(self):
+        from threadpoolctl import threadpool_info
+
+        return [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
 
     def candidates(self, case):
         from cyflash.plain import plain_attention
