@@ -2,7 +2,7 @@
 # with another task, so a row's bits depend neither on threads nor on what else is in the batch.
 
 from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport prange
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 

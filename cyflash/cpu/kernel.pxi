@@ -630,7 +630,10 @@ cdef void fold_block(
 
 
 cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept nogil:
-    """Packs the queries of a panel, times scale, and clears its state."""
+    """Packs the queries of a panel, times scale, and clears its state.
+
+    Whole tiles of LANES x LANES go without masks or tests, which lets the transposition stay in registers.
+    """
     cdef Py_ssize_t d, r, row, n
     cdef int j
     cdef const float* q
