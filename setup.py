@@ -2,6 +2,7 @@
 
 A build is chosen at run time (cyflash/cpu/__init__.py); flags here decide only what a compiled module may contain.
 """
+import glob
 import os
 import platform
 import subprocess
@@ -14,11 +15,15 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 SIMD_BUILDS = {"baseline": []}
 if X86:
     SIMD_BUILDS |= {
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx512": AVX512,
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     }
 
 # -O3: distributions build Python, and so extensions, at -O2, where the tiles are not unrolled (a third of the speed).
@@ -31,7 +36,7 @@ GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 CPU = "cyflash/cpu"
 OPENMP = f"{CPU}/simd/openmp.h"
-SHARED = [OPENMP, *(f"{CPU}/{name}" for name in ("kernel.pxi", "driver.pxi", "simd/simd.h"))]
+SHARED = [*glob.glob(f"{CPU}/*.pxi"), *glob.glob(f"{CPU}/simd/*.h")]
 
 
 def simd_extension(name, flags):
@@ -41,7 +46,7 @@ def simd_extension(name, flags):
         include_dirs=[f"{CPU}/simd"],
         define_macros=[*MACROS, ("CYFLASH_SIMD", f'"{name}.h"')],
         extra_compile_args=[*FLAGS, *flags],
-        depends=[*SHARED, f"{CPU}/simd/{name}.h"],
+        depends=SHARED,
     )
 
 

@@ -16,17 +16,22 @@ import re
 
 from cyflash.cpu import detect, threads
 
+AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+
 # build: the CPU features that it needs. The last one that is built and that this machine can run is used.
 BUILDS = {
     "baseline": (),
     "avx2": ("avx2", "fma"),
-    "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avxvnni": ("avx2", "fma", "avxvnni"),
+    "avx512": AVX512,
+    "avx512_vnni": (*AVX512, "avx512_vnni"),
+    "avx512_bf16": (*AVX512, "avx512_vnni", "avx512_bf16"),
 }
 
 # Keys of a block, when the caller does not say. A task's working set is PANEL * 4 bytes * (D queries + D outputs + Bc
 # scores) and streams Bc * D * 8 bytes of keys and values: at PANEL = 48, D = 64, Bc = 128 that is 24 + 24 KB of the
 # 48 KB first-level cache of a Zen 5. Query rows of a task are one panel.
-BLOCK_SIZE_KV = {"baseline": 128, "avx2": 128, "avx512": 128}
+BLOCK_SIZE_KV = 128
 
 # A block is summed before it is added to what earlier blocks gave, so its length decides the rounding error; and beyond
 # this its scores (512 x 48 x 4 bytes = 96 KB) are far out of the first-level cache.
@@ -149,7 +154,7 @@ def tile_sizes_of(module, block_size_q=None, block_size_kv=None):
     panel, rows = module.SHAPE["PANEL"], module.SHAPE["ROWS"]
     Br = panel if block_size_q is None else min(-(-block_size_q // panel), MAX_BLOCK_SIZE_Q // panel) * panel
     if block_size_kv is None:
-        return Br, BLOCK_SIZE_KV[name_of(module)]
+        return Br, BLOCK_SIZE_KV
     return Br, min(-(-block_size_kv // rows) * rows, MAX_BLOCK_SIZE_KV)
 
 

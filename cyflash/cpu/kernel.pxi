@@ -1,66 +1,45 @@
-# The algorithm of exact fp32 attention on one panel of query rows, written once for every SIMD build.
+# Attention on one panel of query rows, written once for every SIMD build.
 #
 # Queries live in lanes: a panel holds up to PANEL = LANES * VECTORS query rows, one per lane, and every tile is stored
 # transposed, [key or head dimension][query row] with a pitch of PANEL floats. Row maxima, row sums and rescaling are
 # then vertical operations without shuffles; keys and values are read in their own layout, one broadcast at a time.
 #
-#     S^T = K Q^T     scores()       register-tiled product
-#     S^T            change_scores() softcap, bias, ALiBi, masks: everything that changes a score, for every precision
-#     P^T = e^(S-m)   softmax()      online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
-#     O^T = V^T P^T   accumulate()   the same register-tiled product
+#     product.pxi   S^T = K Q^T     scores()          register-tiled product; scores_of_codes() in int8.pxi
+#     change.pxi    S^T             change_scores()   softcap, bias, ALiBi, masks: the same for every precision
+#     softmax.pxi   P^T = e^(S-m)   softmax()         online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
+#     product.pxi   O^T = V^T P^T   accumulate()      the same register-tiled product; in int8.pxi also of codes, bfloat16
 #
-# The softmax scale is folded into the packed queries. Scores stay in natural units: in units of log2 the lowest float,
-# which many use as a mask, would be -inf.
+# Scores are floats in natural units from the first product on, whatever it multiplied (in units of log2 the lowest
+# float, which many use as a mask, would be -inf).
 #
 # Rules: every function here is noexcept nogil, allocates nothing, validates nothing. Strides are in elements. Lanes
 # beyond the last row of a panel hold zero queries; what they compute is never written.
 
-cdef extern from "simd.h" nogil:
-    ctypedef struct vf:
-        pass
-    enum:
-        LANES    # floats in a vector
-        VECTORS  # vectors of query rows in a full panel
-        ROWS     # keys (or value columns) of a register tile; divides LANES
-        UNROLL   # steps of a product between two tests of its end
-        PANEL    # LANES * VECTORS
-        CACHE_LINE
-    void prefetch(const void*) noexcept
-    vf vf_set(float) noexcept
-    vf vf_load(const float*) noexcept
-    vf vf_load_part(const float*, Py_ssize_t n) noexcept         # the first n lanes; 0 elsewhere; reads nothing beyond
-    void vf_store(float*, vf) noexcept
-    void vf_store_part(float*, vf, Py_ssize_t n) noexcept
-    vf vf_add(vf, vf) noexcept
-    vf vf_sub(vf, vf) noexcept
-    vf vf_mul(vf, vf) noexcept
-    vf vf_div(vf, vf) noexcept
-    vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
-    vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
-    vf vf_abs(vf) noexcept
-    vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
-    vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
-    vf vf_fraction(vf x) noexcept       # x - floor(x) for -200 <= x <= 0; in [0, 1) below, -inf too; NaN for NaN
-    vf vf_scale2(vf a, vf x) noexcept   # a * 2^floor(x) for x <= 0, also where that is 0 or denormal
-    vf vf_hide(vf x, vf a, vf y) noexcept                        # y where a is -inf, else x
-    vf vf_inside(vf x, vf j, vf low, vf high) noexcept           # x where low <= j <= high, else -inf
-    vf vf_keep_part(const unsigned char*, Py_ssize_t n) noexcept  # 0 where the byte is set, -inf where not; n bytes
-    void vf_transpose(vf*) noexcept                              # LANES vectors of LANES
+include "vocabulary.pxi"
 
-from libc.string cimport memset
+cdef enum Product:
+    # How the second product of quantised attention is computed
+    FLOAT32, BFLOAT16, INT8
 
-cdef extern from "math.h" nogil:
-    double exp(double) noexcept
-    double log(double) noexcept
-    float INFINITY
 
-cdef extern from "float.h" nogil:
-    float FLT_MAX, FLT_MIN
-
-cdef enum:
-    # At most this many products are added one after another in a score; a longer sum is cut into equal parts, so that
-    # its rounding error grows with their number. Head dimensions up to it, the usual ones, pay nothing.
-    PART = 128
+cdef struct Codes:
+    # The operands of quantised attention: x ~ code * scale (+ mean, of keys). A scale is one for each token or, with
+    # stride 0, for each head. Packed arrays (pack.pxi) are contiguous, their scales too.
+    const signed char* q        # (B, H, Lq, D), the last axis contiguous
+    const float* q_scale        # (B, H, Lq)
+    const int* k                # (B, Hk, Lk, 1 + groups of D), see pack_keys()
+    const float* k_scale        # (B, Hk, Lk) or (B, Hk, 1)
+    const float* k_mean         # (B, Hk, D) or NULL
+    const int* v                # (B, Hk, groups of Lk, Dv), see pack_values(); NULL for FLOAT32
+    const float* v_scale        # (B, Hk, Lk) or (B, Hk, 1); of v
+    unsigned char* trace        # (B, H, Lq, Lk) or NULL: where to write the codes of P, for tests
+    Product product             # of P and V
+    Py_ssize_t k_scale_length   # of a head: at least Lk, or 1
+    Py_ssize_t v_scale_length
+    bint k_tokens               # whether it is one scale for each token
+    bint v_tokens
+    Py_ssize_t q_stride[3]
+    Py_ssize_t q_scale_stride[3]
 
 
 cdef struct Problem:
@@ -97,6 +76,8 @@ cdef struct Problem:
     float softcap               # 0 for none
     Py_ssize_t Br               # query rows of a task: a multiple of PANEL
     Py_ssize_t Bc               # keys of a block: a multiple of ROWS
+    Py_ssize_t precise          # keys before this one are computed in float32 from q, k and v: all of them without codes
+    Codes codes                 # where precise < Lk
 
 
 cdef struct Panel:
@@ -106,7 +87,10 @@ cdef struct Panel:
     int vectors                 # ceil(rows / LANES)
     Py_ssize_t first_key        # keys that its first row ...
     Py_ssize_t last_key         # ... to its last row may see: [first_key, last_key]
-    float* q                    # [D][PANEL] queries times scale
+    float* q                    # [D][PANEL] queries times scale, where keys are computed in float32
+    int* codes                  # [groups of D][PANEL] codes of the queries, with ZERO_POINT
+    float* factor               # [PANEL] what makes a sum of products of codes a score: scale, that of q, that of a head of k
+    float* shift                # [PANEL] scale * q . mean
     float* o                    # [Dv rounded up to LANES][PANEL] running output
     float* m                    # [PANEL] running maximum, -inf at first
     float* l                    # [PANEL] running denominator
@@ -123,395 +107,30 @@ cdef struct Head:
     const float* bias
     const unsigned char* mask
     float slope                 # ALiBi
+    const signed char* q_codes  # as in Codes, the rest too
+    const float* q_scale
+    const int* k_codes
+    const float* k_scale
+    const float* k_mean
+    const int* v_codes
+    const float* v_scale
+    unsigned char* trace
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The register-tiled product, and its two uses
+cdef struct Scratch:
+    # What a panel needs while it meets a block of keys.
+    float* s                    # [Bc][PANEL] scores, then weights
+    float* hidden               # [Bc][PANEL] what is hidden from them; or
+    int* p                      # the weights as codes or bfloat16, in groups of keys: the same memory
+    float* top                  # [PANEL] the greatest score of each row
+    float* alpha                # [PANEL] e^(m - m')
+    float* beta                 # [PANEL] what makes a sum of products of codes an output
 
 
-cdef inline void multiply_step(
-    vf* acc, const float* a, const float** b, const Py_ssize_t step, Py_ssize_t t, const int vectors
-) noexcept nogil:
-    """acc[i][j] += b[i][t * step] * a[t][j]"""
-    cdef int i, j
-    cdef vf x[VECTORS]
-    cdef vf y
-    for j in range(vectors):
-        x[j] = vf_load(a + t * PANEL + j * LANES)
-    for i in range(ROWS):
-        y = vf_set(b[i][t * step])
-        for j in range(vectors):
-            acc[i * VECTORS + j] = vf_fma(y, x[j], acc[i * VECTORS + j])
-
-
-cdef inline void multiply(
-    vf* acc, const float* a, const float** b, const Py_ssize_t step, Py_ssize_t n, const int vectors
-) noexcept nogil:
-    """acc[i][j] = sum over t < n of b[i][t * step] * a[t][j], one addition after another.
-
-    a: [n][PANEL] tile. b: ROWS pointers to floats with stride `step`. acc: [ROWS][VECTORS] vectors, `vectors` of each
-    row used. `vectors` (and step = 1) are constants at every call, so that acc lives in registers.
-    """
-    cdef Py_ssize_t t
-    cdef int i, j, u
-    for i in range(ROWS):
-        for j in range(vectors):
-            acc[i * VECTORS + j] = vf_set(0.0)
-    for t in range(n // UNROLL):
-        for u in range(UNROLL):
-            multiply_step(acc, a, b, step, t * UNROLL + u, vectors)
-    for t in range(n // UNROLL * UNROLL, n):
-        multiply_step(acc, a, b, step, t, vectors)
-
-
-cdef inline void scores_tile(
-    float* s, float* top, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
-    Py_ssize_t begin, Py_ssize_t end, const int vectors
-) noexcept nogil:
-    cdef Py_ssize_t c, g, key, d, part, longest = (D - 1) // ((D + PART - 1) // PART) + 1
-    cdef int i, j
-    cdef float* row
-    cdef vf highest
-    cdef vf acc[ROWS * VECTORS]
-    cdef const float* b[ROWS]
-    for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
-        c = g * ROWS
-        for i in range(ROWS):
-            key = min(max(c + i, begin), end - 1)
-            b[i] = k + key * k_stride
-        d = 0
-        while d < D:
-            part = min(D - d, longest)
-            multiply(acc, q + d * PANEL, b, 1, part, vectors)
-            for i in range(ROWS):
-                row = s + (c + i) * PANEL
-                for j in range(vectors):
-                    if d > 0:
-                        acc[i * VECTORS + j] = vf_add(vf_load(row + j * LANES), acc[i * VECTORS + j])
-                    vf_store(row + j * LANES, acc[i * VECTORS + j])
-                b[i] += part
-            d += part
-        for j in range(vectors):
-            highest = vf_load(top + j * LANES)
-            for i in range(ROWS):
-                highest = vf_max(highest, vf_load(s + (c + i) * PANEL + j * LANES))
-            vf_store(top + j * LANES, highest)
-
-
-cdef void scores(
-    float* s, float* top, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
-    Py_ssize_t begin, Py_ssize_t end, int vectors
-) noexcept nogil:
-    """S^T[c][r] = sum_d K[c][d] Q[r][d] for keys begin <= c < end of a block, and top[r] = max(top[r], max_c S^T).
-
-    k: key 0 of the block. Whole groups of ROWS rows of s are written; the rows outside [begin, end) repeat its first or
-    last key, so that no other key is read, and the caller hides them.
-    """
-    if vectors == 1:
-        scores_tile(s, top, q, k, k_stride, D, begin, end, 1)
-    elif vectors == 2:
-        scores_tile(s, top, q, k, k_stride, D, begin, end, 2)
-    else:
-        scores_tile(s, top, q, k, k_stride, D, begin, end, VECTORS)
-
-
-cdef inline void accumulate_tile(
-    float* o, const float* p, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv, const float* alpha,
-    Py_ssize_t n, const int vectors
-) noexcept nogil:
-    cdef Py_ssize_t d, g, column
-    cdef int i, j
-    cdef float* row
-    cdef vf old
-    cdef vf acc[ROWS * VECTORS]
-    cdef const float* b[ROWS]
-    for g in range((Dv + ROWS - 1) // ROWS):
-        d = g * ROWS
-        for i in range(ROWS):
-            column = d + i if d + i < Dv else Dv - 1
-            b[i] = v + column
-        multiply(acc, p, b, v_stride, n, vectors)
-        for i in range(ROWS):
-            row = o + (d + i) * PANEL
-            for j in range(vectors):
-                old = vf_load(row + j * LANES)
-                vf_store(row + j * LANES, vf_fma(old, vf_load(alpha + j * LANES), acc[i * VECTORS + j]))
-
-
-cdef void accumulate(
-    float* o, const float* p, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv, const float* alpha,
-    Py_ssize_t n, int vectors
-) noexcept nogil:
-    """O^T[d][r] = alpha[r] O^T[d][r] + sum over c < n of V[c][d] P^T[c][r].
-
-    A block is summed from zero before it is added: the rounding error then grows with the number of blocks, not of
-    keys. Rows of o from Dv up to the next multiple of ROWS are scratch.
-    """
-    if vectors == 1:
-        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, 1)
-    elif vectors == 2:
-        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, 2)
-    else:
-        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, VECTORS)
-
-
-cdef void accumulate_visible(
-    float* o, const float* p, const float* hidden, const float* v, Py_ssize_t v_stride, Py_ssize_t Dv,
-    const float* alpha, Py_ssize_t n, int vectors
-) noexcept nogil:
-    """accumulate() where a product counts only if hidden[c][r] is not -inf: NaN and inf in values do not leak into rows
-    that do not see them. The same additions in the same order, so the same bits wherever values are finite."""
-    cdef Py_ssize_t c, d
-    cdef int j
-    cdef vf acc
-    cdef float* place
-    for d in range(Dv):
-        for j in range(vectors):
-            acc = vf_set(0.0)
-            for c in range(n):
-                acc = vf_hide(
-                    vf_fma(vf_set(v[c * v_stride + d]), vf_load(p + c * PANEL + j * LANES), acc),
-                    vf_load(hidden + c * PANEL + j * LANES), acc,
-                )
-            place = o + d * PANEL + j * LANES
-            vf_store(place, vf_fma(vf_load(place), vf_load(alpha + j * LANES), acc))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Softmax
-
-
-cdef inline void exponentials(vf* x, const int n) noexcept nogil:
-    """x[i] = e^x[i] for i < n and x[i] <= 0, NaN for NaN, exactly 1 for 0 and 0 for -inf: with y = x log2(e),
-    2^floor(y) times a polynomial in the fraction of y.
-
-    The polynomial is the minimax (relative error 8.3e-8) of degree 5 for 2^f on [0, 1) with constant term 1, fitted
-    by linear programming, and within 1.3 units in the last place with the rounding of its evaluation. Degree 6
-    would make calls at D = 64 one per cent slower and the RMS error of outputs at most two per cent smaller.
-    Rounding y adds a relative error of up to |x| 2^-24, which is what rounding the score itself does. Each step is
-    taken for all n before the next one: a chain of ten dependent instructions at a time would fill the CPU's
-    schedulers with waiting ones.
-    """
-    cdef int i
-    cdef vf y[ROWS]
-    cdef vf f[ROWS]
-    for i in range(n):
-        y[i] = vf_mul(x[i], vf_set(1.4426950408889634))
-    for i in range(n):
-        f[i] = vf_fraction(y[i])
-    for i in range(n):
-        x[i] = vf_fma(vf_set(0.001867129866844636), f[i], vf_set(0.009017030878148365))
-    for i in range(n):
-        x[i] = vf_fma(x[i], f[i], vf_set(0.055799912580456114))
-    for i in range(n):
-        x[i] = vf_fma(x[i], f[i], vf_set(0.24016445035172532))
-    for i in range(n):
-        x[i] = vf_fma(x[i], f[i], vf_set(0.6931513117800604))
-    for i in range(n):
-        x[i] = vf_fma(x[i], f[i], vf_set(1.0))
-    for i in range(n):
-        x[i] = vf_scale2(x[i], y[i])
-
-
-cdef inline vf expv(vf x) noexcept nogil:
-    """e^x as in exponentials()."""
-    cdef vf one[1]
-    one[0] = x
-    exponentials(one, 1)
-    return one[0]
-
-
-cdef void softmax(
-    float* s, const float* top, float* m, float* l, float* alpha, Py_ssize_t begin, Py_ssize_t end, int vectors
-) noexcept nogil:
-    """One step of the online softmax over rows begin <= c < end of the score tile s, in place: S^T becomes P^T.
-
-        m' = max(m, top),   alpha = e^(m - m'),   P = e^(S - m'),   l' = alpha l + sum_c P
-
-    top: the greatest score of each row. begin, end: multiples of ROWS. A row that has seen nothing yet has
-    m' = -inf: 0 stands in for it, so that P = e^-inf = 0. A NaN score gives a NaN weight, and so a NaN denominator,
-    whatever the maximum makes of it.
-    """
-    cdef Py_ssize_t g
-    cdef int j, i
-    cdef float* rows
-    cdef vf old, highest, base, sum, a
-    cdef vf x[ROWS]
-    for j in range(vectors):
-        old = vf_load(m + j * LANES)
-        highest = vf_max(old, vf_load(top + j * LANES))
-        base = vf_hide(highest, highest, vf_set(0.0))
-        sum = vf_set(0.0)
-        for g in range(begin // ROWS, end // ROWS):
-            rows = s + g * ROWS * PANEL + j * LANES
-            for i in range(ROWS):
-                x[i] = vf_sub(vf_load(rows + i * PANEL), base)
-            exponentials(x, ROWS)
-            for i in range(ROWS):
-                vf_store(rows + i * PANEL, x[i])
-            for i in range(ROWS // 2):
-                x[i] = vf_add(x[i], x[i + ROWS // 2])
-            for i in range(1, ROWS // 2):
-                x[0] = vf_add(x[0], x[i])
-            sum = vf_add(sum, x[0])
-        a = expv(vf_sub(old, base))
-        vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, sum))
-        vf_store(m + j * LANES, highest)
-        vf_store(alpha + j * LANES, a)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What changes a score
-
-
-cdef inline vf tanhv(vf x) noexcept nogil:
-    """tanh(x) within two units in the last place: 1 - 2 e / (1 + e) with e = e^(-2 |x|) where |x| >= 0.625, and below,
-    where that would cancel, x + x^3 Q(x^2) with the minimax Q of degree 4 (relative error 4.4e-9, fitted by reweighted
-    least squares)."""
-    cdef vf z = vf_mul(x, x), size = vf_abs(x)
-    cdef vf e = expv(vf_mul(vf_set(-2.0), size))
-    cdef vf far = vf_sub(vf_set(1.0), vf_div(vf_add(e, e), vf_add(vf_set(1.0), e)))
-    cdef vf p = vf_fma(vf_set(-0.005704986090153312), z, vf_set(0.02063908646505058))
-    p = vf_fma(p, z, vf_set(-0.0537397148559542))
-    p = vf_fma(p, z, vf_set(0.1333144219553772))
-    p = vf_fma(p, z, vf_set(-0.33333281941919757))
-    return vf_less(size, vf_set(0.625), vf_fma(vf_mul(p, z), x, x), vf_copysign(far, x))
-
-
-cdef inline vf bias_vector(const float* bias, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
-    """n biases."""
-    cdef float buffer[LANES]
-    cdef Py_ssize_t i
-    if stride == 1:
-        return vf_load_part(bias, n)
-    for i in range(n):
-        buffer[i] = bias[i * stride]
-    return vf_load_part(buffer, n)
-
-
-cdef inline vf keep_vector(const unsigned char* mask, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
-    """0 for each of n mask bytes that is set, -inf for each that is not."""
-    cdef unsigned char buffer[LANES]
-    cdef Py_ssize_t i
-    if stride == 1:
-        return vf_keep_part(mask, n)
-    for i in range(n):
-        buffer[i] = mask[i * stride]
-    return vf_keep_part(buffer, n)
-
-
-cdef void load_addend(
-    vf* t, const float* bias, const Py_ssize_t* bias_stride, const unsigned char* mask, const Py_ssize_t* mask_stride,
-    Py_ssize_t rows, Py_ssize_t keys
-) noexcept nogil:
-    """t[key][row]: bias and mask (-inf) of up to LANES rows x LANES keys, as one tile to add.
-
-    Strides are those of the last two axes. Rows that share one bias and mask (stride 0) are broadcast, not read again.
-    """
-    cdef Py_ssize_t r, shared = (bias == NULL or bias_stride[0] == 0) and (mask == NULL or mask_stride[0] == 0)
-    cdef vf a
-    cdef float buffer[LANES]
-    for r in range(1 if shared else rows):
-        a = vf_set(0.0)
-        if bias != NULL:
-            a = bias_vector(bias + r * bias_stride[0], bias_stride[1], keys)
-        if mask != NULL:
-            a = vf_hide(a, keep_vector(mask + r * mask_stride[0], mask_stride[1], keys), vf_set(-INFINITY))
-        t[r] = a
-    if shared:
-        vf_store(buffer, t[0])
-        for r in range(LANES):
-            t[r] = vf_set(buffer[r])
-    else:
-        for r in range(rows, LANES):
-            t[r] = vf_set(0.0)
-        vf_transpose(t)
-
-
-cdef inline float relative(Py_ssize_t x) noexcept nogil:
-    """A key position relative to a block, exact as a float: beyond 2^23 only its sign matters."""
-    cdef Py_ssize_t limit = 1 << 23
-    return <float> (limit if x > limit else -limit if x < -limit else x)
-
-
-cdef void change_scores(
-    float* s, float* top, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
-    Py_ssize_t begin, Py_ssize_t end, bint soft, bint masked, bint edges
-) noexcept nogil:
-    """Everything that changes a score, on rows begin <= c < end of the tile s of the keys from `block` on, in the order
-    softcap, ALiBi and bias, masks. A hidden score becomes -inf whatever it was, NaN included. top[r] becomes the
-    greatest score of row r.
-
-    soft: apply softcap. masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides
-    a part of this tile.
-    """
-    cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
-    cdef int j
-    cdef bint added = x.bias != NULL or masked
-    cdef float lane[LANES]
-    cdef vf addend[LANES]
-    cdef vf y, key, place, low, high, highest
-    cdef vf cap = vf_set(x.softcap), per_cap = vf_set(0.0), slope = vf_set(-head.slope)
-    cdef const float* bias = NULL
-    cdef const unsigned char* mask = NULL
-    cdef float* score
-    if soft:
-        per_cap = vf_set(1.0 / x.softcap)
-    for i in range(LANES):
-        lane[i] = <float> i
-    for j in range(panel.vectors):
-        low = vf_add(vf_load(lane), vf_set(relative(position + j * LANES - x.left)))
-        high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
-        place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
-        rows = min(<Py_ssize_t> LANES, panel.rows - j * LANES)
-        highest = vf_set(-INFINITY)
-        c = begin
-        while c < end:
-            n = min(<Py_ssize_t> LANES, end - c)
-            if added:
-                if x.bias != NULL:
-                    bias = head.bias + (panel.row + j * LANES) * x.bias_stride[2] + (block + c) * x.bias_stride[3]
-                if masked:
-                    mask = head.mask + (panel.row + j * LANES) * x.mask_stride[2] + (block + c) * x.mask_stride[3]
-                load_addend(addend, bias, x.bias_stride + 2, mask, x.mask_stride + 2, rows, n)
-            for i in range(n):
-                score = s + (c + i) * PANEL + j * LANES
-                y = vf_load(score)
-                key = vf_set(<float> (c + i))
-                if soft:
-                    y = vf_mul(cap, tanhv(vf_mul(y, per_cap)))
-                if x.slopes != NULL:
-                    y = vf_fma(slope, vf_abs(vf_sub(place, key)), y)
-                if added:
-                    y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
-                if edges:
-                    y = vf_inside(y, key, low, high)
-                highest = vf_max(highest, y)
-                vf_store(score, y)
-            c += n
-        vf_store(top + j * LANES, highest)
-
-
-cdef int mask_tile(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end
-) noexcept nogil:
-    """-1 when the mask keeps no key of [begin, end) for any row of the panel, 1 when it keeps all, 0 between."""
-    cdef Py_ssize_t i, j, kept, seen = 0, all_kept = 0
-    cdef const unsigned char* row
-    for i in range(panel.rows if x.mask_stride[2] != 0 else 1):
-        row = head.mask + (panel.row + i) * x.mask_stride[2] + begin * x.mask_stride[3]
-        kept = 0
-        if x.mask_stride[3] == 1:
-            for j in range(end - begin):
-                kept += row[j] != 0
-        else:
-            for j in range(end - begin):
-                kept += row[j * x.mask_stride[3]] != 0
-        seen += end - begin
-        all_kept += kept
-        if 0 < all_kept < seen:
-            return 0
-    return -1 if all_kept == 0 else 1
+include "product.pxi"
+include "softmax.pxi"
+include "int8.pxi"
+include "change.pxi"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,10 +163,11 @@ cdef inline void prefetch_slice(
     """Asks for slice i of what comes after the first product of a block: the values, by the first panel of a head,
     which finds them in no cache; the rows of the output and the queries of the next panel, with a panel's first block;
     the bias of the next block, a short piece of each of many long rows, which no hardware prefetcher foresees. Asked
-    for all at once they would have to queue."""
+    for all at once they would have to queue. Codes are a quarter as long, and were packed just now."""
+    cdef bint floats = x.precise >= x.Lk
     cdef Py_ssize_t next_block = block + x.Bc
     cdef Py_ssize_t first = i * panel.rows // SLICES, last = (i + 1) * panel.rows // SLICES
-    if panel.row == 0:
+    if panel.row == 0 and floats:
         prefetch_rows(
             <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
             i * (end - begin) // SLICES, (i + 1) * (end - begin) // SLICES, x.Dv * sizeof(float),
@@ -557,6 +177,7 @@ cdef inline void prefetch_slice(
             <const char*> (head.out + panel.row * x.out_stride[2]), x.out_stride[2] * sizeof(float), first, last,
             x.Dv * sizeof(float),
         )
+    if block <= panel.first_key and floats:
         prefetch_rows(
             <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float),
             first, last, x.D * sizeof(float),
@@ -568,20 +189,72 @@ cdef inline void prefetch_slice(
         )
 
 
-cdef void fold_block(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, float* s, float* hidden, float* top,
-    float* alpha, bint careful
+cdef inline void block_scores_of_codes(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
+    const Scratch* scratch
 ) noexcept nogil:
-    """Folds keys [block, block + Bc) into the running state of a panel; nothing that no row can see is read.
+    """scores_of_codes() on keys [block + begin, block + end)."""
+    cdef Py_ssize_t groups = (x.D + GROUP - 1) // GROUP
+    scores_of_codes(
+        scratch.s, scratch.top, panel, head.k_codes + block * (1 + groups),
+        head.k_scale + block if x.codes.k_tokens else NULL, groups, begin, end,
+    )
 
-    s, hidden: [Bc][PANEL] scratch. top, alpha: [PANEL] scratch. careful: values that are not finite may be hidden here.
+
+cdef void fold_codes(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
+    const Scratch* scratch
+) noexcept nogil:
+    """The second half of fold_block() on codes or bfloat16: softmax and the product with the values."""
+    cdef Py_ssize_t low = begin // ROWS * ROWS, high = (end + ROWS - 1) // ROWS * ROWS
+    cdef Py_ssize_t first, groups
+    cdef const float* v_scale = head.v_scale + block if x.codes.v_tokens else head.v_scale
+    if x.codes.product == INT8:
+        softmax_codes(
+            scratch.s, scratch.p, scratch.top, panel.m, panel.l, scratch.alpha, scratch.beta, v_scale,
+            x.codes.v_tokens, low, high, panel.vectors,
+        )
+        first, groups = low // GROUP, (end + GROUP - 1) // GROUP - low // GROUP
+        accumulate_codes(
+            panel.o, scratch.p + first * PANEL, head.v_codes + (block // GROUP + first) * x.Dv, x.Dv,
+            scratch.alpha, scratch.beta, groups, panel.vectors,
+        )
+        if head.trace != NULL:
+            write_trace(x, head, panel, block, begin, end, scratch.p)
+    else:
+        softmax(scratch.s, scratch.top, panel.m, panel.l, scratch.alpha, low, high, panel.vectors)
+        round_weights(scratch.p, scratch.s, v_scale if x.codes.v_tokens else NULL, low, high, panel.vectors)
+        first, groups = low // BF16_GROUP, (end + BF16_GROUP - 1) // BF16_GROUP - low // BF16_GROUP
+        accumulate_bf16(
+            panel.o, scratch.p + first * PANEL, head.v_codes + (block // BF16_GROUP + first) * x.Dv, x.Dv,
+            scratch.alpha, 1.0 if x.codes.v_tokens else v_scale[0], groups, panel.vectors,
+        )
+
+
+cdef void write_trace(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
+    const int* p
+) noexcept nogil:
+    """The codes of P, for tests."""
+    cdef Py_ssize_t r, c
+    for r in range(panel.rows):
+        for c in range(begin, end):
+            head.trace[(panel.row + r) * x.Lk + block + c] = (<const code*> (p + c // GROUP * PANEL + r))[c % GROUP]
+
+
+cdef void fold_block(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
+    const Scratch* scratch, bint careful
+) noexcept nogil:
+    """Folds keys [block + begin, block + end) into the running state of a panel, on codes or, before key `precise`, in
+    float32. Nothing that no row can see is read.
+
+    careful: values that are not finite may be hidden here.
     """
     cdef Py_ssize_t c, i, low, high, slices = 1
-    cdef Py_ssize_t begin = max(<Py_ssize_t> 0, panel.first_key - block)
-    cdef Py_ssize_t end = min(x.Bc, panel.last_key + 1 - block)
     cdef Py_ssize_t position = panel.row + x.offset
-    cdef bint masked = False, edges, changed
-    cdef const float* k = head.k + block * x.k_stride[2]
+    cdef bint masked = False, edges, changed, precise = block + begin < x.precise
+    cdef float* s = scratch.s
     cdef const float* v
     if begin >= end:
         return
@@ -597,32 +270,40 @@ cdef void fold_block(
     if panel.row == 0 or block <= panel.first_key or next_bias_is_far(x, panel, block):
         slices = SLICES
     for i in range(PANEL):
-        top[i] = -INFINITY
+        scratch.top[i] = -INFINITY
     for i in range(slices):
         if slices > 1:
             prefetch_slice(x, head, panel, block, begin, end, i)
         low, high = max(begin, i * x.Bc // slices // ROWS * ROWS), min(end, (i + 1) * x.Bc // slices // ROWS * ROWS)
-        if low < high:
-            scores(s, top, panel.q, k, x.k_stride[2], x.D, low, high, panel.vectors)
+        if low < high and precise:
+            scores(
+                s, scratch.top, panel.q, head.k + block * x.k_stride[2], x.k_stride[2], x.D, low, high, panel.vectors,
+            )
+        elif low < high:
+            block_scores_of_codes(x, head, panel, block, low, high, scratch)
     if changed:
-        change_scores(s, top, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
+        change_scores(s, scratch.top, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
     for c in range(low * PANEL, begin * PANEL):
         s[c] = -INFINITY
     for c in range(end * PANEL, high * PANEL):
         s[c] = -INFINITY
-    softmax(s, top, panel.m, panel.l, alpha, low, high, panel.vectors)
+    if not precise and x.codes.product != FLOAT32:
+        fold_codes(x, head, panel, block, begin, end, scratch)
+        return
+    softmax(s, scratch.top, panel.m, panel.l, scratch.alpha, low, high, panel.vectors)
+    s = s + begin * PANEL
     v = head.v + (block + begin) * x.v_stride[2]
     if careful and changed:
         for c in range(begin * PANEL, end * PANEL):
-            hidden[c] = 0.0
-        change_scores(hidden, top, x, head, panel, block, begin, end, False, masked, edges)
+            scratch.hidden[c] = 0.0
+        change_scores(scratch.hidden, scratch.top, x, head, panel, block, begin, end, False, masked, edges)
         accumulate_visible(
-            panel.o, s + begin * PANEL, hidden + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin,
+            panel.o, s, scratch.hidden + begin * PANEL, v, x.v_stride[2], x.Dv, scratch.alpha, end - begin,
             panel.vectors,
         )
     else:
-        accumulate(panel.o, s + begin * PANEL, v, x.v_stride[2], x.Dv, alpha, end - begin, panel.vectors)
+        accumulate(panel.o, s, v, x.v_stride[2], x.Dv, scratch.alpha, end - begin, panel.vectors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,7 +311,20 @@ cdef void fold_block(
 
 
 cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept nogil:
-    """Packs the queries of a panel, times scale, and clears its state.
+    """Packs the queries of a panel and clears its state."""
+    cdef Py_ssize_t r
+    for r in range(PANEL):
+        panel.m[r] = -INFINITY
+        panel.l[r] = 0.0
+    memset(panel.o, 0, x.Dv * PANEL * sizeof(float))
+    if panel.first_key < x.precise:
+        pack_floats(x, head, panel)
+    if panel.last_key >= x.precise:
+        pack_codes(x, head, panel)
+
+
+cdef void pack_floats(const Problem* x, const Head* head, Panel* panel) noexcept nogil:
+    """The queries of a panel, times scale, in lanes.
 
     Whole tiles of LANES x LANES go without masks or tests, which lets the transposition stay in registers.
     """
@@ -639,10 +333,6 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
     cdef const float* q
     cdef vf t[LANES]
     cdef vf scale = vf_set(x.scale)
-    for r in range(PANEL):
-        panel.m[r] = -INFINITY
-        panel.l[r] = 0.0
-    memset(panel.o, 0, x.Dv * PANEL * sizeof(float))
     for j in range(panel.vectors):
         row = j * LANES
         d = 0

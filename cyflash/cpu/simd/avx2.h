@@ -70,3 +70,59 @@ WORD void vf_transpose(vf *t) {
         t[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
     }
 }
+
+/* ---- integers: the same tile, one dot product of a group of codes where fp32 has one FMA ---- */
+
+typedef __m256i vi;
+
+WORD vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
+WORD vi vi_load(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+WORD vf vf_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
+
+#ifdef __AVXVNNI__
+
+enum { GROUP = 4, ZERO_POINT = 128 };
+typedef int8_t code;
+
+/* As assembly: around the intrinsic GCC 12 spills. Without the prefix the assembler would take the EVEX form. */
+WORD vi vi_dot(vi acc, vi a, vi b) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    return acc;
+}
+WORD vf vf_code(vi x, int i) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(
+        _mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), _mm256_set1_epi32(24 - 8 * i)), 24));
+}
+WORD void vi_store_codes(int32_t *p, const vf *x) {
+    __m256i low = _mm256_or_si256(_mm256_cvtps_epi32(x[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1]), 8));
+    __m256i high = _mm256_or_si256(_mm256_cvtps_epi32(x[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[3]), 8));
+    _mm256_storeu_si256((__m256i *)p, _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+}
+
+#else
+
+/* Without VNNI: codes of 16 bits, since vpmaddubsw saturates. */
+enum { GROUP = 2, ZERO_POINT = 0 };
+typedef int16_t code;
+
+WORD vi vi_dot(vi acc, vi a, vi b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+WORD vf vf_code(vi x, int i) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(x, _mm256_set1_epi32(16 - 16 * i)), 16));
+}
+WORD void vi_store_codes(int32_t *p, const vf *x) {
+    __m256i both = _mm256_or_si256(_mm256_cvtps_epi32(x[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1]), 16));
+    _mm256_storeu_si256((__m256i *)p, both);
+}
+
+#endif
+
+/* ---- bfloat16: no CPU with this build multiplies it, so floats that were rounded to it ---- */
+
+enum { BF16_GROUP = 1 };
+
+WORD vf vf_dot_bf16(vf acc, vi a, vi b) { return vf_fma(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), acc); }
+WORD void vi_store_bf16(int32_t *p, const vf *x) {
+    __m256i u = _mm256_castps_si256(x[0]), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    _mm256_storeu_si256((__m256i *)p, _mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000)));
+}

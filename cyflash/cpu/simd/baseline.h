@@ -57,3 +57,39 @@ WORD void vf_transpose(vf *t) {
     memcpy(a, t, sizeof a);
     for (int i = 0; i < LANES; i++) for (int j = 0; j < LANES; j++) t[i][j] = a[j][i];
 }
+
+/* ---- integers: the same tile, one dot product of two codes of 16 bits where fp32 has one multiply-add ---- */
+
+enum { GROUP = 2, ZERO_POINT = 0 };
+typedef int16_t code;
+
+WORD vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
+WORD vi vi_load(const int32_t *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+WORD vf vf_from_int(vi x) { return __builtin_convertvector(x, vf); }
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+#else
+WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
+#endif
+
+WORD vf vf_code(vi x, int i) { return vf_from_int(i ? x >> 16 : x << 16 >> 16); }
+
+/* floats from 2^23 on are integers: adding 1.5 x 2^23 rounds half to even and leaves the integer in the low bits */
+WORD vi round_code(vf x) { return (vi)(x + 12582912.0f) - (vi)vf_set(12582912.0f); }
+WORD void vi_store_codes(int32_t *p, const vf *x) {
+    vi both = round_code(x[0]) | round_code(x[1]) << 16;
+    memcpy(p, &both, sizeof both);
+}
+
+/* ---- bfloat16: floats that were rounded to it ---- */
+
+enum { BF16_GROUP = 1 };
+
+WORD vf vf_dot_bf16(vf acc, vi a, vi b) { return vf_fma((vf)a, (vf)b, acc); }
+WORD void vi_store_bf16(int32_t *p, const vf *x) {
+    vi u = (vi)x[0];
+    u = (u + 0x7fff + (u >> 16 & 1)) & (int32_t)0xffff0000;
+    memcpy(p, &u, sizeof u);
+}

@@ -1,0 +1,150 @@
+# Everything that changes a score between the two products, for every precision: softcap, ALiBi, bias, masks.
+
+cdef inline vf tanhv(vf x) noexcept nogil:
+    """tanh(x) within two units in the last place: 1 - 2 e / (1 + e) with e = e^(-2 |x|) where |x| >= 0.625, and below,
+    where that would cancel, x + x^3 Q(x^2) with the minimax Q of degree 4 (relative error 4.4e-9, fitted by reweighted
+    least squares)."""
+    cdef vf z = vf_mul(x, x), size = vf_abs(x)
+    cdef vf e = expv(vf_mul(vf_set(-2.0), size))
+    cdef vf far = vf_sub(vf_set(1.0), vf_div(vf_add(e, e), vf_add(vf_set(1.0), e)))
+    cdef vf p = vf_fma(vf_set(-0.005704986090153312), z, vf_set(0.02063908646505058))
+    p = vf_fma(p, z, vf_set(-0.0537397148559542))
+    p = vf_fma(p, z, vf_set(0.1333144219553772))
+    p = vf_fma(p, z, vf_set(-0.33333281941919757))
+    return vf_less(size, vf_set(0.625), vf_fma(vf_mul(p, z), x, x), vf_copysign(far, x))
+
+
+cdef inline vf bias_vector(const float* bias, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """n biases."""
+    cdef float buffer[LANES]
+    cdef Py_ssize_t i
+    if stride == 1:
+        return vf_load_part(bias, n)
+    for i in range(n):
+        buffer[i] = bias[i * stride]
+    return vf_load_part(buffer, n)
+
+
+cdef inline vf keep_vector(const unsigned char* mask, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """0 for each of n mask bytes that is set, -inf for each that is not."""
+    cdef unsigned char buffer[LANES]
+    cdef Py_ssize_t i
+    if stride == 1:
+        return vf_keep_part(mask, n)
+    for i in range(n):
+        buffer[i] = mask[i * stride]
+    return vf_keep_part(buffer, n)
+
+
+cdef void load_addend(
+    vf* t, const float* bias, const Py_ssize_t* bias_stride, const unsigned char* mask, const Py_ssize_t* mask_stride,
+    Py_ssize_t rows, Py_ssize_t keys
+) noexcept nogil:
+    """t[key][row]: bias and mask (-inf) of up to LANES rows x LANES keys, as one tile to add.
+
+    Strides are those of the last two axes. Rows that share one bias and mask (stride 0) are broadcast, not read again.
+    """
+    cdef Py_ssize_t r, shared = (bias == NULL or bias_stride[0] == 0) and (mask == NULL or mask_stride[0] == 0)
+    cdef vf a
+    cdef float buffer[LANES]
+    for r in range(1 if shared else rows):
+        a = vf_set(0.0)
+        if bias != NULL:
+            a = bias_vector(bias + r * bias_stride[0], bias_stride[1], keys)
+        if mask != NULL:
+            a = vf_hide(a, keep_vector(mask + r * mask_stride[0], mask_stride[1], keys), vf_set(-INFINITY))
+        t[r] = a
+    if shared:
+        vf_store(buffer, t[0])
+        for r in range(LANES):
+            t[r] = vf_set(buffer[r])
+    else:
+        for r in range(rows, LANES):
+            t[r] = vf_set(0.0)
+        vf_transpose(t)
+
+
+cdef inline float relative(Py_ssize_t x) noexcept nogil:
+    """A key position relative to a block, exact as a float: beyond 2^23 only its sign matters."""
+    cdef Py_ssize_t limit = 1 << 23
+    return <float> (limit if x > limit else -limit if x < -limit else x)
+
+
+cdef void change_scores(
+    float* s, float* top, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
+    Py_ssize_t begin, Py_ssize_t end, bint soft, bint masked, bint edges
+) noexcept nogil:
+    """Everything that changes a score, on rows begin <= c < end of the tile s of the keys from `block` on, in the order
+    softcap, ALiBi and bias, masks. A hidden score becomes -inf whatever it was, NaN included. top[r] becomes the
+    greatest score of row r.
+
+    soft: apply softcap. masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides
+    a part of this tile.
+    """
+    cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
+    cdef int j
+    cdef bint added = x.bias != NULL or masked
+    cdef float lane[LANES]
+    cdef vf addend[LANES]
+    cdef vf y, key, place, low, high, highest
+    cdef vf cap = vf_set(x.softcap), per_cap = vf_set(0.0), slope = vf_set(-head.slope)
+    cdef const float* bias = NULL
+    cdef const unsigned char* mask = NULL
+    cdef float* score
+    if soft:
+        per_cap = vf_set(1.0 / x.softcap)
+    for i in range(LANES):
+        lane[i] = <float> i
+    for j in range(panel.vectors):
+        low = vf_add(vf_load(lane), vf_set(relative(position + j * LANES - x.left)))
+        high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
+        place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
+        rows = min(<Py_ssize_t> LANES, panel.rows - j * LANES)
+        highest = vf_set(-INFINITY)
+        c = begin
+        while c < end:
+            n = min(<Py_ssize_t> LANES, end - c)
+            if added:
+                if x.bias != NULL:
+                    bias = head.bias + (panel.row + j * LANES) * x.bias_stride[2] + (block + c) * x.bias_stride[3]
+                if masked:
+                    mask = head.mask + (panel.row + j * LANES) * x.mask_stride[2] + (block + c) * x.mask_stride[3]
+                load_addend(addend, bias, x.bias_stride + 2, mask, x.mask_stride + 2, rows, n)
+            for i in range(n):
+                score = s + (c + i) * PANEL + j * LANES
+                y = vf_load(score)
+                key = vf_set(<float> (c + i))
+                if soft:
+                    y = vf_mul(cap, tanhv(vf_mul(y, per_cap)))
+                if x.slopes != NULL:
+                    y = vf_fma(slope, vf_abs(vf_sub(place, key)), y)
+                if added:
+                    y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
+                if edges:
+                    y = vf_inside(y, key, low, high)
+                highest = vf_max(highest, y)
+                vf_store(score, y)
+            c += n
+        vf_store(top + j * LANES, highest)
+
+
+cdef int mask_tile(
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """-1 when the mask keeps no key of [begin, end) for any row of the panel, 1 when it keeps all, 0 between."""
+    cdef Py_ssize_t i, j, kept, seen = 0, all_kept = 0
+    cdef const unsigned char* row
+    for i in range(panel.rows if x.mask_stride[2] != 0 else 1):
+        row = head.mask + (panel.row + i) * x.mask_stride[2] + begin * x.mask_stride[3]
+        kept = 0
+        if x.mask_stride[3] == 1:
+            for j in range(end - begin):
+                kept += row[j] != 0
+        else:
+            for j in range(end - begin):
+                kept += row[j * x.mask_stride[3]] != 0
+        seen += end - begin
+        all_kept += kept
+        if 0 < all_kept < seen:
+            return 0
+    return -1 if all_kept == 0 else 1

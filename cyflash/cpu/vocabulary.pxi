@@ -1,0 +1,59 @@
+# The words of simd/*.h, which every build defines.
+
+cdef extern from "simd.h" nogil:
+    ctypedef struct vf:
+        pass
+    enum:
+        LANES    # floats in a vector
+        VECTORS  # vectors of query rows in a full panel
+        ROWS     # keys (or value columns) of a register tile; divides LANES
+        UNROLL   # steps of a product between two tests of its end
+        PANEL    # LANES * VECTORS
+        CACHE_LINE
+    void prefetch(const void*) noexcept
+    vf vf_set(float) noexcept
+    vf vf_load(const float*) noexcept
+    vf vf_load_part(const float*, Py_ssize_t n) noexcept         # the first n lanes; 0 elsewhere; reads nothing beyond
+    void vf_store(float*, vf) noexcept
+    void vf_store_part(float*, vf, Py_ssize_t n) noexcept
+    vf vf_add(vf, vf) noexcept
+    vf vf_sub(vf, vf) noexcept
+    vf vf_mul(vf, vf) noexcept
+    vf vf_div(vf, vf) noexcept
+    vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
+    vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
+    vf vf_abs(vf) noexcept
+    vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
+    vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
+    vf vf_fraction(vf x) noexcept       # x - floor(x) for -200 <= x <= 0; in [0, 1) below, -inf too; NaN for NaN
+    vf vf_scale2(vf a, vf x) noexcept   # a * 2^floor(x) for x <= 0, also where that is 0 or denormal
+    vf vf_hide(vf x, vf a, vf y) noexcept                        # y where a is -inf, else x
+    vf vf_inside(vf x, vf j, vf low, vf high) noexcept           # x where low <= j <= high, else -inf
+    vf vf_keep_part(const unsigned char*, Py_ssize_t n) noexcept  # 0 where the byte is set, -inf where not; n bytes
+    void vf_transpose(vf*) noexcept                              # LANES vectors of LANES
+    ctypedef struct vi:
+        pass
+    ctypedef signed char code  # or 16 bits
+    enum:
+        GROUP       # codes that share a 32-bit lane
+        ZERO_POINT  # what the dot product wants added to the codes of its first factor
+        BF16_GROUP  # bfloat16 values that share a 32-bit lane: 2, or 1 where they are floats that were rounded
+    vi vi_set(int) noexcept
+    vi vi_load(const int*) noexcept
+    vi vi_dot(vi acc, vi a, vi b) noexcept                       # acc + GROUP products; a's codes with ZERO_POINT
+    vf vf_from_int(vi) noexcept
+    vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT
+    void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups
+    vf vf_dot_bf16(vf acc, vi a, vi b) noexcept                  # acc + BF16_GROUP products
+    void vi_store_bf16(int*, const vf*) noexcept                 # BF16_GROUP vectors, rounded half to even
+    unsigned int bf16_bits(float) noexcept
+
+from libc.string cimport memset
+
+cdef extern from "math.h" nogil:
+    double exp(double) noexcept
+    double log(double) noexcept
+    float INFINITY
+
+cdef extern from "float.h" nogil:
+    float FLT_MAX, FLT_MIN
