@@ -254,3 +254,5 @@ def fma_rate(double seconds):
 
 
 SHAPE = {"LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL}
+
+include "quantise.pxi"

@@ -57,3 +57,19 @@ WORD void vf_transpose(vf *t) {
     memcpy(a, t, sizeof a);
     for (int i = 0; i < LANES; i++) for (int j = 0; j < LANES; j++) t[i][j] = a[j][i];
 }
+
+/* quantisation */
+typedef int8_t vcodes __attribute__((vector_size(LANES)));
+
+/* adding 1.5 * 2^23 leaves no bit for a fraction: the sum's last bits are x, rounded half to even */
+WORD vcodes codes_of(vf x) {
+    vf far = vf_set(12582912.0f);
+    x = vf_max(vf_set(-127.0f), x);
+    x = choose(x < vf_set(127.0f), x, vf_set(127.0f));
+    return __builtin_convertvector((vi)(x + far) - (vi)far, vcodes);
+}
+WORD void vf_store_codes(signed char *p, vf x) { vcodes codes = codes_of(x); memcpy(p, &codes, LANES); }
+WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
+    vcodes codes = codes_of(x);
+    for (int i = 0; i < LANES; i++) if (i < n) p[i] = codes[i];
+}
