@@ -336,3 +336,5 @@ def forward_codes(
 include "inspect.pxi"
 
 SHAPE = {"LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL}
+
+include "quantise.pxi"

@@ -126,3 +126,17 @@ WORD void vi_store_bf16(int32_t *p, const vf *x) {
     u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
     _mm256_storeu_si256((__m256i *)p, _mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000)));
 }
+
+/* ---- quantisation ---- */
+
+WORD int64_t codes_of(vf x) {
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+    __m256i n = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    return _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+}
+WORD void vf_store_codes(signed char *p, vf x) { int64_t codes = codes_of(x); memcpy(p, &codes, LANES); }
+WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
+    int64_t codes = codes_of(x);
+    memcpy(p, &codes, (size_t)n);
+}

@@ -139,3 +139,12 @@ WORD void vi_store_bf16(int32_t *p, const vf *x) {
 }
 
 #endif
+
+/* ---- quantisation ---- */
+
+WORD __m128i codes_of(vf x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+}
+WORD void vf_store_codes(signed char *p, vf x) { _mm_storeu_si128((__m128i *)p, codes_of(x)); }
+WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) { _mm_mask_storeu_epi8(p, first_lanes(n), codes_of(x)); }

@@ -76,7 +76,7 @@ WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (a << 16 >> 16) * (b << 16 >> 
 
 WORD vf vf_code(vi x, int i) { return vf_from_int(i ? x >> 16 : x << 16 >> 16); }
 
-/* floats from 2^23 on are integers: adding 1.5 x 2^23 rounds half to even and leaves the integer in the low bits */
+/* adding 1.5 x 2^23 leaves no bit for a fraction: the sum's last bits are x, rounded half to even */
 WORD vi round_code(vf x) { return (vi)(x + 12582912.0f) - (vi)vf_set(12582912.0f); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     vi both = round_code(x[0]) | round_code(x[1]) << 16;
@@ -92,4 +92,19 @@ WORD void vi_store_bf16(int32_t *p, const vf *x) {
     vi u = (vi)x[0];
     u = (u + 0x7fff + (u >> 16 & 1)) & (int32_t)0xffff0000;
     memcpy(p, &u, sizeof u);
+}
+
+/* ---- quantisation ---- */
+
+typedef int8_t vcodes __attribute__((vector_size(LANES)));
+
+WORD vcodes codes_of(vf x) {
+    x = vf_max(vf_set(-127.0f), x);
+    x = choose(x < vf_set(127.0f), x, vf_set(127.0f));
+    return __builtin_convertvector(round_code(x), vcodes);
+}
+WORD void vf_store_codes(signed char *p, vf x) { vcodes codes = codes_of(x); memcpy(p, &codes, LANES); }
+WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
+    vcodes codes = codes_of(x);
+    for (int i = 0; i < LANES; i++) if (i < n) p[i] = codes[i];
 }

@@ -1,0 +1,274 @@
+# From float32 to int8 codes, x ~ code * scale + mean: one reading pass for means and greatest sizes, one writing pass.
+#
+#     find_range()    mean of each channel, and the greatest |x - mean|, of each head of each sequence
+#     encode()        codes; scales per token are found on the way, while their rows are in the first-level cache
+#
+#     scale = max(min(greatest |x - mean|, FLT_MAX) / 127, FLT_MIN)        never 0, inf or NaN
+#     code  = clip(rint((x - mean) * (1 / scale)), -127, 127)              rounded half to even
+#
+# All of it in float32, each operation rounded once: the same codes on every build. Where nothing is subtracted the mean
+# is 0, which changes no bit. The first `skip` rows of a head stay in float32 elsewhere: they count for the mean, but not
+# for a scale, and their codes are 0.
+#
+# Work is cut into runs of RUN rows of one head, whatever the threads, and sums of runs are merged in order: bits depend
+# on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
+
+cdef extern from "simd.h" nogil:
+    # clips to -127 .. 127, rounds half to even, stores int8; n: the first n lanes only
+    void vf_store_codes(signed char*, vf) noexcept
+    void vf_store_codes_part(signed char*, vf, Py_ssize_t n) noexcept
+
+cdef enum:
+    RUN = 256     # rows of a task; a multiple of LANES
+    COLUMNS = 4   # vectors of channels whose statistics are in registers together
+
+# A run is summed in units that keep the sum of RUN of the largest floats finite, with a bit to spare for rounding.
+cdef float SUM_UNIT = 1.0 / (2 * RUN)
+
+
+cdef inline vf load_lanes(const float* p, Py_ssize_t n) noexcept nogil:
+    """The first n lanes, all of them where n >= LANES; 0 elsewhere."""
+    return vf_load(p) if n >= LANES else vf_load_part(p, n)
+
+
+cdef inline void store_lanes(float* p, vf x, Py_ssize_t n) noexcept nogil:
+    if n >= LANES:
+        vf_store(p, x)
+    else:
+        vf_store_part(p, x, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: the range of each channel
+
+
+cdef inline void range_of_columns(
+    const float* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, float* low, float* high, float* total,
+    Py_ssize_t d, const int vectors
+) noexcept nogil:
+    """range_of_run for channels from d on: `vectors` whole vectors, or one that may be part of one."""
+    cdef vf l[COLUMNS]
+    cdef vf h[COLUMNS]
+    cdef vf t[COLUMNS]
+    cdef vf a, unit = vf_set(SUM_UNIT)
+    cdef Py_ssize_t i
+    cdef int j
+    for j in range(vectors):
+        l[j], h[j], t[j] = vf_set(INFINITY), vf_set(-INFINITY), vf_set(0.0)
+    for i in range(rows):
+        for j in range(vectors):
+            a = vf_load(x + i * stride + d + j * LANES) if vectors > 1 else load_lanes(x + i * stride + d, D - d)
+            l[j] = vf_less(a, l[j], a, l[j])
+            h[j] = vf_max(a, h[j])
+            t[j] = vf_add(t[j], vf_mul(a, unit))
+    for j in range(vectors):
+        store_lanes(low + d + j * LANES, l[j], D - d - j * LANES)
+        store_lanes(high + d + j * LANES, h[j], D - d - j * LANES)
+        store_lanes(total + d + j * LANES, t[j], D - d - j * LANES)
+
+
+cdef void range_of_run(
+    const float* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, float* low, float* high, float* total
+) noexcept nogil:
+    """Least and greatest value and sum * SUM_UNIT of each channel of some rows.
+
+    x: rows x D, row stride `stride`. low, high, total: D floats each. NaN is left out of low and high; NaN and inf make
+    their channel's total NaN or infinite, and nothing else does. No rows: inf, -inf and 0.
+    """
+    cdef Py_ssize_t d = 0
+    while d + COLUMNS * LANES <= D:
+        range_of_columns(x, stride, rows, D, low, high, total, d, COLUMNS)
+        d += COLUMNS * LANES
+    while d < D:
+        range_of_columns(x, stride, rows, D, low, high, total, d, 1)
+        d += LANES
+
+
+cdef bint merge_runs(
+    const float* runs, Py_ssize_t n, Py_ssize_t skipped, Py_ssize_t L, Py_ssize_t D, float* mean, bint smooth,
+    float* top
+) noexcept nogil:
+    """What n runs of one head of L rows say together; returns whether all of its values are finite.
+
+    runs: n x 3 x D, what range_of_run gave; the first `skipped` of them count only for the mean. mean: D floats, written
+    if `smooth`, else read. top: the greatest |x - mean|, 0 without rows.
+    """
+    cdef Py_ssize_t d, r
+    cdef float low, high, least, greatest, all_low, all_high
+    cdef double total
+    cdef const float* run
+    cdef bint finite = True
+    top[0] = 0.0
+    for d in range(D):
+        total = 0.0
+        least = all_low = INFINITY
+        greatest = all_high = -INFINITY
+        for r in range(n):
+            run = runs + r * 3 * D + d
+            low, high = run[0], run[D]
+            total += run[2 * D]
+            all_low, all_high = min(all_low, low), max(all_high, high)
+            if r >= skipped:
+                least, greatest = min(least, low), max(greatest, high)
+        finite &= total - total == 0.0
+        if smooth:
+            # rounding must not carry the mean out of the channel's range, nor that of the largest floats to infinity
+            mean[d] = <float> min(max(total / (SUM_UNIT * L), <double> all_low), <double> all_high) if L > 0 else 0.0
+        if n > skipped:
+            top[0] = max(top[0], max(greatest - mean[d], mean[d] - least))
+    return finite
+
+
+def find_range(
+    const float[:, :, :, :] x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean not None,
+    float[:, :] top not None, int threads,
+):
+    """Writes top[b, h], the greatest |x - mean| of rows from `skip` on; returns whether every value of x is finite.
+
+    x: (B, H, L, D), none of them 0, the last axis contiguous. mean: (B, H, D), the last axis contiguous: written if
+    `smooth` (the mean of all rows), else read. top is infinite where a difference is. Nothing it wrote is of use where
+    it returns False. May raise MemoryError before anything is written.
+    """
+    cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
+    cdef Py_ssize_t skipped = (skip + RUN - 1) // RUN
+    cdef Py_ssize_t n = skipped + (L - skip + RUN - 1) // RUN
+    cdef Py_ssize_t task, head, run, begin, end, stride = x.strides[2] // <Py_ssize_t> sizeof(float)
+    cdef Py_ssize_t size = heads * n * 3 * D * <Py_ssize_t> sizeof(float), wrong = 0
+    cdef float* runs = <float*> malloc(size)
+    cdef float* part
+    if runs == NULL:
+        raise MemoryError(f"cannot allocate {size} bytes for the ranges of {heads} heads")
+    threads = <int> min(<Py_ssize_t> threads, heads * n)
+    try:
+        for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
+            head, run = task // n, task % n
+            begin = run * RUN if run < skipped else skip + (run - skipped) * RUN
+            end = min(begin + RUN, skip if run < skipped else L)
+            part = runs + task * 3 * D
+            range_of_run(
+                &x[head // H, head % H, begin, 0], stride, end - begin, D, part, part + D, part + 2 * D,
+            )
+        for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
+            wrong += not merge_runs(
+                runs + head * n * 3 * D, n, skipped, L, D, &mean[head // H, head % H, 0], smooth,
+                &top[head // H, head % H],
+            )
+    finally:
+        free(runs)
+    return wrong == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: codes
+
+
+cdef inline vf largest_of_row(const float* x, const float* mean, Py_ssize_t D) noexcept nogil:
+    """Per lane, the greatest |x - mean| of its channels; NaN left out."""
+    cdef Py_ssize_t g
+    cdef vf top = vf_set(0.0)
+    for g in range(D // LANES):
+        top = vf_max(vf_abs(vf_sub(vf_load(x + g * LANES), vf_load(mean + g * LANES))), top)
+    g = D // LANES * LANES
+    if g < D:
+        top = vf_max(vf_abs(vf_sub(vf_load_part(x + g, D - g), vf_load_part(mean + g, D - g))), top)
+    return top
+
+
+cdef inline vf encode_row(
+    const float* x, const float* mean, float inverse, Py_ssize_t D, signed char* codes, vf wrong
+) noexcept nogil:
+    """Codes of one row; returns `wrong`, NaN in a lane that met NaN or inf."""
+    cdef Py_ssize_t g
+    cdef vf a, scale = vf_set(inverse), zero = vf_set(0.0)
+    for g in range(D // LANES):
+        a = vf_load(x + g * LANES)
+        wrong = vf_fma(a, zero, wrong)
+        vf_store_codes(codes + g * LANES, vf_mul(vf_sub(a, vf_load(mean + g * LANES)), scale))
+    g = D // LANES * LANES
+    if g < D:
+        a = vf_load_part(x + g, D - g)
+        wrong = vf_fma(a, zero, wrong)
+        vf_store_codes_part(codes + g, vf_mul(vf_sub(a, vf_load_part(mean + g, D - g)), scale), D - g)
+    return wrong
+
+
+cdef inline vf scale_of(vf top) noexcept nogil:
+    cdef vf largest = vf_set(FLT_MAX)
+    return vf_max(vf_div(vf_less(top, largest, top, largest), vf_set(127.0)), vf_set(FLT_MIN))
+
+
+cdef bint encode_run(
+    const float* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
+    float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
+    signed char* codes, Py_ssize_t codes_stride
+) noexcept nogil:
+    """Codes of some rows of one head, LANES rows at a time; returns whether all of their values are finite.
+
+    x, codes: rows x D. mean: D floats. The scales are `given`, or NULL and then written to `found`. Rows before `skip`
+    get codes 0 and, in `found`, the least scale.
+    """
+    cdef vf t[LANES]
+    cdef vf scale, wrong = vf_set(0.0)
+    cdef float inverse[LANES]
+    cdef float scales[LANES]
+    cdef float bad[LANES]
+    cdef Py_ssize_t first = 0, i, n
+    cdef int j
+    while first < rows:
+        n = min(rows - first, <Py_ssize_t> LANES)
+        if given == NULL:
+            for i in range(LANES):
+                t[i] = vf_set(0.0)
+            for i in range(max(first, skip) - first, n):
+                t[i] = largest_of_row(x + (first + i) * x_stride, mean, D)
+            vf_transpose(t)
+            for j in range(1, LANES):
+                t[0] = vf_max(t[0], t[j])
+            scale = scale_of(t[0])
+            vf_store(scales, scale)
+            vf_store(inverse, vf_div(vf_set(1.0), scale))
+            for i in range(n):
+                found[(first + i) * found_stride] = scales[i]
+        else:
+            for i in range(n):
+                inverse[i] = <float> 1.0 / given[(first + i) * given_stride]
+        for i in range(n):
+            wrong = encode_row(
+                x + (first + i) * x_stride, mean, inverse[i], D, codes + (first + i) * codes_stride, wrong,
+            )
+            if first + i < skip:
+                memset(codes + (first + i) * codes_stride, 0, D)
+        first += LANES
+    vf_store(bad, wrong)
+    for j in range(1, LANES):
+        bad[0] += bad[j]
+    return bad[0] == 0.0
+
+
+def encode(
+    const float[:, :, :, :] x not None, const float[:, :, :] mean not None, const float[:, :, :] given,
+    float[:, :, :] found, Py_ssize_t skip, signed char[:, :, :, :] codes not None, int threads,
+):
+    """Writes the codes of x; returns whether every value of x is finite.
+
+    x, codes: (B, H, L, D), none of them 0, the last axes contiguous. mean: (B, H, D), the last axis contiguous. given:
+    (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to `found`, (B, H, L).
+    Strides of 0 are welcome in what is read. Codes and scales of a head that holds NaN or inf are of no use.
+    """
+    cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
+    cdef Py_ssize_t n = (L + RUN - 1) // RUN
+    cdef Py_ssize_t task, b, h, begin, wrong = 0
+    cdef Py_ssize_t x_stride = x.strides[2] // <Py_ssize_t> sizeof(float), codes_stride = codes.strides[2]
+    cdef Py_ssize_t given_stride = given.strides[2] // <Py_ssize_t> sizeof(float) if given is not None else 0
+    cdef Py_ssize_t found_stride = found.strides[2] // <Py_ssize_t> sizeof(float) if found is not None else 0
+    cdef bint static = given is not None
+    threads = <int> min(<Py_ssize_t> threads, heads * n)
+    for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
+        b, h, begin = task // n // H, task // n % H, task % n * RUN
+        wrong += not encode_run(
+            &x[b, h, begin, 0], x_stride, &mean[b, h, 0],
+            &given[b, h, begin] if static else NULL, given_stride,
+            &found[b, h, begin] if not static else NULL, found_stride,
+            skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride,
+        )
+    return wrong == 0
