@@ -12,21 +12,35 @@
 # The register-tiled product of codes, and its two uses
 
 
+cdef inline void multiply_codes_step(
+    vi* acc, const int* a, const int** b, const Py_ssize_t step, Py_ssize_t t, const int vectors
+) noexcept nogil:
+    """acc[i][j] += the dot product of the groups b[i][t * step] and a[t][j]"""
+    cdef int i, j
+    cdef vi x[VECTORS]
+    cdef vi y
+    for j in range(vectors):
+        x[j] = vi_load(a + t * PANEL + j * LANES)
+    for i in range(ROWS):
+        y = vi_set(b[i][t * step])
+        for j in range(vectors):
+            if j < RESIDENT:
+                acc[i * VECTORS + j] = vi_dot(acc[i * VECTORS + j], x[j], y)
+            else:
+                acc[i * VECTORS + j] = vi_dot_at(acc[i * VECTORS + j], a + t * PANEL + j * LANES, y)
+
+
 cdef inline void multiply_codes(
     vi* acc, const int* a, const int** b, const Py_ssize_t step, Py_ssize_t n, const int vectors
 ) noexcept nogil:
     """acc[i][j] += sum over t < n of the dot products of the groups b[i][t * step] and a[t][j]; as multiply()."""
     cdef Py_ssize_t t
-    cdef int i, j
-    cdef vi x[VECTORS]
-    cdef vi y
-    for t in range(n):
-        for j in range(vectors):
-            x[j] = vi_load(a + t * PANEL + j * LANES)
-        for i in range(ROWS):
-            y = vi_set(b[i][t * step])
-            for j in range(vectors):
-                acc[i * VECTORS + j] = vi_dot(acc[i * VECTORS + j], x[j], y)
+    cdef int u
+    for t in range(n // UNROLL):
+        for u in range(UNROLL):
+            multiply_codes_step(acc, a, b, step, t * UNROLL + u, vectors)
+    for t in range(n // UNROLL * UNROLL, n):
+        multiply_codes_step(acc, a, b, step, t, vectors)
 
 
 cdef inline void scores_of_codes_tile(
@@ -35,36 +49,55 @@ cdef inline void scores_of_codes_tile(
 ) noexcept nogil:
     cdef Py_ssize_t c, g, key
     cdef int i, j
-    cdef vf y
-    cdef vf highest[VECTORS]
+    cdef vi start
+    cdef vf highest
     cdef vi acc[ROWS * VECTORS]
-    cdef vi correction
+    cdef vf y[ROWS * VECTORS]
+    cdef vf factor[VECTORS]
+    cdef vf shift[VECTORS]
+    cdef float scale[ROWS]
     cdef const int* b[ROWS]
-    cdef float factor[ROWS]
     for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
         c = g * ROWS
         for i in range(ROWS):
-            key = min(max(c + i, begin), end - 1)
-            b[i] = k + key * (1 + groups)
-            if scaled:
-                factor[i] = k_scale[key]
-            correction = vi_set(b[i][0])
-            for j in range(vectors):
-                acc[i * VECTORS + j] = correction
+            b[i] = k + (c + i) * (1 + groups)
+        if scaled:
+            for i in range(ROWS):
+                scale[i] = k_scale[c + i]
+        if c < begin or c + ROWS > end:
+            for i in range(ROWS):
+                key = min(max(c + i, begin), end - 1)
+                b[i] = k + key * (1 + groups)
+                if scaled:
+                    scale[i] = k_scale[key]
+        for i in range(ROWS):
+            start = vi_set(b[i][0])
             b[i] += 1
+            for j in range(vectors):
+                acc[i * VECTORS + j] = start
         multiply_codes(acc, panel.codes, b, 1, groups, vectors)
-        for j in range(vectors):
-            highest[j] = vf_load(top + j * LANES)
+        # in short loops, which GCC unrolls: the sums stay in registers
         for i in range(ROWS):
             for j in range(vectors):
-                y = vf_from_int(acc[i * VECTORS + j])
-                if scaled:
-                    y = vf_mul(y, vf_set(factor[i]))
-                y = vf_fma(y, vf_load(panel.factor + j * LANES), vf_load(panel.shift + j * LANES))
-                highest[j] = vf_max(highest[j], y)
-                vf_store(s + (c + i) * PANEL + j * LANES, y)
+                y[i * VECTORS + j] = vf_from_int(acc[i * VECTORS + j])
+        if scaled:
+            for i in range(ROWS):
+                for j in range(vectors):
+                    y[i * VECTORS + j] = vf_mul(y[i * VECTORS + j], vf_set(scale[i]))
         for j in range(vectors):
-            vf_store(top + j * LANES, highest[j])
+            factor[j] = vf_load(panel.factor + j * LANES)
+            shift[j] = vf_load(panel.shift + j * LANES)
+        for i in range(ROWS):
+            for j in range(vectors):
+                y[i * VECTORS + j] = vf_fma(y[i * VECTORS + j], factor[j], shift[j])
+        for i in range(ROWS):
+            for j in range(vectors):
+                vf_store(s + (c + i) * PANEL + j * LANES, y[i * VECTORS + j])
+        for j in range(vectors):
+            highest = vf_load(top + j * LANES)
+            for i in range(ROWS):
+                highest = vf_max(highest, y[i * VECTORS + j])
+            vf_store(top + j * LANES, highest)
 
 
 cdef void scores_of_codes(

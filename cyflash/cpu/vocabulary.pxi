@@ -37,10 +37,12 @@ cdef extern from "simd.h" nogil:
     enum:
         GROUP       # codes that share a 32-bit lane
         ZERO_POINT  # what the dot product wants added to the codes of its first factor
+        RESIDENT    # operand vectors of a tile that stay in registers in a product of codes
         BF16_GROUP  # bfloat16 values that share a 32-bit lane: 2, or 1 where they are floats that were rounded
     vi vi_set(int) noexcept
     vi vi_load(const int*) noexcept
     vi vi_dot(vi acc, vi a, vi b) noexcept                       # acc + GROUP products; a's codes with ZERO_POINT
+    vi vi_dot_at(vi acc, const int* a, vi b) noexcept            # the same, with a in memory
     vf vf_from_int(vi) noexcept
     vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT
     void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups

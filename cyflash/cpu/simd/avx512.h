@@ -76,7 +76,7 @@ WORD vf vf_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 
 #ifdef __AVX512VNNI__
 
-enum { GROUP = 4, ZERO_POINT = 128 };
+enum { GROUP = 4, ZERO_POINT = 128, RESIDENT = 3 };
 typedef int8_t code;
 
 /* As assembly: around the intrinsic GCC 12 spills the accumulators of a tile, which halves the speed. */
@@ -97,7 +97,7 @@ WORD void vi_store_codes(int32_t *p, const vf *x) {
 #else
 
 /* Without VNNI: codes of 16 bits, since vpmaddubsw saturates. */
-enum { GROUP = 2, ZERO_POINT = 0 };
+enum { GROUP = 2, ZERO_POINT = 0, RESIDENT = 3 };
 typedef int16_t code;
 
 WORD vi vi_dot(vi acc, vi a, vi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
@@ -109,6 +109,8 @@ WORD void vi_store_codes(int32_t *p, const vf *x) {
 }
 
 #endif
+
+WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
 
 /* ---- bfloat16: pairs in a lane where the CPU multiplies them, else floats that were rounded to it ---- */
 

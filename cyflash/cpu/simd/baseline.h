@@ -60,7 +60,7 @@ WORD void vf_transpose(vf *t) {
 
 /* ---- integers: the same tile, one dot product of two codes of 16 bits where fp32 has one multiply-add ---- */
 
-enum { GROUP = 2, ZERO_POINT = 0 };
+enum { GROUP = 2, ZERO_POINT = 0, RESIDENT = 2 };
 typedef int16_t code;
 
 WORD vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
@@ -73,6 +73,7 @@ WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a,
 #else
 WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 #endif
+WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
 
 WORD vf vf_code(vi x, int i) { return vf_from_int(i ? x >> 16 : x << 16 >> 16); }
 
