@@ -14,28 +14,31 @@
 # on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
 
 cdef extern from "simd.h" nogil:
+    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     # clips to -127 .. 127, rounds half to even, stores int8; n: the first n lanes only
     void vf_store_codes(signed char*, vf) noexcept
     void vf_store_codes_part(signed char*, vf, Py_ssize_t n) noexcept
 
 cdef enum:
     RUN = 256     # rows of a task; a multiple of LANES
-    COLUMNS = 4   # vectors of channels whose statistics are in registers together
+    COLUMNS = 4   # vectors of channels that are in registers together
 
 # A run is summed in units that keep the sum of RUN of the largest floats finite, with a bit to spare for rounding.
 cdef float SUM_UNIT = 1.0 / (2 * RUN)
 
 
-cdef inline vf load_lanes(const float* p, Py_ssize_t n) noexcept nogil:
-    """The first n lanes, all of them where n >= LANES; 0 elsewhere."""
-    return vf_load(p) if n >= LANES else vf_load_part(p, n)
+cdef inline vf load_column(const float* p, const int j, const int vectors, Py_ssize_t n) noexcept nogil:
+    """Vector j of `vectors` that hold n floats: only the last can be part of one, with 0 in its other lanes."""
+    if j < vectors - 1 or n >= vectors * LANES:
+        return vf_load(p + j * LANES)
+    return vf_load_part(p + j * LANES, n - j * LANES)
 
 
-cdef inline void store_lanes(float* p, vf x, Py_ssize_t n) noexcept nogil:
-    if n >= LANES:
-        vf_store(p, x)
+cdef inline void store_column(float* p, vf x, const int j, const int vectors, Py_ssize_t n) noexcept nogil:
+    if j < vectors - 1 or n >= vectors * LANES:
+        vf_store(p + j * LANES, x)
     else:
-        vf_store_part(p, x, n)
+        vf_store_part(p + j * LANES, x, n - j * LANES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,10 +46,10 @@ cdef inline void store_lanes(float* p, vf x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline void range_of_columns(
-    const float* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, float* low, float* high, float* total,
-    Py_ssize_t d, const int vectors
+    const float* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t n, float* low, float* high, float* total,
+    const int vectors
 ) noexcept nogil:
-    """range_of_run for channels from d on: `vectors` whole vectors, or one that may be part of one."""
+    """range_of_run for n channels, or as many of them as `vectors` hold."""
     cdef vf l[COLUMNS]
     cdef vf h[COLUMNS]
     cdef vf t[COLUMNS]
@@ -57,14 +60,14 @@ cdef inline void range_of_columns(
         l[j], h[j], t[j] = vf_set(INFINITY), vf_set(-INFINITY), vf_set(0.0)
     for i in range(rows):
         for j in range(vectors):
-            a = vf_load(x + i * stride + d + j * LANES) if vectors > 1 else load_lanes(x + i * stride + d, D - d)
-            l[j] = vf_less(a, l[j], a, l[j])
+            a = load_column(x + i * stride, j, vectors, n)
+            l[j] = vf_min(a, l[j])
             h[j] = vf_max(a, h[j])
             t[j] = vf_add(t[j], vf_mul(a, unit))
     for j in range(vectors):
-        store_lanes(low + d + j * LANES, l[j], D - d - j * LANES)
-        store_lanes(high + d + j * LANES, h[j], D - d - j * LANES)
-        store_lanes(total + d + j * LANES, t[j], D - d - j * LANES)
+        store_column(low, l[j], j, vectors, n)
+        store_column(high, h[j], j, vectors, n)
+        store_column(total, t[j], j, vectors, n)
 
 
 cdef void range_of_run(
@@ -76,12 +79,16 @@ cdef void range_of_run(
     their channel's total NaN or infinite, and nothing else does. No rows: inf, -inf and 0.
     """
     cdef Py_ssize_t d = 0
-    while d + COLUMNS * LANES <= D:
-        range_of_columns(x, stride, rows, D, low, high, total, d, COLUMNS)
-        d += COLUMNS * LANES
     while d < D:
-        range_of_columns(x, stride, rows, D, low, high, total, d, 1)
-        d += LANES
+        if D - d > 3 * LANES:
+            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 4)
+        elif D - d > 2 * LANES:
+            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 3)
+        elif D - d > LANES:
+            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 2)
+        else:
+            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 1)
+        d += COLUMNS * LANES
 
 
 cdef bint merge_runs(
@@ -162,80 +169,108 @@ def find_range(
 # Writing: codes
 
 
-cdef inline vf largest_of_row(const float* x, const float* mean, Py_ssize_t D) noexcept nogil:
-    """Per lane, the greatest |x - mean| of its channels; NaN left out."""
-    cdef Py_ssize_t g
-    cdef vf top = vf_set(0.0)
-    for g in range(D // LANES):
-        top = vf_max(vf_abs(vf_sub(vf_load(x + g * LANES), vf_load(mean + g * LANES))), top)
-    g = D // LANES * LANES
-    if g < D:
-        top = vf_max(vf_abs(vf_sub(vf_load_part(x + g, D - g), vf_load_part(mean + g, D - g))), top)
+cdef inline vf largest_of_columns(
+    const float* x, const float* mean, const bint centre, Py_ssize_t n, const int vectors
+) noexcept nogil:
+    cdef vf a, top = vf_set(0.0)
+    cdef int j
+    for j in range(vectors):
+        a = load_column(x, j, vectors, n)
+        if centre:
+            a = vf_sub(a, load_column(mean, j, vectors, n))
+        top = vf_max(vf_abs(a), top)
     return top
 
 
-cdef inline vf encode_row(
-    const float* x, const float* mean, float inverse, Py_ssize_t D, signed char* codes, vf wrong
+cdef inline vf largest_of_row(const float* x, const float* mean, const bint centre, Py_ssize_t D) noexcept nogil:
+    """Per lane, the greatest |x - mean| of its channels; NaN left out."""
+    cdef Py_ssize_t d = 0
+    cdef vf top = vf_set(0.0)
+    while d + (COLUMNS - 1) * LANES < D:
+        top = vf_max(largest_of_columns(x + d, mean + d, centre, D - d, COLUMNS), top)
+        d += COLUMNS * LANES
+    while d < D:
+        top = vf_max(largest_of_columns(x + d, mean + d, centre, D - d, 1), top)
+        d += LANES
+    return top
+
+
+cdef inline vf encode_columns(
+    const float* x, const float* mean, const bint centre, vf inverse, Py_ssize_t n, signed char* codes,
+    const int vectors
 ) noexcept nogil:
-    """Codes of one row; returns `wrong`, NaN in a lane that met NaN or inf."""
-    cdef Py_ssize_t g
-    cdef vf a, scale = vf_set(inverse), zero = vf_set(0.0)
-    for g in range(D // LANES):
-        a = vf_load(x + g * LANES)
-        wrong = vf_fma(a, zero, wrong)
-        vf_store_codes(codes + g * LANES, vf_mul(vf_sub(a, vf_load(mean + g * LANES)), scale))
-    g = D // LANES * LANES
-    if g < D:
-        a = vf_load_part(x + g, D - g)
-        wrong = vf_fma(a, zero, wrong)
-        vf_store_codes_part(codes + g, vf_mul(vf_sub(a, vf_load_part(mean + g, D - g)), scale), D - g)
+    cdef vf a[COLUMNS]
+    cdef vf wrong = vf_set(0.0)
+    cdef int j
+    for j in range(vectors):
+        a[j] = load_column(x, j, vectors, n)
+        wrong = vf_fma(a[j], vf_set(0.0), wrong)
+        if centre:
+            a[j] = vf_sub(a[j], load_column(mean, j, vectors, n))
+    for j in range(vectors):
+        if j < vectors - 1 or n >= vectors * LANES:
+            vf_store_codes(codes + j * LANES, vf_mul(a[j], inverse))
+        else:
+            vf_store_codes_part(codes + j * LANES, vf_mul(a[j], inverse), n - j * LANES)
     return wrong
 
 
-cdef inline vf scale_of(vf top) noexcept nogil:
-    cdef vf largest = vf_set(FLT_MAX)
-    return vf_max(vf_div(vf_less(top, largest, top, largest), vf_set(127.0)), vf_set(FLT_MIN))
+cdef inline vf encode_row(
+    const float* x, const float* mean, const bint centre, float inverse, Py_ssize_t D, signed char* codes
+) noexcept nogil:
+    """Codes of one row; returns 0, or NaN in a lane that met NaN or inf."""
+    cdef Py_ssize_t d = 0
+    cdef vf wrong = vf_set(0.0), factor = vf_set(inverse)
+    while d + (COLUMNS - 1) * LANES < D:
+        wrong = vf_add(wrong, encode_columns(x + d, mean + d, centre, factor, D - d, codes + d, COLUMNS))
+        d += COLUMNS * LANES
+    while d < D:
+        wrong = vf_add(wrong, encode_columns(x + d, mean + d, centre, factor, D - d, codes + d, 1))
+        d += LANES
+    return wrong
 
 
-cdef bint encode_run(
-    const float* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
-    float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
+cdef inline vf scales_of(vf* rows) noexcept nogil:
+    """The scales of LANES rows, one in each lane, of which largest_of_row gave the vectors `rows`."""
+    cdef int i
+    vf_transpose(rows)
+    for i in range(1, LANES):
+        rows[0] = vf_max(rows[0], rows[i])
+    return vf_max(vf_div(vf_min(rows[0], vf_set(FLT_MAX)), vf_set(127.0)), vf_set(FLT_MIN))
+
+
+cdef inline bint encode_rows(
+    const float* x, Py_ssize_t x_stride, const float* mean, const bint centre, const float* given,
+    Py_ssize_t given_stride, float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
     signed char* codes, Py_ssize_t codes_stride
 ) noexcept nogil:
-    """Codes of some rows of one head, LANES rows at a time; returns whether all of their values are finite.
-
-    x, codes: rows x D. mean: D floats. The scales are `given`, or NULL and then written to `found`. Rows before `skip`
-    get codes 0 and, in `found`, the least scale.
-    """
+    """encode_run where `centre` says whether there is a mean: LANES rows at a time, one scale in each lane."""
     cdef vf t[LANES]
     cdef vf scale, wrong = vf_set(0.0)
-    cdef float inverse[LANES]
     cdef float scales[LANES]
+    cdef float inverse[LANES]
     cdef float bad[LANES]
     cdef Py_ssize_t first = 0, i, n
     cdef int j
     while first < rows:
         n = min(rows - first, <Py_ssize_t> LANES)
-        if given == NULL:
+        if given != NULL:
+            for i in range(n):
+                inverse[i] = <float> 1.0 / given[(first + i) * given_stride]
+        else:
             for i in range(LANES):
                 t[i] = vf_set(0.0)
             for i in range(max(first, skip) - first, n):
-                t[i] = largest_of_row(x + (first + i) * x_stride, mean, D)
-            vf_transpose(t)
-            for j in range(1, LANES):
-                t[0] = vf_max(t[0], t[j])
-            scale = scale_of(t[0])
+                t[i] = largest_of_row(x + (first + i) * x_stride, mean, centre, D)
+            scale = scales_of(t)
             vf_store(scales, scale)
             vf_store(inverse, vf_div(vf_set(1.0), scale))
             for i in range(n):
                 found[(first + i) * found_stride] = scales[i]
-        else:
-            for i in range(n):
-                inverse[i] = <float> 1.0 / given[(first + i) * given_stride]
         for i in range(n):
-            wrong = encode_row(
-                x + (first + i) * x_stride, mean, inverse[i], D, codes + (first + i) * codes_stride, wrong,
-            )
+            wrong = vf_add(wrong, encode_row(
+                x + (first + i) * x_stride, mean, centre, inverse[i], D, codes + (first + i) * codes_stride,
+            ))
             if first + i < skip:
                 memset(codes + (first + i) * codes_stride, 0, D)
         first += LANES
@@ -245,15 +280,34 @@ cdef bint encode_run(
     return bad[0] == 0.0
 
 
+cdef bint encode_run(
+    const float* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
+    float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
+    signed char* codes, Py_ssize_t codes_stride
+) noexcept nogil:
+    """Codes of some rows of one head; returns whether all of their values are finite.
+
+    x, codes: rows x D. mean: D floats, or NULL for 0. The scales are `given`, or NULL and then written to `found`. Rows
+    before `skip` get codes 0 and, in `found`, the least scale.
+    """
+    if mean == NULL:
+        return encode_rows(
+            x, x_stride, mean, False, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride,
+        )
+    return encode_rows(
+        x, x_stride, mean, True, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride,
+    )
+
+
 def encode(
-    const float[:, :, :, :] x not None, const float[:, :, :] mean not None, const float[:, :, :] given,
+    const float[:, :, :, :] x not None, const float[:, :, :] mean, const float[:, :, :] given,
     float[:, :, :] found, Py_ssize_t skip, signed char[:, :, :, :] codes not None, int threads,
 ):
     """Writes the codes of x; returns whether every value of x is finite.
 
-    x, codes: (B, H, L, D), none of them 0, the last axes contiguous. mean: (B, H, D), the last axis contiguous. given:
-    (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to `found`, (B, H, L).
-    Strides of 0 are welcome in what is read. Codes and scales of a head that holds NaN or inf are of no use.
+    x, codes: (B, H, L, D), none of them 0, the last axes contiguous. mean: (B, H, D), the last axis contiguous, or None
+    for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to
+    `found`, (B, H, L). Nothing written is of use where it returns False.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t n = (L + RUN - 1) // RUN
@@ -261,12 +315,12 @@ def encode(
     cdef Py_ssize_t x_stride = x.strides[2] // <Py_ssize_t> sizeof(float), codes_stride = codes.strides[2]
     cdef Py_ssize_t given_stride = given.strides[2] // <Py_ssize_t> sizeof(float) if given is not None else 0
     cdef Py_ssize_t found_stride = found.strides[2] // <Py_ssize_t> sizeof(float) if found is not None else 0
-    cdef bint static = given is not None
+    cdef bint centre = mean is not None, static = given is not None
     threads = <int> min(<Py_ssize_t> threads, heads * n)
     for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
         b, h, begin = task // n // H, task // n % H, task % n * RUN
         wrong += not encode_run(
-            &x[b, h, begin, 0], x_stride, &mean[b, h, 0],
+            &x[b, h, begin, 0], x_stride, &mean[b, h, 0] if centre else NULL,
             &given[b, h, begin] if static else NULL, given_stride,
             &found[b, h, begin] if not static else NULL, found_stride,
             skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride,

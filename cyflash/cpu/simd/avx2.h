@@ -142,8 +142,9 @@ WORD void vi_store_bf16(int32_t *p, const vf *x) {
 
 /* ---- quantisation ---- */
 
+WORD vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 WORD int64_t codes_of(vf x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
+    x = vf_min(vf_max(x, vf_set(-127.0f)), vf_set(127.0f));
     __m256i n = _mm256_cvtps_epi32(x);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
     return _mm_cvtsi128_si64(_mm_packs_epi16(words, words));

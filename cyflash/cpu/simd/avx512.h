@@ -144,8 +144,9 @@ WORD void vi_store_bf16(int32_t *p, const vf *x) {
 
 /* ---- quantisation ---- */
 
+WORD vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 WORD __m128i codes_of(vf x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
+    x = vf_min(vf_max(x, vf_set(-127.0f)), vf_set(127.0f));
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
 }
 WORD void vf_store_codes(signed char *p, vf x) { _mm_storeu_si128((__m128i *)p, codes_of(x)); }

@@ -99,9 +99,9 @@ WORD void vi_store_bf16(int32_t *p, const vf *x) {
 
 typedef int8_t vcodes __attribute__((vector_size(LANES)));
 
+WORD vf vf_min(vf a, vf b) { return choose(a < b, a, b); }
 WORD vcodes codes_of(vf x) {
-    x = vf_max(vf_set(-127.0f), x);
-    x = choose(x < vf_set(127.0f), x, vf_set(127.0f));
+    x = vf_min(vf_max(x, vf_set(-127.0f)), vf_set(127.0f));
     return __builtin_convertvector(round_code(x), vcodes);
 }
 WORD void vf_store_codes(signed char *p, vf x) { vcodes codes = codes_of(x); memcpy(p, &codes, LANES); }
