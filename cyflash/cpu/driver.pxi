@@ -25,7 +25,7 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # Scratch of one thread, in floats (an int is as long):
 #
 #     s, hidden         2 x Bc x PANEL        one tile of scores, and of what is hidden from them or their codes
-#     top, alpha, beta  3 x PANEL             see Scratch
+#     top, alpha, beta  (2 x parts + 1) x PANEL   see Scratch
 #     then for each panel of the Br rows:
 #         q             D x PANEL             where keys are computed in float32
 #         codes         groups of D x PANEL   where they are computed from codes
@@ -34,6 +34,11 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 #     panels            the Panel structures
 #
 # Every part but the last is a multiple of LANES floats, so all of them keep the alignment of the whole.
+
+cdef Py_ssize_t parts(const Problem* x) noexcept nogil:
+    """Of a block of keys."""
+    return (x.Bc + PART_KEYS - 1) // PART_KEYS
+
 
 cdef Py_ssize_t panel_floats(const Problem* x) noexcept nogil:
     cdef Py_ssize_t queries = 0
@@ -46,7 +51,7 @@ cdef Py_ssize_t panel_floats(const Problem* x) noexcept nogil:
 
 cdef Py_ssize_t scratch_floats(const Problem* x) noexcept nogil:
     cdef Py_ssize_t structure = (sizeof(Panel) + 63) // 64 * 64 // sizeof(float)
-    return PANEL * (2 * x.Bc + 3) + (x.Br // PANEL) * (panel_floats(x) + structure)
+    return PANEL * (2 * x.Bc + 2 * parts(x) + 1) + (x.Br // PANEL) * (panel_floats(x) + structure)
 
 
 cdef void place_panel(const Problem* x, Panel* panel, Py_ssize_t first, Py_ssize_t last, float* state) noexcept nogil:
@@ -96,9 +101,9 @@ cdef void attend_rows(
     scratch.hidden = scratch.s + x.Bc * PANEL
     scratch.p = <int*> scratch.hidden
     scratch.top = scratch.hidden + x.Bc * PANEL
-    scratch.alpha = scratch.top + PANEL
+    scratch.alpha = scratch.top + parts(x) * PANEL
     scratch.beta = scratch.alpha + PANEL
-    cdef float* state = scratch.beta + PANEL
+    cdef float* state = scratch.beta + parts(x) * PANEL
     cdef Panel* panels = <Panel*> (state + x.Br // PANEL * panel_floats(x))
     cdef Py_ssize_t vectors = (last - first + LANES - 1) // LANES
     cdef Py_ssize_t i, n = (vectors + VECTORS - 1) // VECTORS
@@ -150,15 +155,15 @@ cdef void place_codes(
 ) noexcept nogil:
     """The codes and scales of query head (b, h), whose keys and values are number kv_head of the packed ones."""
     cdef const Codes* codes = &x.codes
-    cdef Py_ssize_t value_groups
+    cdef Py_ssize_t group, columns = (x.Dv + ROWS - 1) // ROWS * ROWS
     head.q_codes = codes.q + b * codes.q_stride[0] + h * codes.q_stride[1]
     head.q_scale = codes.q_scale + b * codes.q_scale_stride[0] + h * codes.q_scale_stride[1]
-    head.k_codes = codes.k + kv_head * x.Lk * (1 + (x.D + GROUP - 1) // GROUP)
+    head.k_codes = codes.k + kv_head * ((x.Lk + ROWS - 1) // ROWS * ROWS) * (1 + (x.D + GROUP - 1) // GROUP)
     head.k_scale = codes.k_scale + kv_head * codes.k_scale_length
     head.k_mean = codes.k_mean + kv_head * x.D if codes.k_mean != NULL else NULL
     if codes.product != FLOAT32:
-        value_groups = (x.Lk + GROUP - 1) // GROUP if codes.product == INT8 else (x.Lk + BF16_GROUP - 1) // BF16_GROUP
-        head.v_codes = codes.v + kv_head * value_groups * x.Dv
+        group = GROUP if codes.product == INT8 else BF16_GROUP
+        head.v_codes = codes.v + kv_head * ((x.Lk + group - 1) // group) * columns
         head.v_scale = codes.v_scale + kv_head * codes.v_scale_length
     if codes.trace != NULL:
         head.trace = codes.trace + (b * x.H + h) * x.Lq * x.Lk

@@ -39,7 +39,8 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     cdef const int[:, :, :, ::1] packed = pack_values(np.asarray(v)[None, None], 1)
     cdef int[:, ::1] codes = np.empty((groups, PANEL), np.int32)
     cdef float[:, ::1] o = np.empty(((Dv + LANES - 1) // LANES * LANES, PANEL), np.float32)
-    cdef float[::1] zero = np.zeros(PANEL, np.float32), one = np.ones(PANEL, np.float32)
+    cdef float[::1] zero = np.zeros(PANEL, np.float32)
+    cdef float[:, ::1] one = np.ones(((Lk + PART_KEYS - 1) // PART_KEYS, PANEL), np.float32)
     cdef code* group
     sums = np.empty((Lq, Dv), np.float32)
     cdef float[:, ::1] to = sums
@@ -52,7 +53,7 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
                 group = <code*> &codes[c // GROUP, r]
                 group[c % GROUP] = <code> p[row + r, c]
         accumulate_codes(
-            &o[0, 0], &codes[0, 0], &packed[0, 0, 0, 0], Dv, &zero[0], &one[0], groups,
+            &o[0, 0], &codes[0, 0], &packed[0, 0, 0, 0], packed.shape[3], &zero[0], &one[0, 0], 0, groups,
             <int> ((rows + LANES - 1) // LANES),
         )
         for r in range(rows):

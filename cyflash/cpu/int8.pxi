@@ -1,81 +1,73 @@
 # Quantised attention: both products on codes of 8 bits (exact sums of 32 bits), or the second one on bfloat16.
 #
 #     S = (q8 . k8) s_q s_k scale + shift      the shift is what subtracting the mean of the keys took from the row
-#     P = e^(S - top) s_v / omega              with the maximum `top` of the block's own scores, not the running one, and
-#                                              its own row scale omega, so that 255 codes serve every row of every block
+#     P = e^(S - top) s_v / omega              with the maximum `top` of a part's own scores, not the running one, and
+#                                              its own row scale omega, so that 255 codes serve every row of every part
 #     O = alpha O + e^(top - m') omega / 255 (p8 . v8)
 #
 # The denominator is summed from the weights before they are rounded. Sums of codes stay within 2^24 for D <= 1024 and
 # Bc <= 512 (128 x 128 x 1024 and 255 x 128 x 512), so that they are exact as floats too.
 
+cdef enum:
+    # Keys that share a row scale of P. Fewer are more accurate (relative L1 of the default call on real activations:
+    # 0.0074 at 64, 0.0084 at 128, 0.0103 at 256); a part costs a conversion and a multiply-add for each output.
+    PART_KEYS = 64
+    PART_GROUPS = PART_KEYS // GROUP
+    HALF = ROWS // 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The register-tiled product of codes, and its two uses
 
 
-cdef inline void multiply_codes_step(
-    vi* acc, const int* a, const int** b, const Py_ssize_t step, Py_ssize_t t, const int vectors
+cdef inline void multiply_codes(
+    vi* acc, const int* a, const int* b, Py_ssize_t step, const int rows, const int vectors
 ) noexcept nogil:
-    """acc[i][j] += the dot product of the groups b[i][t * step] and a[t][j]"""
+    """acc[i][j] += the dot product of the groups b[i * step] and a[j], for `rows` x `vectors` of them"""
     cdef int i, j
     cdef vi x[VECTORS]
     cdef vi y
     for j in range(vectors):
-        x[j] = vi_load(a + t * PANEL + j * LANES)
-    for i in range(ROWS):
-        y = vi_set(b[i][t * step])
+        x[j] = vi_load(a + j * LANES)
+    for i in range(rows):
+        y = vi_set(b[i * step])
         for j in range(vectors):
             if j < RESIDENT:
                 acc[i * VECTORS + j] = vi_dot(acc[i * VECTORS + j], x[j], y)
             else:
-                acc[i * VECTORS + j] = vi_dot_at(acc[i * VECTORS + j], a + t * PANEL + j * LANES, y)
-
-
-cdef inline void multiply_codes(
-    vi* acc, const int* a, const int** b, const Py_ssize_t step, Py_ssize_t n, const int vectors
-) noexcept nogil:
-    """acc[i][j] += sum over t < n of the dot products of the groups b[i][t * step] and a[t][j]; as multiply()."""
-    cdef Py_ssize_t t
-    cdef int u
-    for t in range(n // UNROLL):
-        for u in range(UNROLL):
-            multiply_codes_step(acc, a, b, step, t * UNROLL + u, vectors)
-    for t in range(n // UNROLL * UNROLL, n):
-        multiply_codes_step(acc, a, b, step, t, vectors)
+                acc[i * VECTORS + j] = vi_dot_at(acc[i * VECTORS + j], a + j * LANES, y)
 
 
 cdef inline void scores_of_codes_tile(
     float* s, float* top, const Panel* panel, const int* k, const float* k_scale, Py_ssize_t groups,
     Py_ssize_t begin, Py_ssize_t end, const int vectors, const bint scaled
 ) noexcept nogil:
-    cdef Py_ssize_t c, g, key
-    cdef int i, j
+    cdef Py_ssize_t c, g, t, pitch = 1 + groups
+    cdef int i, j, u
+    cdef const int* b
+    cdef const int* a
     cdef vi start
     cdef vf highest
     cdef vi acc[ROWS * VECTORS]
     cdef vf y[ROWS * VECTORS]
     cdef vf factor[VECTORS]
     cdef vf shift[VECTORS]
-    cdef float scale[ROWS]
-    cdef const int* b[ROWS]
     for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
         c = g * ROWS
+        b = k + c * pitch
         for i in range(ROWS):
-            b[i] = k + (c + i) * (1 + groups)
-        if scaled:
-            for i in range(ROWS):
-                scale[i] = k_scale[c + i]
-        if c < begin or c + ROWS > end:
-            for i in range(ROWS):
-                key = min(max(c + i, begin), end - 1)
-                b[i] = k + key * (1 + groups)
-                if scaled:
-                    scale[i] = k_scale[key]
-        for i in range(ROWS):
-            start = vi_set(b[i][0])
-            b[i] += 1
+            start = vi_set(b[i * pitch])
             for j in range(vectors):
                 acc[i * VECTORS + j] = start
-        multiply_codes(acc, panel.codes, b, 1, groups, vectors)
+        a = panel.codes
+        b += 1
+        for t in range(groups // UNROLL):
+            for u in range(UNROLL):
+                multiply_codes(acc, a + u * PANEL, b + u, pitch, ROWS, vectors)
+            a += UNROLL * PANEL
+            b += UNROLL
+        for t in range(groups % UNROLL):
+            multiply_codes(acc, a + t * PANEL, b + t, pitch, ROWS, vectors)
         # in short loops, which GCC unrolls: the sums stay in registers
         for i in range(ROWS):
             for j in range(vectors):
@@ -83,13 +75,18 @@ cdef inline void scores_of_codes_tile(
         if scaled:
             for i in range(ROWS):
                 for j in range(vectors):
-                    y[i * VECTORS + j] = vf_mul(y[i * VECTORS + j], vf_set(scale[i]))
+                    y[i * VECTORS + j] = vf_mul(y[i * VECTORS + j], vf_set(k_scale[c + i]))
         for j in range(vectors):
             factor[j] = vf_load(panel.factor + j * LANES)
             shift[j] = vf_load(panel.shift + j * LANES)
         for i in range(ROWS):
             for j in range(vectors):
                 y[i * VECTORS + j] = vf_fma(y[i * VECTORS + j], factor[j], shift[j])
+        if c < begin or c + ROWS > end:
+            for i in range(ROWS):
+                for j in range(vectors):
+                    if c + i < begin or c + i >= end:
+                        y[i * VECTORS + j] = vf_set(-INFINITY)
         for i in range(ROWS):
             for j in range(vectors):
                 vf_store(s + (c + i) * PANEL + j * LANES, y[i * VECTORS + j])
@@ -107,6 +104,7 @@ cdef void scores_of_codes(
     """scores() from codes: S^T[c][r] = factor[r] k_scale[c] (k8[c] . q8[r]) + shift[r].
 
     k: packed key 0 of the block. k_scale: of its keys, or NULL where factor has it. groups: of the head dimension.
+    Whole groups of ROWS rows of s are written, and keys read, those outside [begin, end) as -inf.
     """
     if k_scale == NULL:
         if panel.vectors == 1:
@@ -125,114 +123,163 @@ cdef void scores_of_codes(
 
 
 cdef inline void accumulate_codes_tile(
-    float* o, const int* p, const int* v, Py_ssize_t Dv, const float* alpha, const float* beta, Py_ssize_t n,
-    const int vectors
+    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, const float* beta,
+    Py_ssize_t begin, Py_ssize_t end, const int vectors
 ) noexcept nogil:
-    cdef Py_ssize_t d, g, column
+    cdef Py_ssize_t d, low, high, t
     cdef int i, j
-    cdef float* place
-    cdef vf sum
-    cdef vi acc[ROWS * VECTORS]
-    cdef const int* b[ROWS]
-    for g in range((Dv + ROWS - 1) // ROWS):
-        d = g * ROWS
-        for i in range(ROWS):
-            column = d + i if d + i < Dv else Dv - 1
-            b[i] = v + column
+    cdef const float* factor
+    cdef vf x
+    cdef vi y
+    cdef vi acc[HALF * VECTORS]
+    cdef vf sum[HALF * VECTORS]
+    for d in range(columns // HALF):
+        for i in range(HALF):
             for j in range(vectors):
-                acc[i * VECTORS + j] = vi_set(0)
-        multiply_codes(acc, p, b, Dv, n, vectors)
-        for i in range(ROWS):
+                x = vf_load(o + (d * HALF + i) * PANEL + j * LANES)
+                sum[i * VECTORS + j] = vf_mul(x, vf_load(alpha + j * LANES))
+        low = begin
+        while low < end:
+            high = min(end, (low // PART_GROUPS + 1) * PART_GROUPS)
+            factor = beta + low // PART_GROUPS * PANEL
+            for i in range(HALF):
+                for j in range(vectors):
+                    acc[i * VECTORS + j] = vi_set(0)
+            for t in range(low, high):
+                multiply_codes(acc, p + t * PANEL, v + t * columns + d * HALF, 1, HALF, vectors)
             for j in range(vectors):
-                place = o + (d + i) * PANEL + j * LANES
-                sum = vf_mul(vf_load(beta + j * LANES), vf_from_int(acc[i * VECTORS + j]))
-                vf_store(place, vf_fma(vf_load(place), vf_load(alpha + j * LANES), sum))
+                x = vf_load(factor + j * LANES)
+                for i in range(HALF):
+                    sum[i * VECTORS + j] = vf_fma(x, vf_from_int(acc[i * VECTORS + j]), sum[i * VECTORS + j])
+            low = high
+        for i in range(HALF):
+            for j in range(vectors):
+                vf_store(o + (d * HALF + i) * PANEL + j * LANES, sum[i * VECTORS + j])
 
 
 cdef void accumulate_codes(
-    float* o, const int* p, const int* v, Py_ssize_t Dv, const float* alpha, const float* beta, Py_ssize_t n,
-    int vectors
+    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, const float* beta,
+    Py_ssize_t begin, Py_ssize_t end, int vectors
 ) noexcept nogil:
-    """O^T[d][r] = alpha[r] O^T[d][r] + beta[r] (sum of V8[c][d] P8^T[c][r] over n groups of keys)."""
+    """O^T[d][r] = alpha[r] O^T[d][r] + sum over parts of beta[part][r] (sum of V8[c][d] P8^T[c][r] over its keys).
+
+    p, v: groups of the block, of which begin <= t < end count. A tile has half as many rows as elsewhere: beside its
+    sums of codes it holds as many of floats, into which each part goes.
+    """
     if vectors == 1:
-        accumulate_codes_tile(o, p, v, Dv, alpha, beta, n, 1)
+        accumulate_codes_tile(o, p, v, columns, alpha, beta, begin, end, 1)
     elif vectors == 2:
-        accumulate_codes_tile(o, p, v, Dv, alpha, beta, n, 2)
+        accumulate_codes_tile(o, p, v, columns, alpha, beta, begin, end, 2)
     else:
-        accumulate_codes_tile(o, p, v, Dv, alpha, beta, n, VECTORS)
+        accumulate_codes_tile(o, p, v, columns, alpha, beta, begin, end, VECTORS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights as codes
 
 
+cdef inline void code_exponentials(vf* x, vf per_block, const int n) noexcept nogil:
+    """x[i] = 255 e^(x[i] - top) for i < n, where per_block is top log2(e): exponentials() with a minimax polynomial of
+    degree 4 (relative error 2.9e-6: one code in ten thousand is rounded the other way), which also brings the 255."""
+    cdef int i
+    cdef vf f[ROWS]
+    for i in range(n):
+        x[i] = vf_fma(x[i], vf_set(1.4426950408889634), per_block)
+    for i in range(n):
+        f[i] = vf_fraction(x[i])
+    cdef vf y[ROWS]
+    for i in range(n):
+        y[i] = vf_fma(vf_set(255 * 0.01342681139356784), f[i], vf_set(255 * 0.05224204855315723))
+    for i in range(n):
+        y[i] = vf_fma(y[i], f[i], vf_set(255 * 0.24128064378164496))
+    for i in range(n):
+        y[i] = vf_fma(y[i], f[i], vf_set(255 * 0.693044722507326))
+    for i in range(n):
+        y[i] = vf_fma(y[i], f[i], vf_set(255))
+    for i in range(n):
+        x[i] = vf_scale2(y[i], x[i])
+
+
+cdef inline vf part_codes(
+    float* s, int* p, vf top, vf* omega, const float* v_scale, Py_ssize_t begin, Py_ssize_t end, const bint tokens
+) noexcept nogil:
+    """One vector of rows of one part: softmax_codes() on rows begin <= c < end. Returns 255 sum_c e^(S - top)."""
+    cdef Py_ssize_t g
+    cdef int i
+    cdef float* rows
+    cdef vf factor, sum = vf_set(0.0)
+    cdef vf per_part = vf_mul(vf_hide(top, top, vf_set(0.0)), vf_set(-1.4426950408889634))
+    cdef vf highest = vf_set(256 * FLT_MIN)  # never 0, and far enough from it that 255 / omega is finite
+    cdef vf x[ROWS]
+    cdef vf w[ROWS]
+    for g in range(begin // ROWS, end // ROWS):
+        rows = s + g * ROWS * PANEL
+        for i in range(ROWS):
+            x[i] = vf_load(rows + i * PANEL)
+        code_exponentials(x, per_part, ROWS)
+        if tokens:
+            for i in range(ROWS):
+                w[i] = vf_mul(x[i], vf_set(v_scale[g * ROWS + i]))
+            for i in range(ROWS):
+                vf_store(rows + i * PANEL, w[i])
+            for i in range(ROWS):
+                highest = vf_max(highest, w[i])
+        else:
+            for i in range(ROWS // GROUP):
+                vi_store_codes(p + (g * (ROWS // GROUP) + i) * PANEL, x + i * GROUP)
+        for i in range(ROWS // 2):
+            x[i] = vf_add(x[i], x[i + ROWS // 2])
+        for i in range(1, ROWS // 2):
+            x[0] = vf_add(x[0], x[i])
+        sum = vf_add(sum, x[0])
+    if tokens:
+        factor = vf_div(vf_set(255.0), highest)
+        for g in range(begin // ROWS, end // ROWS):
+            rows = s + g * ROWS * PANEL
+            for i in range(ROWS):
+                w[i] = vf_mul(vf_load(rows + i * PANEL), factor)
+            for i in range(ROWS // GROUP):
+                vi_store_codes(p + (g * (ROWS // GROUP) + i) * PANEL, w + i * GROUP)
+        omega[0] = vf_mul(highest, vf_set(1.0 / 255.0))
+    else:
+        omega[0] = vf_set(v_scale[0])
+    return sum
+
+
 cdef void softmax_codes(
     float* s, int* p, const float* top, float* m, float* l, float* alpha, float* beta, const float* v_scale,
     bint tokens, Py_ssize_t begin, Py_ssize_t end, int vectors
 ) noexcept nogil:
-    """softmax() into codes: P^T[c][r] = round(255 w / omega[r]) with w = e^(S - top) v_scale[c], omega = max_c w.
+    """softmax() into codes: P^T[c][r] = round(255 w / omega[r]) with w = e^(S - top[r]) v_scale[c] and omega = max_c w,
+    where top and omega are those of each part of PART_KEYS keys.
 
-    p: groups [c // GROUP][r] of a block; groups of rows begin <= c < end are written. v_scale: one for each key, where
-    `tokens`, else one alone, omega being 1 then. beta[r] = e^(top - m') omega / 255 (v_scale): 0 for a row that sees
-    nothing here.
+    p: groups [c // GROUP][r] of a block; groups of rows begin <= c < end (multiples of ROWS) are written. top: [part]
+    [PANEL]. v_scale: one for each key, where `tokens`, else one alone, which is left out of w: omega is 1 then.
+    beta[part][r] = e^(top - m') omega / 255 (v_scale): 0 for a row that sees nothing there.
     """
-    cdef Py_ssize_t g
-    cdef int j, i
-    cdef float* rows
-    cdef int* place
-    cdef vf old, new, highest, base, sum, a, b, omega, code
-    cdef vf x[ROWS]
-    cdef vf w[ROWS]
+    cdef Py_ssize_t part, low, high, first = begin // PART_KEYS, last = (end - 1) // PART_KEYS
+    cdef int j
+    cdef vf old, highest, base, sum, omega, weight
     for j in range(vectors):
         old = vf_load(m + j * LANES)
-        new = vf_load(top + j * LANES)
-        highest = vf_max(old, new)
-        base = vf_hide(new, new, vf_set(0.0))
-        sum = vf_set(0.0)
-        # never 0, and far enough from it that 255 / omega is finite
-        omega = vf_set(256 * FLT_MIN)
-        for g in range(begin // ROWS, end // ROWS):
-            rows = s + g * ROWS * PANEL + j * LANES
-            for i in range(ROWS):
-                x[i] = vf_sub(vf_load(rows + i * PANEL), base)
-            exponentials(x, ROWS)
-            if tokens:
-                for i in range(ROWS):
-                    w[i] = vf_mul(x[i], vf_set(v_scale[g * ROWS + i]))
-                    omega = vf_max(omega, w[i])
-                    vf_store(rows + i * PANEL, w[i])
-            else:
-                for i in range(ROWS):
-                    w[i] = vf_mul(x[i], vf_set(255.0))
-                store_group_codes(p + g * (ROWS // GROUP) * PANEL + j * LANES, w)
-            for i in range(ROWS // 2):
-                x[i] = vf_add(x[i], x[i + ROWS // 2])
-            for i in range(1, ROWS // 2):
-                x[0] = vf_add(x[0], x[i])
-            sum = vf_add(sum, x[0])
-        if tokens:
-            code = vf_div(vf_set(255.0), omega)
-            for g in range(begin // ROWS, end // ROWS):
-                rows = s + g * ROWS * PANEL + j * LANES
-                for i in range(ROWS):
-                    w[i] = vf_mul(vf_load(rows + i * PANEL), code)
-                store_group_codes(p + g * (ROWS // GROUP) * PANEL + j * LANES, w)
-        else:
-            omega = vf_set(v_scale[0])
+        highest = old
+        for part in range(first, last + 1):
+            highest = vf_max(highest, vf_load(top + part * PANEL + j * LANES))
         base = vf_hide(highest, highest, vf_set(0.0))
-        a = expv(vf_sub(old, base))
-        b = expv(vf_sub(new, base))
-        vf_store(l + j * LANES, vf_fma(vf_load(l + j * LANES), a, vf_mul(b, sum)))
+        weight = expv(vf_sub(old, base))
+        vf_store(alpha + j * LANES, weight)
         vf_store(m + j * LANES, highest)
-        vf_store(alpha + j * LANES, a)
-        vf_store(beta + j * LANES, vf_mul(b, vf_mul(omega, vf_set(1.0 / 255.0))))
-
-
-cdef inline void store_group_codes(int* p, vf* w) noexcept nogil:
-    """ROWS vectors as groups of GROUP codes each."""
-    cdef int i
-    for i in range(ROWS // GROUP):
-        vi_store_codes(p + i * PANEL, w + i * GROUP)
+        vf_store(l + j * LANES, vf_mul(vf_load(l + j * LANES), weight))
+        for part in range(first, last + 1):
+            low, high = max(begin, part * PART_KEYS), min(end, (part + 1) * PART_KEYS)
+            old = vf_load(top + part * PANEL + j * LANES)
+            if tokens:
+                sum = part_codes(s + j * LANES, p + j * LANES, old, &omega, v_scale, low, high, True)
+            else:
+                sum = part_codes(s + j * LANES, p + j * LANES, old, &omega, v_scale, low, high, False)
+            weight = vf_mul(expv(vf_sub(old, base)), vf_set(1.0 / 255.0))
+            vf_store(l + j * LANES, vf_fma(weight, sum, vf_load(l + j * LANES)))
+            vf_store(beta + part * PANEL + j * LANES, vf_mul(weight, omega))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,48 +304,45 @@ cdef void round_weights(
 
 
 cdef inline void accumulate_bf16_tile(
-    float* o, const int* p, const int* v, Py_ssize_t Dv, const float* alpha, float beta, Py_ssize_t n,
+    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, float beta, Py_ssize_t n,
     const int vectors
 ) noexcept nogil:
-    cdef Py_ssize_t d, g, t, column
+    cdef Py_ssize_t d, t
     cdef int i, j
     cdef float* place
     cdef vf old
     cdef vf acc[ROWS * VECTORS]
     cdef vi x[VECTORS]
     cdef vi y
-    cdef const int* b[ROWS]
-    for g in range((Dv + ROWS - 1) // ROWS):
-        d = g * ROWS
+    for d in range(columns // ROWS):
         for i in range(ROWS):
-            column = d + i if d + i < Dv else Dv - 1
-            b[i] = v + column
             for j in range(vectors):
                 acc[i * VECTORS + j] = vf_set(0.0)
         for t in range(n):
             for j in range(vectors):
                 x[j] = vi_load(p + t * PANEL + j * LANES)
             for i in range(ROWS):
-                y = vi_set(b[i][t * Dv])
+                y = vi_set(v[t * columns + d * ROWS + i])
                 for j in range(vectors):
                     acc[i * VECTORS + j] = vf_dot_bf16(acc[i * VECTORS + j], x[j], y)
         for i in range(ROWS):
             for j in range(vectors):
-                place = o + (d + i) * PANEL + j * LANES
+                place = o + (d * ROWS + i) * PANEL + j * LANES
                 old = vf_mul(vf_load(place), vf_load(alpha + j * LANES))
                 vf_store(place, vf_fma(acc[i * VECTORS + j], vf_set(beta), old))
 
 
 cdef void accumulate_bf16(
-    float* o, const int* p, const int* v, Py_ssize_t Dv, const float* alpha, float beta, Py_ssize_t n, int vectors
+    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, float beta, Py_ssize_t n,
+    int vectors
 ) noexcept nogil:
     """O^T[d][r] = alpha[r] O^T[d][r] + beta (sum of V[c][d] P^T[c][r] over n groups of keys), sums in float32."""
     if vectors == 1:
-        accumulate_bf16_tile(o, p, v, Dv, alpha, beta, n, 1)
+        accumulate_bf16_tile(o, p, v, columns, alpha, beta, n, 1)
     elif vectors == 2:
-        accumulate_bf16_tile(o, p, v, Dv, alpha, beta, n, 2)
+        accumulate_bf16_tile(o, p, v, columns, alpha, beta, n, 2)
     else:
-        accumulate_bf16_tile(o, p, v, Dv, alpha, beta, n, VECTORS)
+        accumulate_bf16_tile(o, p, v, columns, alpha, beta, n, VECTORS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

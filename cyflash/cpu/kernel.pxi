@@ -27,10 +27,10 @@ cdef struct Codes:
     # stride 0, for each head. Packed arrays (pack.pxi) are contiguous, their scales too.
     const signed char* q        # (B, H, Lq, D), the last axis contiguous
     const float* q_scale        # (B, H, Lq)
-    const int* k                # (B, Hk, Lk, 1 + groups of D), see pack_keys()
+    const int* k                # (B, Hk, Lk, 1 + groups of D), see pack_keys(); Lk rounded up to ROWS
     const float* k_scale        # (B, Hk, Lk) or (B, Hk, 1)
     const float* k_mean         # (B, Hk, D) or NULL
-    const int* v                # (B, Hk, groups of Lk, Dv), see pack_values(); NULL for FLOAT32
+    const int* v                # (B, Hk, groups of Lk, Dv), see pack_values(); Dv rounded up to ROWS; NULL for FLOAT32
     const float* v_scale        # (B, Hk, Lk) or (B, Hk, 1); of v
     unsigned char* trace        # (B, H, Lq, Lk) or NULL: where to write the codes of P, for tests
     Product product             # of P and V
@@ -122,9 +122,9 @@ cdef struct Scratch:
     float* s                    # [Bc][PANEL] scores, then weights
     float* hidden               # [Bc][PANEL] what is hidden from them; or
     int* p                      # the weights as codes or bfloat16, in groups of keys: the same memory
-    float* top                  # [PANEL] the greatest score of each row
+    float* top                  # [PARTS][PANEL] the greatest score of each row, of each part where there are codes
     float* alpha                # [PANEL] e^(m - m')
-    float* beta                 # [PANEL] what makes a sum of products of codes an output
+    float* beta                 # [PARTS][PANEL] what makes a sum of products of codes an output
 
 
 include "product.pxi"
@@ -158,19 +158,21 @@ cdef bint next_bias_is_far(const Problem* x, const Panel* panel, Py_ssize_t bloc
 
 
 cdef inline void prefetch_slice(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end, int i
+    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
+    Py_ssize_t low, Py_ssize_t high
 ) noexcept nogil:
-    """Asks for slice i of what comes after the first product of a block: the values, by the first panel of a head,
+    """Asks for the share [low, high) of [begin, end) of what comes after the first product of a block: the values, by the first panel of a head,
     which finds them in no cache; the rows of the output and the queries of the next panel, with a panel's first block;
     the bias of the next block, a short piece of each of many long rows, which no hardware prefetcher foresees. Asked
     for all at once they would have to queue. Codes are a quarter as long, and were packed just now."""
     cdef bint floats = x.precise >= x.Lk
     cdef Py_ssize_t next_block = block + x.Bc
-    cdef Py_ssize_t first = i * panel.rows // SLICES, last = (i + 1) * panel.rows // SLICES
+    cdef Py_ssize_t first = (low - begin) * panel.rows // (end - begin)
+    cdef Py_ssize_t last = (high - begin) * panel.rows // (end - begin)
     if panel.row == 0 and floats:
         prefetch_rows(
             <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
-            i * (end - begin) // SLICES, (i + 1) * (end - begin) // SLICES, x.Dv * sizeof(float),
+            low - begin, high - begin, x.Dv * sizeof(float),
         )
     if block <= panel.first_key:
         prefetch_rows(
@@ -189,45 +191,32 @@ cdef inline void prefetch_slice(
         )
 
 
-cdef inline void block_scores_of_codes(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
-    const Scratch* scratch
-) noexcept nogil:
-    """scores_of_codes() on keys [block + begin, block + end)."""
-    cdef Py_ssize_t groups = (x.D + GROUP - 1) // GROUP
-    scores_of_codes(
-        scratch.s, scratch.top, panel, head.k_codes + block * (1 + groups),
-        head.k_scale + block if x.codes.k_tokens else NULL, groups, begin, end,
-    )
-
-
 cdef void fold_codes(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
     const Scratch* scratch
 ) noexcept nogil:
     """The second half of fold_block() on codes or bfloat16: softmax and the product with the values."""
     cdef Py_ssize_t low = begin // ROWS * ROWS, high = (end + ROWS - 1) // ROWS * ROWS
-    cdef Py_ssize_t first, groups
+    cdef Py_ssize_t first, last, columns = (x.Dv + ROWS - 1) // ROWS * ROWS
     cdef const float* v_scale = head.v_scale + block if x.codes.v_tokens else head.v_scale
     if x.codes.product == INT8:
         softmax_codes(
             scratch.s, scratch.p, scratch.top, panel.m, panel.l, scratch.alpha, scratch.beta, v_scale,
             x.codes.v_tokens, low, high, panel.vectors,
         )
-        first, groups = low // GROUP, (end + GROUP - 1) // GROUP - low // GROUP
         accumulate_codes(
-            panel.o, scratch.p + first * PANEL, head.v_codes + (block // GROUP + first) * x.Dv, x.Dv,
-            scratch.alpha, scratch.beta, groups, panel.vectors,
+            panel.o, scratch.p, head.v_codes + block // GROUP * columns, columns, scratch.alpha, scratch.beta,
+            low // GROUP, (end + GROUP - 1) // GROUP, panel.vectors,
         )
         if head.trace != NULL:
             write_trace(x, head, panel, block, begin, end, scratch.p)
     else:
         softmax(scratch.s, scratch.top, panel.m, panel.l, scratch.alpha, low, high, panel.vectors)
         round_weights(scratch.p, scratch.s, v_scale if x.codes.v_tokens else NULL, low, high, panel.vectors)
-        first, groups = low // BF16_GROUP, (end + BF16_GROUP - 1) // BF16_GROUP - low // BF16_GROUP
+        first, last = low // BF16_GROUP, (end + BF16_GROUP - 1) // BF16_GROUP
         accumulate_bf16(
-            panel.o, scratch.p + first * PANEL, head.v_codes + (block // BF16_GROUP + first) * x.Dv, x.Dv,
-            scratch.alpha, 1.0 if x.codes.v_tokens else v_scale[0], groups, panel.vectors,
+            panel.o, scratch.p + first * PANEL, head.v_codes + (block // BF16_GROUP + first) * columns, columns,
+            scratch.alpha, 1.0 if x.codes.v_tokens else v_scale[0], last - first, panel.vectors,
         )
 
 
@@ -251,11 +240,16 @@ cdef void fold_block(
 
     careful: values that are not finite may be hidden here.
     """
-    cdef Py_ssize_t c, i, low, high, slices = 1
+    cdef Py_ssize_t c, i, low, high, step = x.Bc, part = x.Bc
     cdef Py_ssize_t position = panel.row + x.offset
-    cdef bint masked = False, edges, changed, precise = block + begin < x.precise
+    cdef Py_ssize_t groups = (x.D + GROUP - 1) // GROUP
+    cdef bint masked = False, edges, changed, prefetched = False, precise = block + begin < x.precise
+    cdef int j
     cdef float* s = scratch.s
+    cdef float* top
     cdef const float* v
+    cdef const int* k_codes = head.k_codes + block * (1 + groups)
+    cdef const float* k_scale = head.k_scale + block if x.codes.k_tokens else NULL
     if begin >= end:
         return
     if x.mask != NULL:
@@ -263,26 +257,36 @@ cdef void fold_block(
         if i < 0:
             return
         masked = i == 0
+    if not precise and x.codes.product == INT8:
+        part = PART_KEYS
     # the last row's first key and the first row's last key lie inside the tile, or a part of it is hidden
     edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
     changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
 
     if panel.row == 0 or block <= panel.first_key or next_bias_is_far(x, panel, block):
-        slices = SLICES
-    for i in range(PANEL):
-        scratch.top[i] = -INFINITY
-    for i in range(slices):
-        if slices > 1:
-            prefetch_slice(x, head, panel, block, begin, end, i)
-        low, high = max(begin, i * x.Bc // slices // ROWS * ROWS), min(end, (i + 1) * x.Bc // slices // ROWS * ROWS)
-        if low < high and precise:
-            scores(
-                s, scratch.top, panel.q, head.k + block * x.k_stride[2], x.k_stride[2], x.D, low, high, panel.vectors,
-            )
-        elif low < high:
-            block_scores_of_codes(x, head, panel, block, low, high, scratch)
+        prefetched = True
+        step = max(<Py_ssize_t> ROWS, x.Bc // SLICES // ROWS * ROWS)
+    low = begin
+    while low < end:
+        high = min(end, (low // step + 1) * step, (low // part + 1) * part)
+        top = scratch.top + low // part * PANEL
+        if low == begin or low % part == 0:
+            for j in range(VECTORS):
+                vf_store(top + j * LANES, vf_set(-INFINITY))
+        if prefetched:
+            prefetch_slice(x, head, panel, block, begin, end, low, high)
+        if precise:
+            scores(s, top, panel.q, head.k + block * x.k_stride[2], x.k_stride[2], x.D, low, high, panel.vectors)
+        else:
+            scores_of_codes(s, top, panel, k_codes, k_scale, groups, low, high)
+        low = high
     if changed:
-        change_scores(s, scratch.top, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
+        low = begin
+        while low < end:
+            high = min(end, (low // part + 1) * part)
+            top = scratch.top + low // part * PANEL
+            change_scores(s, top, x, head, panel, block, low, high, x.softcap != 0.0, masked, edges)
+            low = high
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
     for c in range(low * PANEL, begin * PANEL):
         s[c] = -INFINITY

@@ -25,9 +25,9 @@ cdef void pack_key_rows(int* packed, const signed char* k, Py_ssize_t stride, Py
 
 
 cdef void pack_value_groups(
-    int* packed, const signed char* v, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t Dv
+    int* packed, Py_ssize_t columns, const signed char* v, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t Dv
 ) noexcept nogil:
-    """n values of Dv codes as groups [n / GROUP][Dv]."""
+    """n values of Dv codes as groups [n / GROUP][columns]."""
     cdef Py_ssize_t g, key, d, i
     cdef code* group
     for g in range((n + GROUP - 1) // GROUP):
@@ -41,7 +41,9 @@ cdef void pack_value_groups(
             for d in range(Dv):
                 for i in range(GROUP):
                     group[d * GROUP + i] = <code> (v[i * stride + d] if key + i < n else 0)
-        packed += Dv
+        for d in range(Dv, columns):
+            packed[d] = 0
+        packed += columns
         v += GROUP * stride
 
 
@@ -50,8 +52,10 @@ ctypedef fused element:
     const float
 
 
-cdef void pack_bf16_groups(int* packed, element* v, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t Dv) noexcept nogil:
-    """n values as bfloat16 groups [n / BF16_GROUP][Dv]: the upper halves of their floats. Codes are exact."""
+cdef void pack_bf16_groups(
+    int* packed, Py_ssize_t columns, element* v, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t Dv
+) noexcept nogil:
+    """n values as bfloat16 groups [n / BF16_GROUP][columns]: the upper halves of their floats. Codes are exact."""
     cdef Py_ssize_t g, key, d, i
     cdef unsigned int word
     for g in range((n + BF16_GROUP - 1) // BF16_GROUP):
@@ -62,15 +66,18 @@ cdef void pack_bf16_groups(int* packed, element* v, Py_ssize_t stride, Py_ssize_
                 if key + i < n:
                     word |= bf16_bits(<float> v[i * stride + d]) << 16 * (i + 2 - BF16_GROUP)
             packed[d] = <int> word
-        packed += Dv
+        for d in range(Dv, columns):
+            packed[d] = 0
+        packed += columns
         v += BF16_GROUP * stride
 
 
 def pack_keys(const signed char[:, :, :, :] k not None, int threads):
-    """(B, Hk, Lk, D) codes -> int32 (B, Hk, Lk, 1 + groups), packed. The last axis of k is contiguous."""
+    """(B, Hk, Lk, D) codes -> int32 (B, Hk, Lk rounded up to ROWS, 1 + groups). The last axis of k is contiguous."""
     cdef Py_ssize_t B = k.shape[0], Hk = k.shape[1], Lk = k.shape[2], D = k.shape[3]
     cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    packed = np.empty((B, Hk, Lk, 1 + (D + GROUP - 1) // GROUP), np.int32)
+    packed = np.empty((B, Hk, (Lk + ROWS - 1) // ROWS * ROWS, 1 + (D + GROUP - 1) // GROUP), np.int32)
+    packed[:, :, Lk:] = 0
     cdef int[:, :, :, ::1] to = packed
     if packed.size:
         for t in prange(B * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
@@ -84,18 +91,18 @@ def pack_keys(const signed char[:, :, :, :] k not None, int threads):
 
 
 def pack_values(const signed char[:, :, :, :] v not None, int threads):
-    """(B, Hk, Lk, Dv) codes -> int32 (B, Hk, groups of Lk, Dv), packed. The last axis of v is contiguous."""
+    """(B, Hk, Lk, Dv) codes -> int32 (B, Hk, groups of Lk, Dv rounded up to ROWS). The last axis of v is contiguous."""
     cdef Py_ssize_t B = v.shape[0], Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
     cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    packed = np.empty((B, Hk, (Lk + GROUP - 1) // GROUP, Dv), np.int32)
+    packed = np.empty((B, Hk, (Lk + GROUP - 1) // GROUP, (Dv + ROWS - 1) // ROWS * ROWS), np.int32)
     cdef int[:, :, :, ::1] to = packed
     if packed.size:
         for t in prange(B * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
             head = t // chunks
             key = t % chunks * PACK_KEYS
             pack_value_groups(
-                &to[head // Hk, head % Hk, key // GROUP, 0], &v[head // Hk, head % Hk, key, 0], v.strides[2],
-                min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
+                &to[head // Hk, head % Hk, key // GROUP, 0], to.shape[3], &v[head // Hk, head % Hk, key, 0],
+                v.strides[2], min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
             )
     return packed
 
@@ -104,14 +111,14 @@ def pack_values_bf16(element[:, :, :, :] v not None, int threads):
     """pack_values() into bfloat16, from codes or from float32."""
     cdef Py_ssize_t B = v.shape[0], Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
     cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    packed = np.empty((B, Hk, (Lk + BF16_GROUP - 1) // BF16_GROUP, Dv), np.int32)
+    packed = np.empty((B, Hk, (Lk + BF16_GROUP - 1) // BF16_GROUP, (Dv + ROWS - 1) // ROWS * ROWS), np.int32)
     cdef int[:, :, :, ::1] to = packed
     if packed.size:
         for t in prange(B * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
             head = t // chunks
             key = t % chunks * PACK_KEYS
             pack_bf16_groups(
-                &to[head // Hk, head % Hk, key // BF16_GROUP, 0], &v[head // Hk, head % Hk, key, 0],
+                &to[head // Hk, head % Hk, key // BF16_GROUP, 0], to.shape[3], &v[head // Hk, head % Hk, key, 0],
                 v.strides[2] // <Py_ssize_t> sizeof(v[0, 0, 0, 0]), min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
             )
     return packed
