@@ -98,10 +98,10 @@ cdef bint merge_runs(
     """What n runs of one head of L rows say together; returns whether all of its values are finite.
 
     runs: n x 3 x D, what range_of_run gave; the first `skipped` of them count only for the mean. mean: D floats, written
-    if `smooth`, else read. top: the greatest |x - mean|, 0 without rows.
+    if `smooth`, else read; NULL for 0. top: the greatest |x - mean|, 0 without rows.
     """
     cdef Py_ssize_t d, r
-    cdef float low, high, least, greatest, all_low, all_high
+    cdef float low, high, least, greatest, all_low, all_high, centre
     cdef double total
     cdef const float* run
     cdef bint finite = True
@@ -120,26 +120,28 @@ cdef bint merge_runs(
         finite &= total - total == 0.0
         if smooth:
             # rounding must not carry the mean out of the channel's range, nor that of the largest floats to infinity
-            mean[d] = <float> min(max(total / (SUM_UNIT * L), <double> all_low), <double> all_high) if L > 0 else 0.0
+            mean[d] = <float> min(max(total / (<double> SUM_UNIT * L), <double> all_low), <double> all_high)
+        centre = mean[d] if mean != NULL else 0.0
         if n > skipped:
-            top[0] = max(top[0], max(greatest - mean[d], mean[d] - least))
+            top[0] = max(top[0], max(greatest - centre, centre - least))
     return finite
 
 
 def find_range(
-    const float[:, :, :, :] x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean not None,
+    const float[:, :, :, :] x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean,
     float[:, :] top not None, int threads,
 ):
     """Writes top[b, h], the greatest |x - mean| of rows from `skip` on; returns whether every value of x is finite.
 
     x: (B, H, L, D), none of them 0, the last axis contiguous. mean: (B, H, D), the last axis contiguous: written if
-    `smooth` (the mean of all rows), else read. top is infinite where a difference is. Nothing it wrote is of use where
-    it returns False. May raise MemoryError before anything is written.
+    `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference is. Nothing written is of
+    use where it returns False. May raise MemoryError before anything is written.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t skipped = (skip + RUN - 1) // RUN
     cdef Py_ssize_t n = skipped + (L - skip + RUN - 1) // RUN
     cdef Py_ssize_t task, head, run, begin, end, stride = x.strides[2] // <Py_ssize_t> sizeof(float)
+    cdef bint centre = mean is not None
     cdef Py_ssize_t size = heads * n * 3 * D * <Py_ssize_t> sizeof(float), wrong = 0
     cdef float* runs = <float*> malloc(size)
     cdef float* part
@@ -157,7 +159,8 @@ def find_range(
             )
         for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
             wrong += not merge_runs(
-                runs + head * n * 3 * D, n, skipped, L, D, &mean[head // H, head % H, 0], smooth,
+                runs + head * n * 3 * D, n, skipped, L, D,
+                &mean[head // H, head % H, 0] if centre else NULL, smooth,
                 &top[head // H, head % H],
             )
     finally:
