@@ -30,6 +30,8 @@ FLOAT32_MAX = np.finfo(np.float32).max
 SMALLEST_SCALE = np.finfo(np.float32).tiny  # its inverse is finite, that of a denormal need not be
 LARGEST_CODE = np.float32(127)
 
+FORMAT = "cyflash.QuantizedTensor"  # what a file says that it holds
+
 # Some 7 us of a thread's time: below that, waking another one does not pay.
 ELEMENTS_PER_THREAD = 1 << 16
 
@@ -382,9 +384,6 @@ class QuantizedTensor:
             return cls(**held, granularity=metadata.get("granularity"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-FORMAT = "cyflash.QuantizedTensor"
 
 
 def _safetensors_path(path):
