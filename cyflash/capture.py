@@ -8,7 +8,6 @@
 """
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from cyflash.files import replacing
 
 __all__ = ["OPTIONS", "Capture", "Layer", "load_capture", "save_capture"]
 
@@ -161,12 +162,8 @@ def save_capture(path, layers, **options):
     entries = {entry: (x.shape, x.dtype.name) for entry, x in arrays.items()}
     _check(path, _layers(path, entries), entries, "bhld")
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         file_format.write(temporary, arrays, text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

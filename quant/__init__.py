@@ -1,5 +1,6 @@
 """Calibration and accuracy tools of cyflash, installed as `cyflash.quant`."""
 
 from cyflash.quant.metrics import Comparison, compare
+from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "LayerScales", "QuantizedTensor", "compare", "quantize"]

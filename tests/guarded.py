@@ -162,6 +162,25 @@ def beyond_the_ends():
                         cases.assert_same_bits(result, expected)
 
 
+def quantising():
+    """The passes that quantise: neither inputs nor outputs are touched outside, whatever the tails."""
+    build = cyflash.cpu.active()
+    fences = [Fence(1 << 15) for _ in range(6)]
+    for D in (1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 64, 67, 100):
+        for L in (1, 4, 15, 17, 40):
+            x = cases.arrays(1, 2, Lq=L, D=D)[0]
+            zeros = [np.zeros(shape, np.float32) for shape in ((1, 2, D), (1, 2), (1, 2, L))]
+            for at_end in (True, False):
+                put = iter(fences)
+                x, mean, top, found = (next(put).put(y, at_end) for y in (x, *zeros))
+                given = next(put).put(np.ones_like(found), at_end)
+                codes = next(put).put(np.zeros(x.shape, np.int8), at_end)
+                for skip in (0, 1):
+                    assert build.find_range(x, skip, True, mean, top, 1)
+                    assert build.encode(x, mean, None, found, skip, codes, 1)
+                    assert build.encode(x, None, given, None, skip, codes, 1)
+
+
 def control():
     """Reads what is forbidden: must die, or the others prove nothing."""
     x = pages(np.ones((1024, 64), np.float32))
@@ -184,7 +203,7 @@ def control_skipping():
 
 SCENARIOS = (
     causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
-    bias_of_skipped_tiles, beyond_the_ends,
+    bias_of_skipped_tiles, beyond_the_ends, quantising,
 )
 CONTROLS = (control, control_fence, control_skipping)
 

@@ -7,8 +7,8 @@
 #     code  = clip(rint((x - mean) * (1 / scale)), -127, 127)              rounded half to even
 #
 # All of it in float32, each operation rounded once: the same codes on every build. Where nothing is subtracted the mean
-# is 0, which changes no bit. The first `skip` rows of a head stay in float32 elsewhere: they count for the mean, but not
-# for a scale, and their codes are 0.
+# is 0, which changes no bit. The first `skip` rows of a head are used in float32 by the kernels: they count for the
+# mean, but not for a scale, and their codes are 0.
 #
 # Work is cut into runs of RUN rows of one head, whatever the threads, and sums of runs are merged in order: bits depend
 # on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
@@ -97,11 +97,11 @@ cdef bint merge_runs(
 ) noexcept nogil:
     """What n runs of one head of L rows say together; returns whether all of its values are finite.
 
-    runs: n x 3 x D, what range_of_run gave; the first `skipped` of them count only for the mean. mean: D floats, written
-    if `smooth`, else read. top: the greatest |x - mean|, 0 without rows.
+    runs: n x 3 x D, what range_of_run gave; the first `skipped` of them count only for the mean. mean: D floats,
+    written if `smooth`, else read; NULL for 0. top: the greatest |x - mean|, 0 without rows.
     """
     cdef Py_ssize_t d, r
-    cdef float low, high, least, greatest, all_low, all_high
+    cdef float low, high, least, greatest, all_low, all_high, centre
     cdef double total
     cdef const float* run
     cdef bint finite = True
@@ -120,26 +120,28 @@ cdef bint merge_runs(
         finite &= total - total == 0.0
         if smooth:
             # rounding must not carry the mean out of the channel's range, nor that of the largest floats to infinity
-            mean[d] = <float> min(max(total / (SUM_UNIT * L), <double> all_low), <double> all_high) if L > 0 else 0.0
+            mean[d] = <float> min(max(total / (<double> SUM_UNIT * L), <double> all_low), <double> all_high)
+        centre = mean[d] if mean != NULL else 0.0
         if n > skipped:
-            top[0] = max(top[0], max(greatest - mean[d], mean[d] - least))
+            top[0] = max(top[0], max(greatest - centre, centre - least))
     return finite
 
 
 def find_range(
-    const float[:, :, :, :] x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean not None,
+    const float[:, :, :, :] x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean,
     float[:, :] top not None, int threads,
 ):
     """Writes top[b, h], the greatest |x - mean| of rows from `skip` on; returns whether every value of x is finite.
 
     x: (B, H, L, D), none of them 0, the last axis contiguous. mean: (B, H, D), the last axis contiguous: written if
-    `smooth` (the mean of all rows), else read. top is infinite where a difference is. Nothing it wrote is of use where
-    it returns False. May raise MemoryError before anything is written.
+    `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference is. Nothing written is of
+    use where it returns False. May raise MemoryError before anything is written.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t skipped = (skip + RUN - 1) // RUN
     cdef Py_ssize_t n = skipped + (L - skip + RUN - 1) // RUN
     cdef Py_ssize_t task, head, run, begin, end, stride = x.strides[2] // <Py_ssize_t> sizeof(float)
+    cdef bint centre = mean is not None
     cdef Py_ssize_t size = heads * n * 3 * D * <Py_ssize_t> sizeof(float), wrong = 0
     cdef float* runs = <float*> malloc(size)
     cdef float* part
@@ -157,7 +159,8 @@ def find_range(
             )
         for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
             wrong += not merge_runs(
-                runs + head * n * 3 * D, n, skipped, L, D, &mean[head // H, head % H, 0], smooth,
+                runs + head * n * 3 * D, n, skipped, L, D,
+                &mean[head // H, head % H, 0] if centre else NULL, smooth,
                 &top[head // H, head % H],
             )
     finally:
@@ -169,115 +172,96 @@ def find_range(
 # Writing: codes
 
 
-cdef inline vf largest_of_columns(
-    const float* x, const float* mean, const bint centre, Py_ssize_t n, const int vectors
-) noexcept nogil:
-    cdef vf a, top = vf_set(0.0)
+cdef inline void load_mean(vf* m, const float* mean, Py_ssize_t d, Py_ssize_t D, const int vectors) noexcept nogil:
+    """The mean of channels from d on; 0 where `mean` is NULL."""
     cdef int j
     for j in range(vectors):
-        a = load_column(x, j, vectors, n)
-        if centre:
-            a = vf_sub(a, load_column(mean, j, vectors, n))
-        top = vf_max(vf_abs(a), top)
-    return top
+        m[j] = load_column(mean + d, j, vectors, D - d) if mean != NULL else vf_set(0.0)
 
 
-cdef inline vf largest_of_row(const float* x, const float* mean, const bint centre, Py_ssize_t D) noexcept nogil:
-    """Per lane, the greatest |x - mean| of its channels; NaN left out."""
+cdef inline void largest_of_columns(
+    vf* top, const float* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t d, Py_ssize_t D,
+    const int vectors
+) noexcept nogil:
+    """largest_of_rows for the channels from d on, as many of them as `vectors` hold."""
+    cdef vf m[COLUMNS]
+    cdef vf a, highest
+    cdef Py_ssize_t i
+    cdef int j
+    load_mean(m, mean, d, D, vectors)
+    for i in range(rows):
+        highest = top[i]
+        for j in range(vectors):
+            a = load_column(x + i * stride + d, j, vectors, D - d)
+            highest = vf_max(vf_abs(vf_sub(a, m[j])), highest)
+        top[i] = highest
+
+
+cdef inline void largest_of_rows(
+    vf* top, const float* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t D
+) noexcept nogil:
+    """top[i], 0 before: per lane, the greatest |x - mean| of row i. NaN is left out."""
     cdef Py_ssize_t d = 0
-    cdef vf top = vf_set(0.0)
     while d + (COLUMNS - 1) * LANES < D:
-        top = vf_max(largest_of_columns(x + d, mean + d, centre, D - d, COLUMNS), top)
+        largest_of_columns(top, x, stride, rows, mean, d, D, COLUMNS)
         d += COLUMNS * LANES
     while d < D:
-        top = vf_max(largest_of_columns(x + d, mean + d, centre, D - d, 1), top)
+        largest_of_columns(top, x, stride, rows, mean, d, D, 1)
         d += LANES
-    return top
+
+
+cdef inline vf scales_of(vf* top) noexcept nogil:
+    """The scales of LANES rows, one in each lane, from what largest_of_rows says of them."""
+    cdef int i
+    vf_transpose(top)
+    for i in range(1, LANES):
+        top[0] = vf_max(top[0], top[i])
+    return vf_max(vf_div(vf_min(top[0], vf_set(FLT_MAX)), vf_set(127.0)), vf_set(FLT_MIN))
 
 
 cdef inline vf encode_columns(
-    const float* x, const float* mean, const bint centre, vf inverse, Py_ssize_t n, signed char* codes,
-    const int vectors
+    const float* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t d,
+    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, const int vectors
 ) noexcept nogil:
+    """encode_rows for the channels from d on, as many of them as `vectors` hold."""
+    cdef vf m[COLUMNS]
     cdef vf a[COLUMNS]
-    cdef vf wrong = vf_set(0.0)
+    cdef vf factor, wrong, any_wrong = vf_set(0.0)
+    cdef signed char* row
+    cdef Py_ssize_t i
     cdef int j
-    for j in range(vectors):
-        a[j] = load_column(x, j, vectors, n)
-        wrong = vf_fma(a[j], vf_set(0.0), wrong)
-        if centre:
-            a[j] = vf_sub(a[j], load_column(mean, j, vectors, n))
-    for j in range(vectors):
-        if j < vectors - 1 or n >= vectors * LANES:
-            vf_store_codes(codes + j * LANES, vf_mul(a[j], inverse))
-        else:
-            vf_store_codes_part(codes + j * LANES, vf_mul(a[j], inverse), n - j * LANES)
-    return wrong
+    load_mean(m, mean, d, D, vectors)
+    for i in range(rows):
+        wrong = vf_set(0.0)
+        factor = vf_set(inverse[i])
+        for j in range(vectors):
+            a[j] = load_column(x + i * x_stride + d, j, vectors, D - d)
+            wrong = vf_fma(a[j], vf_set(0.0), wrong)
+            a[j] = vf_mul(vf_sub(a[j], m[j]), factor)
+        row = codes + i * codes_stride + d
+        for j in range(vectors):
+            if j < vectors - 1 or D - d >= vectors * LANES:
+                vf_store_codes(row + j * LANES, a[j])
+            else:
+                vf_store_codes_part(row + j * LANES, a[j], D - d - j * LANES)
+        any_wrong = vf_add(any_wrong, wrong)
+    return any_wrong
 
 
-cdef inline vf encode_row(
-    const float* x, const float* mean, const bint centre, float inverse, Py_ssize_t D, signed char* codes
-) noexcept nogil:
-    """Codes of one row; returns 0, or NaN in a lane that met NaN or inf."""
-    cdef Py_ssize_t d = 0
-    cdef vf wrong = vf_set(0.0), factor = vf_set(inverse)
-    while d + (COLUMNS - 1) * LANES < D:
-        wrong = vf_add(wrong, encode_columns(x + d, mean + d, centre, factor, D - d, codes + d, COLUMNS))
-        d += COLUMNS * LANES
-    while d < D:
-        wrong = vf_add(wrong, encode_columns(x + d, mean + d, centre, factor, D - d, codes + d, 1))
-        d += LANES
-    return wrong
-
-
-cdef inline vf scales_of(vf* rows) noexcept nogil:
-    """The scales of LANES rows, one in each lane, of which largest_of_row gave the vectors `rows`."""
-    cdef int i
-    vf_transpose(rows)
-    for i in range(1, LANES):
-        rows[0] = vf_max(rows[0], rows[i])
-    return vf_max(vf_div(vf_min(rows[0], vf_set(FLT_MAX)), vf_set(127.0)), vf_set(FLT_MIN))
-
-
-cdef inline bint encode_rows(
-    const float* x, Py_ssize_t x_stride, const float* mean, const bint centre, const float* given,
-    Py_ssize_t given_stride, float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
+cdef inline vf encode_rows(
+    const float* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t D,
     signed char* codes, Py_ssize_t codes_stride
 ) noexcept nogil:
-    """encode_run where `centre` says whether there is a mean: LANES rows at a time, one scale in each lane."""
-    cdef vf t[LANES]
-    cdef vf scale, wrong = vf_set(0.0)
-    cdef float scales[LANES]
-    cdef float inverse[LANES]
-    cdef float bad[LANES]
-    cdef Py_ssize_t first = 0, i, n
-    cdef int j
-    while first < rows:
-        n = min(rows - first, <Py_ssize_t> LANES)
-        if given != NULL:
-            for i in range(n):
-                inverse[i] = <float> 1.0 / given[(first + i) * given_stride]
-        else:
-            for i in range(LANES):
-                t[i] = vf_set(0.0)
-            for i in range(max(first, skip) - first, n):
-                t[i] = largest_of_row(x + (first + i) * x_stride, mean, centre, D)
-            scale = scales_of(t)
-            vf_store(scales, scale)
-            vf_store(inverse, vf_div(vf_set(1.0), scale))
-            for i in range(n):
-                found[(first + i) * found_stride] = scales[i]
-        for i in range(n):
-            wrong = vf_add(wrong, encode_row(
-                x + (first + i) * x_stride, mean, centre, inverse[i], D, codes + (first + i) * codes_stride,
-            ))
-            if first + i < skip:
-                memset(codes + (first + i) * codes_stride, 0, D)
-        first += LANES
-    vf_store(bad, wrong)
-    for j in range(1, LANES):
-        bad[0] += bad[j]
-    return bad[0] == 0.0
+    """Codes of some rows, `inverse` being 1 / scale of each; returns 0, or NaN in a lane that met NaN or inf."""
+    cdef Py_ssize_t d = 0
+    cdef vf wrong = vf_set(0.0)
+    while d + (COLUMNS - 1) * LANES < D:
+        wrong = vf_add(wrong, encode_columns(x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, COLUMNS))
+        d += COLUMNS * LANES
+    while d < D:
+        wrong = vf_add(wrong, encode_columns(x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, 1))
+        d += LANES
+    return wrong
 
 
 cdef bint encode_run(
@@ -285,18 +269,43 @@ cdef bint encode_run(
     float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
     signed char* codes, Py_ssize_t codes_stride
 ) noexcept nogil:
-    """Codes of some rows of one head; returns whether all of their values are finite.
+    """Codes of some rows of one head, LANES rows at a time; returns whether all of their values are finite.
 
     x, codes: rows x D. mean: D floats, or NULL for 0. The scales are `given`, or NULL and then written to `found`. Rows
     before `skip` get codes 0 and, in `found`, the least scale.
     """
-    if mean == NULL:
-        return encode_rows(
-            x, x_stride, mean, False, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride,
-        )
-    return encode_rows(
-        x, x_stride, mean, True, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride,
-    )
+    cdef vf top[LANES]
+    cdef vf scale, wrong = vf_set(0.0)
+    cdef float scales[LANES]
+    cdef float inverse[LANES]
+    cdef float bad[LANES]
+    cdef Py_ssize_t first = 0, i, n, skipped
+    cdef int j
+    while first < rows:
+        n = min(rows - first, <Py_ssize_t> LANES)
+        skipped = min(max(skip - first, <Py_ssize_t> 0), n)
+        if given != NULL:
+            for i in range(n):
+                inverse[i] = <float> 1.0 / given[(first + i) * given_stride]
+        else:
+            for i in range(LANES):
+                top[i] = vf_set(0.0)
+            largest_of_rows(top + skipped, x + (first + skipped) * x_stride, x_stride, n - skipped, mean, D)
+            scale = scales_of(top)
+            vf_store(scales, scale)
+            vf_store(inverse, vf_div(vf_set(1.0), scale))
+            for i in range(n):
+                found[(first + i) * found_stride] = scales[i]
+        wrong = vf_add(wrong, encode_rows(
+            x + first * x_stride, x_stride, n, mean, inverse, D, codes + first * codes_stride, codes_stride,
+        ))
+        for i in range(skipped):
+            memset(codes + (first + i) * codes_stride, 0, D)
+        first += LANES
+    vf_store(bad, wrong)
+    for j in range(1, LANES):
+        bad[0] += bad[j]
+    return bad[0] == 0.0
 
 
 def encode(
