@@ -5,6 +5,7 @@
        attention.py  <---------------------------------  config.py
          |   validates, plans (plan.py), allocates, routes      tile sizes, the engine and what it reports
          |   arrays.py: views of the caller's memory
+         |   operands.py: what flash_attention_int8 is given, as codes (quantized.py)
          v
        cpu/          picks a SIMD build and a number of threads
          driver.pxi    cuts the call into tasks under prange
@@ -15,14 +16,15 @@
     plain.py         attention in plain NumPy float32, to compare with
     capture.py       Q, K, V in .npz and .safetensors files
     measure.py       time and memory of a call, in a fresh process
-    quant/           cyflash.quant: accuracy metrics
+    quant/           cyflash.quant: accuracy metrics, int8 arrays with their scales
     cli.py           the command `cyflash`: compare.py (with report.py), bench/, info.py; output.py is common to them
 """
 from cyflash import reference
-from cyflash.attention import flash_attention
+from cyflash.attention import flash_attention, flash_attention_int8
 from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
+from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
 __version__ = "0.1.0"
 
@@ -30,9 +32,13 @@ __all__ = [
     "FlashAttention",
     "FlashAttentionConfig",
     "FlashAttentionOutput",
+    "LayerScales",
     "MemorySavings",
+    "QuantizedTensor",
     "cpu_info",
     "flash_attention",
+    "flash_attention_int8",
+    "quantize",
     "reference",
     "set_implementation",
     "set_num_threads",

@@ -1,12 +1,13 @@
 """The public attention functions: validate -> plan -> allocate -> route to a kernel."""
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import arrays, cpu
+from cyflash import arrays, cpu, operands
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
-from cyflash.plan import UNBOUNDED, checked_dropout, make_plan
+from cyflash.plan import UNBOUNDED, Plan, checked_dropout, make_plan
 
 # Waking a thread costs some microseconds: each should have about as much work, here 10 us at 200 GFLOP/s.
 FLOPS_PER_THREAD = 2e6
@@ -110,55 +111,176 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def attend(
-    q, k, v, *, causal=None, scale=None, dropout_p=None, seed=None, return_lse=False, out=None, config=None,
-    num_threads=None, **options,
+def flash_attention_int8(
+    q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None, pv=None,
+    quant=None, causal=None, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
+    alibi_slopes=None, sinks=None, return_lse=False, out=None, config=None, num_threads=None,
 ):
+    """Attention on int8 codes: both products in exact integer arithmetic, everything between them in float32.
+
+    q, k and v are taken independently. A float array is quantised in the call (with a given scale: statically), int8
+    arrays come with their scale, a `QuantizedTensor` brings it. Options are those of `flash_attention`.
+
+    Parameters
+    ----------
+    q : ndarray of float32 or int8, or QuantizedTensor, shape (Lq, D), (H, Lq, D) or (B, H, Lq, D)
+        Queries. Any strides, as in `flash_attention`.
+    k : ndarray of float32 or int8, or QuantizedTensor, shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D)
+        Keys. Hk must divide H.
+    v : ndarray of float32 or int8, or QuantizedTensor, shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv)
+        Values.
+    q_scale, k_scale, v_scale : float or array_like, optional
+        x ~ code * scale. A number, or an array that broadcasts as in NumPy: (H, 1, 1) or (B, H, 1, 1) per head,
+        (H, L, 1) or (B, H, L, 1) per token. Required for an int8 array; makes the quantisation of a float array
+        static: what lies beyond 127 * scale saturates.
+    granularity : {"tensor", "head", "token"} or a triple of them for (q, k, v), optional
+        Of scales that are found in the call: one for each sequence, for each of its heads, or for each token.
+        Default: "token", the most accurate.
+    smooth_k : bool, optional
+        Subtract the mean of the keys over their tokens before quantising; the result is exactly compensated. Default:
+        True for float keys without a given scale; else what the QuantizedTensor or quant carries.
+    fp32_sinks : int, optional
+        Compute the first keys in float32 and leave them out of the scales: attention sinks often have outliers.
+        Default: quant's, or that of the QuantizedTensors, else 0. It does not change what is visible.
+    pv : {"int8", "bf16", "fp32"}, optional
+        Arithmetic of the second product. With "bf16" and "fp32" a float v without a given scale is used itself.
+        Default: quant's, else "int8".
+    quant : LayerScales, optional
+        Scales, mean of the keys, fp32_sinks and pv of a calibrated layer.
+    causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks, return_lse, out, config, num_threads
+        As in `flash_attention`.
+
+    Returns
+    -------
+    out : ndarray of float32, shape q.shape[:-1] + (Dv,)
+    lse : ndarray of float32, shape q.shape[:-1]
+        Natural logarithm. Only with return_lse.
+
+    Raises
+    ------
+    TypeError
+        For a dtype.
+    ValueError
+        For a shape or an option, for NaN or infinity in a float array (wherever it is, masked or not), and for scales,
+        means and settings that contradict each other.
+    MemoryError
+        When the output, the codes or the tiles cannot be allocated.
+
+    Notes
+    -----
+    Codes are symmetric, in [-127, 127], rounded half to even. The weights of each block of keys are rounded to 0..255
+    of that block's own greatest weight in the row, after the scales of V's tokens were multiplied in; the denominator
+    is summed from the weights before they are rounded. Subtracting the mean of the keys is from SageAttention (Zhang et
+    al. 2024, arXiv:2410.02367). `cyflash.reference.attention_int8` states the whole scheme.
+
+    Examples
+    --------
+    >>> import numpy as np, cyflash
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((8, 256, 64), dtype=np.float32) for _ in range(3))
+    >>> error = cyflash.flash_attention_int8(q, k, v) - cyflash.flash_attention(q, k, v)
+    >>> bool(np.abs(error).max() < 0.01)
+    True
+    """
+    out, lse, _ = attend_int8(
+        q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
+        fp32_sinks=fp32_sinks, pv=pv, quant=quant, causal=causal, causal_align=causal_align, scale=scale,
+        window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks,
+        return_lse=return_lse, out=out, config=config, num_threads=num_threads,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float32(name, x, (2, 3, 4))
+    call = _describe(q, k, v, (q, k, v), config, **options)
+    dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
+    if dropout_p is not None or seed is not None:
+        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
+    floats = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
+    return _run(call, call.build.forward, *floats)
+
+
+def attend_int8(
+    q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None, pv=None,
+    quant=None, config=None, codes=None, **options,
+):
+    """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 (B, H, Lq, Lk), C order, to receive those of P."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        operands.require_operand(name, x)
+    call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, int8=True, **options)
+    settings = operands.settle(
+        q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
+        fp32_sinks=fp32_sinks, pv=pv, quant=quant,
+    )
+    if config is not None and config.dropout_p:
+        checked_dropout(config.dropout_p, None)
+    if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
+        return _run(call, call.build.forward, *operands.float_operands(q, k, v, settings))
+    ready = operands.prepare(q, k, v, settings, call.build, call.threads)
+    return _run(call, call.build.forward_codes, *ready, codes, precise=settings.fp32_sinks)
+
+
+class _Call(NamedTuple):
+    """A checked call: its plan, where to write, and with which tiles and threads."""
+
+    plan: Plan
+    out: np.ndarray
+    lse: np.ndarray | None
+    flops: int
+    build: ModuleType
+    Br: int
+    Bc: int
+    threads: int
+
+
+def _describe(
+    q, k, v, memory, config, *, int8=False, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
+    **options,
+):
+    """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
+    changes no bit, so that small calls stay small."""
     block_size_q = block_size_kv = None
     if config is not None:
         _check_config(config, q)
         causal = config.causal if causal is None else causal
         scale = config.scale if scale is None else scale
-        dropout_p = config.dropout_p if dropout_p is None else dropout_p
         block_size_q, block_size_kv = config.block_size_q, config.block_size_kv
-    if dropout_p is not None or seed is not None:
-        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
     plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
 
     shape = (*q.shape[:-1], plan.Dv)
     if out is None:
         out = np.empty(shape, np.float32)
     else:
-        _check_out(out, shape, q=q, k=k, v=v, **options)
+        _check_out(out, shape, **dict(zip("qkv", memory, strict=True)), **options)
     lse = np.empty(shape[:-1], np.float32) if return_lse else None
-    flops = _visible_flops(plan)
-    work = _run(plan, flops, q, k, v, out, lse, block_size_q, block_size_kv, num_threads)
-    return out, lse, work
-
-
-def _run(plan, flops, q, k, v, out, lse, block_size_q, block_size_kv, num_threads):
-    """One kernel call. Tile sizes are cut to the problem's, which changes no bit, so that small calls stay small."""
     build = cpu.active()
-    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv)
+    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, int8)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
+    flops = _visible_flops(plan)
     count = threads.for_call(1 + int(flops / FLOPS_PER_THREAD), num_threads)
+    return _Call(plan, out, lse, flops, build, Br, Bc, count)
+
+
+def _run(call, forward, *inputs, precise=None):
+    """One kernel call. precise: keys that are computed in float32; None for all."""
+    plan, out, lse, build = call.plan, call.out, call.lse, call.build
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     if out.size:
-        build.forward(
-            *(arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v)),
-            arrays.four_axes(direct),
-            None if lse is None else arrays.four_axes(lse[..., None])[..., 0],
+        forward(
+            *inputs, arrays.four_axes(direct), None if lse is None else arrays.four_axes(lse[..., None])[..., 0],
             plan.bias, plan.mask, plan.alibi_slopes, plan.sinks,
-            plan.scale, plan.softcap, plan.offset, plan.left, plan.right, Br, Bc, count,
+            plan.scale, plan.softcap, plan.offset, plan.left, plan.right, call.Br, call.Bc, call.threads,
         )
     if direct is not out:
         out[...] = direct
-    return Work(flops, build.tile_bytes(Br, Bc, plan.D, plan.Dv), Br, Bc, cpu.name_of(build))
+    keys = (1, 1) if precise is None else (plan.Lk, precise)
+    tile_bytes = build.tile_bytes(call.Br, call.Bc, plan.D, plan.Dv, *keys)
+    return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(build))
 
 
 def _visible_flops(plan):

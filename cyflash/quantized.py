@@ -14,8 +14,6 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
@@ -343,6 +341,8 @@ class QuantizedTensor:
         OSError
             Where it cannot be written.
         """
+        import safetensors.numpy
+
         path = _safetensors_path(path)
         held = {name: np.array(x, order="C") for name, x in self._arrays().items()}
         metadata = {"format": FORMAT, "granularity": self.granularity}
@@ -369,6 +369,8 @@ class QuantizedTensor:
         ValueError
             For another suffix, or a file that holds something else.
         """
+        import safetensors
+
         path = _safetensors_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")

@@ -35,7 +35,12 @@ ALL = [feature for needs in cpu.BUILDS.values() for feature in needs]
         (("avx2", "fma"), "avx2"),
         (("avx2", "fma", "avx512f"), "avx2"),
         (("avx2", "fma", "avx512f", "avx512bw", "avx512dq"), "avx2"),
-        (ALL, "avx512"),
+        (("avx2", "fma", "avxvnni"), "avxvnni"),
+        (cpu.BUILDS["avx512"], "avx512"),
+        ((*cpu.BUILDS["avx512"], "avxvnni"), "avx512"),
+        ((*cpu.BUILDS["avx512"], "avx512_bf16"), "avx512"),
+        (cpu.BUILDS["avx512_vnni"], "avx512_vnni"),
+        (ALL, "avx512_bf16"),
     ],
 )
 def test_the_best_build_for_the_features(monkeypatch, features, best):

@@ -22,12 +22,20 @@ BEYOND_SSE2 = re.compile(
     r"pinsr[bdq]|pextr[bdq]|mpsadbw|popcnt|crc32|andn|bextr|bls|bzhi|pdep|pext|mulx|rorx|sarx|shlx|shrx|aes|pclmul)"
 )
 AVX512_REGISTERS = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]")
+# Dot products of AVX-512 VNNI; AVX-VNNI has them in the VEX encoding, which objdump marks with a prefix of its own.
+BF16 = "vdpbf16|vcvtne.*ps2bf16|tdp|tile"
 MUST_NOT = {
-    "baseline": lambda name, operands: name.startswith("v") or BEYOND_SSE2.match(name),
-    "avx2": lambda name, operands: AVX512_REGISTERS.search(operands) or name.startswith("vpdp"),
-    "avx512": lambda name, operands: re.match("vpdp|vdpbf16|vcvtneps2bf16|tdp|tile", name),
+    "baseline": lambda name, operands: name.startswith("v") or name == "{vex}" or BEYOND_SSE2.match(name),
+    "avx2": lambda name, operands: AVX512_REGISTERS.search(operands) or re.match(r"vpdp|\{vex\}", name),
+    "avxvnni": lambda name, operands: AVX512_REGISTERS.search(operands) or name.startswith("vpdp"),
+    "avx512": lambda name, operands: re.match(rf"vpdp|\{{vex\}}|{BF16}", name),
+    "avx512_vnni": lambda name, operands: re.match(rf"\{{vex\}}|{BF16}", name),
+    "avx512_bf16": lambda name, operands: re.match(r"\{vex\}|tdp|tile", name),
 }
-MUST = {"baseline": "mulps", "avx2": "vfmadd.*%ymm", "avx512": "vfmadd.*%zmm"}
+MUST = {
+    "baseline": "mulps", "avx2": "vpmaddwd.*%ymm", "avxvnni": "vpdpbusd.*%ymm", "avx512": "vpmaddwd.*%zmm",
+    "avx512_vnni": "vpdpbusd.*%zmm", "avx512_bf16": "vdpbf16ps.*%zmm",
+}  # fmt: skip
 
 
 def instructions(path):
@@ -59,7 +67,10 @@ def test_no_instruction_above_the_build(name):
 
 @x86
 @needs_objdump
-@pytest.mark.parametrize(("judge", "module"), [("baseline", "avx2"), ("baseline", "avx512"), ("avx2", "avx512")])
+@pytest.mark.parametrize(("judge", "module"), [
+    ("baseline", "avx2"), ("baseline", "avx512"), ("avx2", "avx512"), ("avx2", "avxvnni"), ("avxvnni", "avx512_vnni"),
+    ("avx512", "avx512_vnni"), ("avx512", "avxvnni"), ("avx512_vnni", "avx512_bf16"),
+])
 def test_the_disassembly_notices(judge, module):
     """Each rule fails on the module of a build above."""
     if not cyflash.cpu_info()["builds"][module]["built"]:

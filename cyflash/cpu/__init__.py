@@ -3,8 +3,11 @@
     detect.pyx     what the CPU and the operating system can run (compiled for any CPU)
     threads.py     how many threads a call gets
     simd/*.h       the vocabulary of each build; simd.h picks one
-    kernel.pxi     the algorithm on one panel of query rows, in that vocabulary
-    driver.pxi     tasks, threads, scratch; the entry `forward`
+    kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes product.pxi, softmax.pxi,
+                   int8.pxi, change.pxi: a file for each step
+    quantise.pxi   from floats to codes; pack.pxi: from codes to what the products read
+    driver.pxi     tasks, threads, scratch; the entries `forward` and `forward_codes`
+    inspect.pxi    windows into the kernels for tests and benchmarks
     _<build>.pyx   two lines that compile both for one build
 
 A build is imported only when this machine can run it: its module may contain its instructions anywhere.
@@ -30,8 +33,10 @@ BUILDS = {
 
 # Keys of a block, when the caller does not say. A task's working set is PANEL * 4 bytes * (D queries + D outputs + Bc
 # scores) and streams Bc * D * 8 bytes of keys and values: at PANEL = 48, D = 64, Bc = 128 that is 24 + 24 KB of the
-# 48 KB first-level cache of a Zen 5. Query rows of a task are one panel.
+# 48 KB first-level cache of a Zen 5. Codes take a quarter of that, and each block costs a pass over the output, which
+# weighs more beside faster products: 256 is 1 to 2 % faster there. Query rows of a task are one panel.
 BLOCK_SIZE_KV = 128
+BLOCK_SIZE_KV_INT8 = 256
 
 # A block is summed before it is added to what earlier blocks gave, so its length decides the rounding error; and beyond
 # this its scores (512 x 48 x 4 bytes = 96 KB) are far out of the first-level cache.
@@ -110,7 +115,7 @@ def set_implementation(name):
 
     Parameters
     ----------
-    name : {"baseline", "avx2", "avx512"} or None
+    name : {"baseline", "avx2", "avxvnni", "avx512", "avx512_vnni", "avx512_bf16"} or None
         None chooses automatically again: CYFLASH_ISA when it is set, else the best build that runs here.
 
     Returns
@@ -149,12 +154,17 @@ def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
     return tile_sizes_of(active() if build is None else load(build), block_size_q, block_size_kv)
 
 
-def tile_sizes_of(module, block_size_q=None, block_size_kv=None):
-    """`tile_sizes` of a build that is already chosen: the active one may change in another thread meanwhile."""
-    panel, rows = module.SHAPE["PANEL"], module.SHAPE["ROWS"]
+def tile_sizes_of(module, block_size_q=None, block_size_kv=None, int8=False):
+    """`tile_sizes` of a build that is already chosen: the active one may change in another thread meanwhile.
+
+    int8: of quantised attention, where a block that is longer than PART_KEYS is a multiple of it.
+    """
+    panel, rows, part = (module.SHAPE[name] for name in ("PANEL", "ROWS", "PART_KEYS"))
     Br = panel if block_size_q is None else min(-(-block_size_q // panel), MAX_BLOCK_SIZE_Q // panel) * panel
     if block_size_kv is None:
-        return Br, BLOCK_SIZE_KV
+        return Br, BLOCK_SIZE_KV_INT8 if int8 else BLOCK_SIZE_KV
+    if int8 and block_size_kv > part:
+        rows = part
     return Br, min(-(-block_size_kv // rows) * rows, MAX_BLOCK_SIZE_KV)
 
 

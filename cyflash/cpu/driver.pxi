@@ -300,7 +300,8 @@ def forward(
 
 def forward_codes(
     const signed char[:, :, :, :] q not None, const float[:, :, :] q_scale not None,
-    const int[:, :, :, ::1] k not None, const float[:, :, ::1] k_scale not None, const float[:, :, ::1] k_mean,
+    const int[:, :, :, ::1] k not None, Py_ssize_t Lk,
+    const float[:, :, ::1] k_scale not None, const float[:, :, ::1] k_mean,
     const int[:, :, :, ::1] v, const float[:, :, ::1] v_scale, str product not None, Py_ssize_t precise,
     const float[:, :, :, :] float_q, const float[:, :, :, :] float_k, const float[:, :, :, :] float_v,
     unsigned char[:, :, :, ::1] trace,
@@ -309,8 +310,8 @@ def forward_codes(
     double scale, double softcap, Py_ssize_t offset, Py_ssize_t left, Py_ssize_t right,
     Py_ssize_t Br, Py_ssize_t Bc, int threads,
 ):
-    """Attention of quantised operands (operands.py): forward() with the arrays of Codes, k and v as packed by pack_keys()
-    and pack_values() or pack_values_bf16().
+    """Attention of quantised operands (operands.py): forward() with the arrays of Codes, the Lk keys and the values as
+    packed by pack_keys() and pack_values() or pack_values_bf16().
 
     product: "int8", "bf16" or "fp32" (then v is None and float_v has every value). precise: keys that are computed in
     float32, for which float_q is the queries and float_k and float_v have at least these rows. Scales for each token
@@ -321,7 +322,7 @@ def forward_codes(
     cdef Py_ssize_t i
     describe(&x, out, lse, bias, mask, slopes, sinks, scale, softcap, offset, left, right, Br, Bc)
     describe_floats(&x, float_q, float_k, float_v)
-    x.D, x.Lk, x.group = q.shape[3], k.shape[2], q.shape[1] // k.shape[1]
+    x.D, x.Lk, x.group = q.shape[3], Lk, q.shape[1] // k.shape[1]
     x.precise = precise
     codes.q, codes.q_scale = &q[0, 0, 0, 0], &q_scale[0, 0, 0]
     for i in range(3):
@@ -340,6 +341,6 @@ def forward_codes(
 
 include "inspect.pxi"
 
-SHAPE = {"LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL}
+SHAPE = {"LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL, "PART_KEYS": PART_KEYS}
 
 include "quantise.pxi"

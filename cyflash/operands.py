@@ -1,0 +1,294 @@
+"""What q, k and v of `flash_attention_int8` are, and how they become the codes that the kernels read.
+
+    arguments -> settle(): Settings (every conflict raises) -> prepare(): Operands (codes, packed; scales; float rows)
+
+Each of q, k and v is on its own: a float array, which is quantised here; int8 codes with their scale; or a
+QuantizedTensor, which carries it.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from cyflash import arrays
+from cyflash.quantized import LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
+
+PRODUCTS = ("int8", "bf16", "fp32")
+
+
+class Settings(NamedTuple):
+    """How a call quantises, all defaults filled in and all conflicts ruled out."""
+
+    scales: dict  # {"q", "k", "v"}: float32 array that broadcasts to the operand's shape; None where dynamic
+    granularity: dict  # {"q", "k", "v"}: of the dynamic ones
+    smooth: bool  # subtract the mean of float keys over their tokens
+    k_mean: np.ndarray | None  # subtract, or was subtracted, this one
+    fp32_sinks: int
+    pv: str
+
+
+class Operands(NamedTuple):
+    """The arguments that `forward_codes` of a SIMD build takes before the options, in its order."""
+
+    q: np.ndarray
+    q_scale: np.ndarray
+    k: np.ndarray
+    keys: int
+    k_scale: np.ndarray
+    k_mean: np.ndarray | None
+    v: np.ndarray | None
+    v_scale: np.ndarray | None
+    pv: str
+    fp32_sinks: int
+    float_q: np.ndarray | None
+    float_k: np.ndarray | None
+    float_v: np.ndarray | None
+
+
+def require_operand(name, x):
+    """`x` if it is a float32 or int8 array or a QuantizedTensor of 2 to 4 dimensions, else an error that names it."""
+    if isinstance(x, QuantizedTensor):
+        if x.ndim not in (2, 3, 4):
+            raise ValueError(f"{name}: expected 2 or 3 or 4 dimensions, got {x.ndim} with shape {x.shape}")
+        return x
+    arrays.require_array(name, x, (2, 3, 4))
+    return x if x.dtype == np.int8 else arrays.require_float32(name, x)
+
+
+def memory_of(x):
+    """The array that an operand reads."""
+    return x.data if isinstance(x, QuantizedTensor) else x
+
+
+# Settings
+
+
+def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None,
+           pv=None, quant=None):
+    """Check the quantisation arguments against each other and the operands."""
+    operands = {"q": q, "k": k, "v": v}
+    given = {"q": q_scale, "k": k_scale, "v": v_scale}
+    k_mean = None
+    if quant is not None:
+        if not isinstance(quant, LayerScales):
+            raise TypeError(f"quant: expected a LayerScales, got {type(quant).__name__}")
+        for name, scale in given.items():
+            if scale is not None:
+                raise ValueError(f"{name}_scale: expected None beside quant, which has its own; pass one of the two")
+        given = {"q": quant.q_scale, "k": quant.k_scale, "v": quant.v_scale}
+        k_mean = None if quant.k_mean is None else _checked_mean(quant.k_mean, k)
+    scales = {name: _scale(name, operands[name], given[name], quant is not None) for name in operands}
+    smooth, k_mean = _smoothing(k, scales["k"], smooth_k, k_mean, quant is not None)
+    for name in ("q", "v"):
+        if isinstance(operands[name], QuantizedTensor) and operands[name].mean is not None:
+            raise ValueError(f"{name}: expected a QuantizedTensor without a mean (smooth is for k), got one with it")
+    if pv is None:
+        pv = "int8" if quant is None else quant.pv
+    if not isinstance(pv, str) or pv not in PRODUCTS:
+        raise ValueError(f"pv: expected one of 'int8', 'bf16', 'fp32', got {pv!r}")
+    return Settings(scales, _granularity(granularity), smooth, k_mean, _sinks(q, k, v, fp32_sinks, quant), pv)
+
+
+def _scale(name, x, scale, of_quant):
+    """The scale of an operand as float32, or None where it is dynamic."""
+    argument = f"quant.{name}_scale" if of_quant else f"{name}_scale"
+    if isinstance(x, QuantizedTensor):
+        own = checked_scale(f"{name}.scale", x.scale, x.shape)
+        if scale is None:
+            return own
+        if not of_quant:
+            raise ValueError(f"{argument}: expected None, since {name} is a QuantizedTensor with its own scale")
+        if not np.array_equal(*np.broadcast_arrays(own, checked_scale(argument, scale, x.shape))):
+            raise ValueError(f"quant: expected the scale that {name} was quantised with, got another {argument}")
+        return own
+    if scale is None:
+        if x.dtype == np.int8:
+            raise ValueError(
+                f"{argument}: expected the scale of the int8 array {name}, got None; write {name}_scale=..., "
+                f"or pass {name} in float32 or as a QuantizedTensor"
+            )
+        return None
+    return checked_scale(argument, scale, x.shape)
+
+
+def _smoothing(k, k_scale, smooth_k, k_mean, of_quant):
+    """(whether to subtract the keys' own mean, the mean that is given)."""
+    if smooth_k is not None and not isinstance(smooth_k, (bool, np.bool_)):
+        raise ValueError(f"smooth_k: expected True, False or None, got {smooth_k!r}")
+    source = "quant"
+    if isinstance(k, QuantizedTensor):
+        if k_mean is not None and (k.mean is None or not np.array_equal(k.mean, np.broadcast_to(k_mean, k.mean.shape))):
+            raise ValueError("quant: expected the k_mean that k was quantised with, got another one")
+        k_mean, source = k.mean, "k"
+        if smooth_k and k_mean is None:
+            raise ValueError("smooth_k: expected a k that was quantised with smooth=True, got one without a mean")
+    if k_mean is not None:
+        if smooth_k is False:
+            raise ValueError(f"smooth_k: expected True or None, since {source} carries a mean of k, got False")
+        return False, k_mean
+    if of_quant and smooth_k and k_scale is not None:
+        raise ValueError("smooth_k: expected a quant with k_mean, got True and a quant whose k_mean is None")
+    if memory_of(k).dtype == np.int8:
+        if smooth_k:
+            raise ValueError(
+                "smooth_k: an int8 k says nothing of the mean that was subtracted; pass "
+                "cyflash.quantize(k, smooth=True), or k in float32"
+            )
+        return False, None
+    return k_scale is None if smooth_k is None else bool(smooth_k), None
+
+
+def _checked_mean(mean, k):
+    expected = (*k.shape[:-2], 1, k.shape[-1])
+    try:
+        return np.broadcast_to(np.asarray(mean, np.float32), expected)
+    except ValueError:
+        raise ValueError(
+            f"quant.k_mean: expected a shape that broadcasts to {expected} (k {k.shape}), got {np.shape(mean)}"
+        ) from None
+
+
+def _granularity(granularity):
+    names = ("q", "k", "v")
+    if granularity is None:
+        return dict.fromkeys(names, "token")
+    if isinstance(granularity, (tuple, list)):
+        if len(granularity) != 3:
+            raise ValueError(f"granularity: expected one or three for (q, k, v), got {granularity!r}")
+        return {name: checked_granularity(one) for name, one in zip(names, granularity, strict=True)}
+    return dict.fromkeys(names, checked_granularity(granularity))
+
+
+def _sinks(q, k, v, fp32_sinks, quant):
+    """How many keys are computed in float32: given, or what quant or the QuantizedTensors were made for."""
+    n = fp32_sinks
+    if n is not None and (isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)) or n < 0):
+        raise ValueError(f"fp32_sinks: expected an integer of at least 0, got {n!r}")
+    if quant is not None:
+        if n is not None and n != quant.fp32_sinks:
+            raise ValueError(f"fp32_sinks: expected quant's {quant.fp32_sinks} or None, got {n}")
+        n = quant.fp32_sinks
+    if isinstance(q, QuantizedTensor) and q.fp32_rows is not None:
+        raise ValueError("q: expected a QuantizedTensor without fp32_rows (they are for k and v)")
+    for name, x in (("k", k), ("v", v)):
+        if isinstance(x, QuantizedTensor):
+            rows = 0 if x.fp32_rows is None else x.fp32_rows.shape[-2]
+            if n is None and rows:
+                n = rows
+            if (n or 0) != rows:
+                raise ValueError(
+                    f"fp32_sinks: {name} was quantised with fp32_sinks={rows}, got {n or 0} of this call (or of the "
+                    f"other operand); quantise k and v with the same number"
+                )
+    n = int(n or 0)
+    if n > k.shape[-2]:
+        raise ValueError(f"fp32_sinks: expected at most the {k.shape[-2]} keys of k {k.shape}, got {n}")
+    for name, x in (("k", k), ("v", v)):
+        if n and not isinstance(x, QuantizedTensor) and x.dtype == np.int8:
+            raise ValueError(
+                f"fp32_sinks: the first {n} rows of {name} are needed in float32, got int8; pass "
+                f"cyflash.quantize({name}, fp32_sinks={n}) or {name} in float32"
+            )
+    return n
+
+
+# Codes
+
+
+def prepare(q, k, v, settings, build, threads):
+    """Quantise what is float, pack keys and values for the kernels of `build`."""
+    n = settings.fp32_sinks
+    q_codes, q_scale, _ = _codes("q", q, settings, build, threads)
+    k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads)
+    floats = float_operands(q, k, v, settings) if n else (None, None, None)
+    v_packed, v_scale, float_v = _values(v, settings, build, threads)
+    if float_v is None:
+        float_v = floats[2]
+    rows = build.SHAPE["ROWS"]
+    return Operands(
+        q=q_codes,
+        q_scale=np.broadcast_to(q_scale, (*q_codes.shape[:3], 1))[..., 0],
+        k=build.pack_keys(k_codes, threads),
+        keys=k_codes.shape[2],
+        k_scale=_per_key(k_scale, k_codes.shape, rows),
+        k_mean=None if k_mean is None else _of_heads(k_mean, k_codes.shape),
+        v=v_packed,
+        v_scale=None if v_scale is None else _per_key(v_scale, (*k_codes.shape[:3], 1), rows),
+        pv=settings.pv,
+        fp32_sinks=n,
+        float_q=floats[0],
+        float_k=floats[1],
+        float_v=float_v,
+    )
+
+
+def float_operands(q, k, v, settings):
+    """(q, k, v) in float32 with four axes: of k and v at least the rows of fp32_sinks; codes of q are dequantised."""
+    codes = memory_of(q)
+    if codes.dtype == np.int8:
+        q = codes * settings.scales["q"]
+    floats = (q, _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
+    for name, x in zip("qkv", floats, strict=True):
+        _require_finite(name, x)
+    return tuple(arrays.four_axes(arrays.rows_in_place(x)) for x in floats)
+
+
+def _float_rows(x, n):
+    if memory_of(x).dtype != np.int8:
+        return x
+    return x.fp32_rows if n else np.zeros((*x.shape[:-2], 0, x.shape[-1]), np.float32)
+
+
+def _codes(name, x, settings, build, threads):
+    """(codes, scale, mean) of one operand, each with four axes."""
+    scale, mean = settings.scales[name], settings.k_mean if name == "k" else None
+    scale, mean = (None if y is None else arrays.four_axes(y) for y in (scale, mean))
+    codes = memory_of(x)
+    if codes.dtype == np.int8:
+        return arrays.four_axes(arrays.rows_in_place(codes)), scale, mean
+    return quantise_call(
+        name, arrays.four_axes(arrays.rows_in_place(x)), settings.granularity[name], scale=scale, mean=mean,
+        smooth=settings.smooth and name == "k", fp32_sinks=settings.fp32_sinks if name != "q" else 0,
+        threads=threads, build=build, ndim=x.ndim,
+    )
+
+
+def _values(v, settings, build, threads):
+    """(packed values, their scale, values in float32): the first two, or the last alone for pv="fp32"."""
+    if memory_of(v).dtype != np.int8 and settings.scales["v"] is None and settings.pv != "int8":
+        _require_finite("v", v)
+        v = arrays.four_axes(arrays.rows_in_place(v))
+        if settings.pv == "fp32":
+            return None, None, v
+        return build.pack_values_bf16(v, threads), np.ones((1, 1, 1, 1), np.float32), None
+    codes, scale, _ = _codes("v", v, settings, build, threads)
+    if settings.pv == "int8":
+        return build.pack_values(codes, threads), scale, None
+    if settings.pv == "bf16":
+        return build.pack_values_bf16(codes, threads), scale, None
+    values = codes * scale
+    if settings.fp32_sinks:
+        values[:, :, : settings.fp32_sinks] = arrays.four_axes(_float_rows(v, settings.fp32_sinks))[
+            :, :, : settings.fp32_sinks
+        ]
+    return None, None, values
+
+
+def _require_finite(name, x):
+    if not np.isfinite(x).all():
+        place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+        raise ValueError(f"{name}: expected finite values, got {x[place]} at {place}")
+
+
+def _per_key(scale, shape, rows):
+    """(B, Hk, Lk rounded up to `rows`) where the scale differs between tokens, else (B, Hk, 1); contiguous."""
+    B, Hk, Lk, _ = shape
+    if scale.shape[2] == 1:
+        return np.ascontiguousarray(np.broadcast_to(scale, (B, Hk, 1, 1))[..., 0])
+    padded = np.ones((B, Hk, -(-Lk // rows) * rows), np.float32)
+    padded[:, :, :Lk] = scale[..., 0]
+    return padded
+
+
+def _of_heads(mean, shape):
+    B, Hk, _, D = shape
+    return np.ascontiguousarray(np.broadcast_to(mean, (B, Hk, 1, D))[:, :, 0])
