@@ -24,8 +24,8 @@ __all__ = ["LayerScales", "QuantizedTensor", "checked_granularity", "checked_sca
 GRANULARITIES = ("tensor", "head", "token")
 PRODUCTS = ("int8", "bf16", "fp32")
 
-FLOAT32_MAX = np.finfo(np.float32).max
-SMALLEST_SCALE = np.finfo(np.float32).tiny  # its inverse is finite, that of a denormal need not be
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # its inverse is finite, that of a denormal need not be
 LARGEST_CODE = np.float32(127)
 
 FORMAT = "cyflash.QuantizedTensor"  # what a file says that it holds
@@ -476,9 +476,14 @@ def checked_scale(name, scale, shape=None):
     ValueError
         For a number that is not finite or below 1.18e-38, and for a shape that does not fit.
     """
-    numbers = _floats(name, scale)
-    with np.errstate(over="ignore", under="ignore"):
-        array = numbers.astype(np.float32)
+    if type(scale) is float and SMALLEST_SCALE <= scale <= FLOAT32_MAX:  # the usual case, without ceremony
+        return np.array(scale, np.float32)
+    if isinstance(scale, np.ndarray) and scale.dtype == np.float32 and scale.ndim > 1:
+        array = numbers = arrays.require_array(name, scale).copy()
+    else:
+        numbers = _floats(name, scale)
+        with np.errstate(over="ignore", under="ignore"):
+            array = numbers.astype(np.float32)
     good = (array >= SMALLEST_SCALE) & (array <= FLOAT32_MAX)
     if not good.all():
         place = np.unravel_index(np.argmin(good), good.shape)
