@@ -44,16 +44,24 @@ cdef void load_addend(
 
     Strides are those of the last two axes. Rows that share one bias and mask (stride 0) are broadcast, not read again.
     """
-    cdef Py_ssize_t r, shared = (bias == NULL or bias_stride[0] == 0) and (mask == NULL or mask_stride[0] == 0)
-    cdef vf a
+    cdef bint shared = (bias == NULL or bias_stride[0] == 0) and (mask == NULL or mask_stride[0] == 0)
+    cdef Py_ssize_t r, n = 1 if shared else rows
     cdef float buffer[LANES]
-    for r in range(1 if shared else rows):
-        a = vf_set(0.0)
-        if bias != NULL:
-            a = bias_vector(bias + r * bias_stride[0], bias_stride[1], keys)
-        if mask != NULL:
-            a = vf_hide(a, keep_vector(mask + r * mask_stride[0], mask_stride[1], keys), vf_set(-INFINITY))
-        t[r] = a
+    if mask == NULL and n == LANES and keys == LANES and bias_stride[1] == 1:
+        for r in range(LANES):
+            t[r] = vf_load(bias + r * bias_stride[0])
+    elif mask == NULL:
+        for r in range(n):
+            t[r] = bias_vector(bias + r * bias_stride[0], bias_stride[1], keys)
+    elif bias == NULL:
+        for r in range(n):
+            t[r] = keep_vector(mask + r * mask_stride[0], mask_stride[1], keys)
+    else:
+        for r in range(n):
+            t[r] = vf_hide(
+                bias_vector(bias + r * bias_stride[0], bias_stride[1], keys),
+                keep_vector(mask + r * mask_stride[0], mask_stride[1], keys), vf_set(-INFINITY),
+            )
     if shared:
         vf_store(buffer, t[0])
         for r in range(LANES):
@@ -70,6 +78,23 @@ cdef inline float relative(Py_ssize_t x) noexcept nogil:
     return <float> (limit if x > limit else -limit if x < -limit else x)
 
 
+cdef inline void prefetch_bias(
+    const Problem* x, const Head* head, const Panel* panel, const float* bias, Py_ssize_t key, Py_ssize_t rows
+) noexcept nogil:
+    """Asks for what comes a block of keys after bias[rows][LANES] of key `key`, or where that was the last one, for the
+    same rows of the next panel: a short piece of each of many long rows, which no hardware prefetcher foresees. Into the
+    second-level cache, since such rows often share the few places that the first one has for their addresses. Bit by
+    bit with the work of this block, for asked for at once they would have to queue."""
+    cdef Py_ssize_t r
+    cdef const float* later = bias + x.Bc
+    if key + x.Bc > panel.last_key:
+        if panel.row + panel.rows + PANEL > x.Lq:
+            return
+        later = bias + panel.rows * x.bias_stride[2] + panel.first_key // x.Bc * x.Bc - key // x.Bc * x.Bc
+    for r in range(rows):
+        prefetch_far(later + r * x.bias_stride[2])
+
+
 cdef void change_scores(
     float* s, float* top, const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block,
     Py_ssize_t begin, Py_ssize_t end, bint soft, bint masked, bint edges
@@ -84,6 +109,7 @@ cdef void change_scores(
     cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
     cdef int j
     cdef bint added = x.bias != NULL or masked
+    cdef bint far = x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1
     cdef float lane[LANES]
     cdef vf addend[LANES]
     cdef vf y, key, place, low, high, highest
@@ -110,6 +136,8 @@ cdef void change_scores(
                 if masked:
                     mask = head.mask + (panel.row + j * LANES) * x.mask_stride[2] + (block + c) * x.mask_stride[3]
                 load_addend(addend, bias, x.bias_stride + 2, mask, x.mask_stride + 2, rows, n)
+                if far:
+                    prefetch_bias(x, head, panel, bias, block + c, rows)
             for i in range(n):
                 score = s + (c + i) * PANEL + j * LANES
                 y = vf_load(score)

@@ -142,14 +142,17 @@ cdef enum:
 
 
 cdef inline void prefetch_rows(
-    const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width
+    const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width, const bint far
 ) noexcept nogil:
     """Asks for the first `width` bytes of rows begin <= r < end, which are row_bytes apart. Inline, since GCC takes a
     function of prefetches alone for one without effect and leaves its calls out."""
     cdef Py_ssize_t r, i
     for r in range(begin, end):
         for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
-            prefetch(first + r * row_bytes + i * CACHE_LINE)
+            if far:
+                prefetch_far(first + r * row_bytes + i * CACHE_LINE)
+            else:
+                prefetch(first + r * row_bytes + i * CACHE_LINE)
 
 
 cdef bint next_bias_is_far(const Problem* x, const Panel* panel, Py_ssize_t block) noexcept nogil:
@@ -172,22 +175,17 @@ cdef inline void prefetch_slice(
     if panel.row == 0 and floats:
         prefetch_rows(
             <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
-            low - begin, high - begin, x.Dv * sizeof(float),
+            low - begin, high - begin, x.Dv * sizeof(float), False,
         )
     if block <= panel.first_key:
         prefetch_rows(
             <const char*> (head.out + panel.row * x.out_stride[2]), x.out_stride[2] * sizeof(float), first, last,
-            x.Dv * sizeof(float),
+            x.Dv * sizeof(float), False,
         )
     if block <= panel.first_key and floats:
         prefetch_rows(
             <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float),
-            first, last, x.D * sizeof(float),
-        )
-    if next_bias_is_far(x, panel, block):
-        prefetch_rows(
-            <const char*> (head.bias + panel.row * x.bias_stride[2] + next_block), x.bias_stride[2] * sizeof(float),
-            first, last, min(x.Bc, panel.last_key + 1 - next_block) * sizeof(float),
+            first, last, x.D * sizeof(float), False,
         )
 
 
@@ -263,7 +261,7 @@ cdef void fold_block(
     edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
     changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
 
-    if panel.row == 0 or block <= panel.first_key or next_bias_is_far(x, panel, block):
+    if panel.row == 0 or block <= panel.first_key:
         prefetched = True
         step = max(<Py_ssize_t> ROWS, x.Bc // SLICES // ROWS * ROWS)
     low = begin

@@ -11,6 +11,7 @@ cdef extern from "simd.h" nogil:
         PANEL    # LANES * VECTORS
         CACHE_LINE
     void prefetch(const void*) noexcept
+    void prefetch_far(const void*) noexcept
     vf vf_set(float) noexcept
     vf vf_load(const float*) noexcept
     vf vf_load_part(const float*, Py_ssize_t n) noexcept         # the first n lanes; 0 elsewhere; reads nothing beyond

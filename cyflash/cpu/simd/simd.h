@@ -16,6 +16,7 @@
 
 /* Asks for a cache line ahead of its use; never faults. */
 WORD void prefetch(const void *p) { __builtin_prefetch(p); }
+WORD void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 enum { CACHE_LINE = 64 };
 
 #include CYFLASH_SIMD
