@@ -206,7 +206,7 @@ def prepare(q, k, v, settings, build, threads):
     rows = build.SHAPE["ROWS"]
     return Operands(
         q=q_codes,
-        q_scale=np.broadcast_to(q_scale, (*q_codes.shape[:3], 1))[..., 0],
+        q_scale=_spread(q_scale, q_codes.shape[:3]),
         k=build.pack_keys(k_codes, threads),
         keys=k_codes.shape[2],
         k_scale=_per_key(k_scale, k_codes.shape, rows),
@@ -279,11 +279,18 @@ def _require_finite(name, x):
         raise ValueError(f"{name}: expected finite values, got {x[place]} at {place}")
 
 
+def _spread(scale, shape):
+    """A scale with four axes, the last of which is 1, as an array of `shape` without it."""
+    if scale.size == 1:
+        return np.full(shape, scale.item(), np.float32)
+    return np.broadcast_to(scale[..., 0], shape)
+
+
 def _per_key(scale, shape, rows):
     """(B, Hk, Lk rounded up to `rows`) where the scale differs between tokens, else (B, Hk, 1); contiguous."""
     B, Hk, Lk, _ = shape
     if scale.shape[2] == 1:
-        return np.ascontiguousarray(np.broadcast_to(scale, (B, Hk, 1, 1))[..., 0])
+        return np.ascontiguousarray(_spread(scale, (B, Hk, 1)))
     padded = np.ones((B, Hk, -(-Lk // rows) * rows), np.float32)
     padded[:, :, :Lk] = scale[..., 0]
     return padded
