@@ -243,4 +243,4 @@ def _per_head(name, x, B, H, *shapes):
     return np.broadcast_to(x, (B, H))
 
 
-from cyflash.reference_int8 import attention_int8  # noqa: E402: it is built from the functions above
+from cyflash.reference_int8 import attention_int8  # noqa: E402 - it is built from the functions above

@@ -81,9 +81,9 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     Raises
     ------
     TypeError
-        A dtype other than float32 and int8; an int8 array without its scale.
+        A dtype other than float32 and int8.
     ValueError
-        As `attention`; NaN or infinity to be quantised; a scale that is not finite or below 1.18e-38, that does not
+        As `attention`; NaN or infinity to be quantised; an int8 array without its scale; a scale that is not finite or below 1.18e-38, that does not
         broadcast, or that an operand already has; smoothing or float32 rows that an int8 operand lacks; arguments that
         contradict `quant`.
 
@@ -108,69 +108,65 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     >>> float(out[0, 0].round(3))
     3.004
     """
-    scales, k_mean, fp32_sinks, pv = _settings(q, k, v, (q_scale, k_scale, v_scale), fp32_sinks, pv, quant)
-    if return_codes and pv != "int8":
-        raise ValueError(f"return_codes: expected pv='int8', whose weights are coded, got pv={pv!r}")
+    call = resolve(q, k, v, q_scale, k_scale, v_scale, granularity, smooth_k, fp32_sinks, pv, quant)
+    if return_codes and call.pv != "int8":
+        raise ValueError(f"return_codes: expected pv='int8', whose weights are coded, got pv={call.pv!r}")
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive number of keys, got {block_size}")
-    kinds = _granularities(granularity)
-    operands = (
-        _operand("q", q, kinds[0], scales[0]),
-        _operand("k", k, kinds[1], scales[1], k_mean, smooth_k, fp32_sinks),
-        _unquantised(v, pv) if pv != "int8" and scales[2] is None and _data(v).dtype == np.float32
-        else _operand("v", v, kinds[2], scales[2], fp32_sinks=fp32_sinks),
-    )
-    B, H = operands[0].codes.shape[:2]
-    rows, lse, codes = [], [], []
-    for (b, h), head in zip(np.ndindex(B, H), reference.heads(*(x.values for x in operands), **options), strict=True):
-        head_q, head_k, head_v = (x.of_head(b, h, H) for x in operands)
-        products = _products(head, head_q, head_k, fp32_sinks)
-        scores = np.where(head.visible, reference.head_scores(head, products), -np.inf)
-        head_out, head_lse, head_codes = _attend(head, scores, head_v, fp32_sinks, pv, block_size)
-        rows.append(head_out)
-        lse.append(head_lse)
-        codes.append(head_codes)
-    shape = operands[0].values.shape[:-1]
-    results = [np.array(rows).reshape((*shape, operands[2].codes.shape[-1]))]
+    parts = [_attend(part, call.fp32_sinks, call.pv, block_size) for part in call.parts(**options)]
+    out, lse, codes = zip(*parts, strict=True) if parts else ((), (), ())
+    shape = call.q.values.shape[:-1]
+    results = [np.array(out).reshape((*shape, call.v.codes.shape[-1]))]
     if return_lse:
         results.append(np.array(lse).reshape(shape))
     if return_codes:
-        results.append(np.array(codes, np.uint8).reshape((*shape, operands[1].codes.shape[-2])))
+        results.append(np.array(codes, np.uint8).reshape((*shape, call.k.codes.shape[-2])))
     return tuple(results) if len(results) > 1 else results[0]
 
 
 # One head
 
 
-def _products(head, q, k, fp32_sinks):
-    """q . k of every pair, (Lq, Lk): exact sums of integers, but for the keys of fp32_sinks."""
+class Part(NamedTuple):
+    """What one query head of one sequence is computed from."""
+
+    head: reference.Head  # the options, and the caller's numbers
+    q: "Operand"
+    k: "Operand"
+    v: "Operand"
+
+
+def part_scores(part, fp32_sinks):
+    """Scores (Lq, Lk), -inf where hidden: of exact sums of integers, but for the keys of fp32_sinks."""
+    head, q, k, _ = part
     products = (q.codes @ k.codes.T) * q.scale * k.scale.T + (q.codes * q.scale) @ k.mean.T
     products[:, :fp32_sinks] = head.q @ head.k[:fp32_sinks].T
-    return products
+    return np.where(head.visible, reference.head_scores(head, products), -np.inf)
 
 
-def _attend(head, scores, v, fp32_sinks, pv, block_size):
+def _attend(part, fp32_sinks, pv, block_size):
     """Softmax and values, step by step: output (Lq, Dv), log-sum-exp (Lq,), codes of P (Lq, Lk)."""
+    head, v, scores = part.head, part.v, part_scores(part, fp32_sinks)
     Lq, Lk = scores.shape
     codes = np.zeros((Lq, Lk), np.uint8)
     top = np.full((Lq, 1), -np.inf)         # m, the running maximum
     total = np.zeros((Lq, 1))               # l, in units of exp(m)
     out = np.zeros((Lq, v.codes.shape[1]))  # O, in units of exp(m)
-    for keys, exact in _steps(Lk, block_size, fp32_sinks):
+    for keys, exact in steps(Lk, block_size, fp32_sinks):
         coded = pv == "int8" and not exact
         highest = scores[:, keys].max(axis=1, keepdims=True)
         new_top = np.maximum(top, highest)
         unit = highest if coded else new_top
-        e = _exp(scores[:, keys], unit)
+        e = exp(scores[:, keys], unit)
         if coded:
-            codes[:, keys], worth = _encode(e, v.scale[keys].T, v.per_token)
+            codes[:, keys], worth = encode(e, v.scale[keys].T, v.per_token)
             value = worth * (codes[:, keys].astype(np.int64) @ v.codes[keys])
         elif exact:
             value = reference.weighted_sum(e, head.visible[:, keys], head.v[keys])
         else:
-            w = e * v.scale[keys].T
-            value = reference.weighted_sum(bf16(w) if pv == "bf16" else w, head.visible[:, keys], v.codes[keys])
-        old, new = _exp(top, new_top), _exp(unit, new_top)
+            w, worth = weights(e, v.scale[keys].T, v.per_token, pv)
+            value = worth * reference.weighted_sum(w, head.visible[:, keys], v.codes[keys])
+        old, new = exp(top, new_top), exp(unit, new_top)
         total = total * old + e.sum(axis=1, keepdims=True) * new
         out = out * old + value * new
         top = new_top
@@ -181,7 +177,7 @@ def _attend(head, scores, v, fp32_sinks, pv, block_size):
     return out, lse[:, 0], codes
 
 
-def _steps(Lk, block_size, fp32_sinks):
+def steps(Lk, block_size, fp32_sinks):
     """(keys, exact) of each step: blocks of keys, the float32 ones of a block before its others."""
     for start in range(0, Lk, block_size):
         stop = min(start + block_size, Lk)
@@ -192,7 +188,7 @@ def _steps(Lk, block_size, fp32_sinks):
             yield slice(middle, stop), False
 
 
-def _encode(e, v_scale, per_token):
+def encode(e, v_scale, per_token):
     """Codes of P (Lq, n), and what a code of 1 is worth (Lq or 1, 1), V's scale included."""
     if not per_token:
         return _rint(255 * e), v_scale[:, :1] / 255
@@ -201,12 +197,18 @@ def _encode(e, v_scale, per_token):
     return _rint(255 * w / omega), omega / 255
 
 
+def weights(e, v_scale, per_token, pv):
+    """P with V's scales per token in it (Lq, n), for pv="bf16" rounded; and what a value of 1 is worth."""
+    w, worth = (e * v_scale, 1.0) if per_token else (e, v_scale[:, :1])
+    return (bf16(w) if pv == "bf16" else w), worth
+
+
 def _rint(x):
     """Half to even; 0 for NaN, which the row's sums show."""
     return np.rint(np.where(np.isnan(x), 0.0, x)).astype(np.uint8)
 
 
-def _exp(x, top):
+def exp(x, top):
     """exp(x - top); 0 where x is -inf, whatever top is."""
     with np.errstate(invalid="ignore"):
         return np.where(x == -np.inf, 0.0, np.exp(x - top))
@@ -230,7 +232,7 @@ class Operand(NamedTuple):
     codes: np.ndarray   # (B, H, L, D), int64; of a v that is not quantised its numbers, of scale 1
     scale: np.ndarray   # (B, H, L, 1), float64
     mean: np.ndarray    # (B, H, 1, D), float64; 0 where nothing was subtracted
-    per_token: bool     # whether each token has its own scale
+    per_token: bool     # whether tokens differ in their scales
 
     def of_head(self, b, h, H):
         """The part that query head h of H reads."""
@@ -262,7 +264,39 @@ def token_mean(x):
     return (x.sum(axis=2, keepdims=True, dtype=np.float64) / max(x.shape[2], 1)).astype(np.float32)
 
 
-def _settings(q, k, v, scales, fp32_sinks, pv, quant):
+class Call(NamedTuple):
+    """The operands, and what int8 adds to the options."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    fp32_sinks: int
+    pv: str
+
+    def parts(self, **options):
+        """A `Part` for every (batch, head)."""
+        B, H = self.q.codes.shape[:2]
+        heads = reference.heads(*(x.values for x in self[:3]), **options)
+        for (b, h), head in zip(np.ndindex(B, H), heads, strict=True):
+            yield Part(head, *(x.of_head(b, h, H) for x in self[:3]))
+
+
+def resolve(q, k, v, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None,
+            pv=None, quant=None):
+    """Check the arguments of `attention_int8` that int8 adds; quantise."""
+    scales, k_mean, fp32_sinks, pv = _settings(q, k, v, (q_scale, k_scale, v_scale), smooth_k, fp32_sinks, pv, quant)
+    of_q, of_k, of_v = _granularities(granularity)
+    taken_as_it_is = pv != "int8" and scales[2] is None and _data(v).dtype == np.float32
+    return Call(
+        q=_operand("q", q, of_q, scales[0]),
+        k=_operand("k", k, of_k, scales[1], k_mean, smooth_k, fp32_sinks),
+        v=_unquantised(v, pv) if taken_as_it_is else _operand("v", v, of_v, scales[2], fp32_sinks=fp32_sinks),
+        fp32_sinks=fp32_sinks,
+        pv=pv,
+    )
+
+
+def _settings(q, k, v, scales, smooth_k, fp32_sinks, pv, quant):
     """scales of (q, k, v), K's given mean, fp32_sinks and pv, with what `quant` and the operands say about them."""
     k_mean = None
     if quant is not None:
@@ -273,6 +307,8 @@ def _settings(q, k, v, scales, fp32_sinks, pv, quant):
         fp32_sinks, pv = quant.fp32_sinks, quant.pv if pv is None else pv
         given = zip((q, k, v), (quant.q_scale, quant.k_scale, quant.v_scale), strict=True)
         scales = tuple(None if _is_quantized(x) else scale for x, scale in given)
+        if smooth_k and quant.k_mean is None and quant.k_scale is not None:
+            raise ValueError("smooth_k: True contradicts quant, which has a k_scale and no k_mean")
         k_mean = None if _is_quantized(k) else quant.k_mean
     if fp32_sinks is None:
         fp32_sinks = max(_carried_rows(k), _carried_rows(v))
@@ -306,9 +342,8 @@ def _operand(name, x, granularity, scale, mean=None, smooth=None, fp32_sinks=0):
             mean = token_mean(_four(data))
         if not np.isfinite(data).all():
             raise ValueError(f"{name}: expected finite numbers to quantise, got {data[~np.isfinite(data)][0]}")
-        per_token = granularity == "token" if scale is None else _differs_by_token(scale)
         codes, scale = quantise(_four(data), granularity, scale, mean, fp32_sinks)
-        return _made(codes, scale, mean, per_token)._replace(values=data.astype(np.float64))
+        return _made(codes, scale, mean)._replace(values=data.astype(np.float64))
 
     rows = None
     if _is_quantized(x):
@@ -317,26 +352,31 @@ def _operand(name, x, granularity, scale, mean=None, smooth=None, fp32_sinks=0):
         scale, mean, rows = _checked_scale(name, x.scale, data), x.mean, x.fp32_rows
         mean = None if mean is None else _four(mean)
     if scale is None:
-        raise TypeError(f"{name}: expected {name}_scale beside an int8 array, the unit of its codes")
+        raise ValueError(f"{name}: expected {name}_scale beside an int8 array, the unit of its codes")
     if mean is not None and name != "k":
         raise ValueError(f"{name}: expected no mean; only k is smoothed")
     if smooth is not None and smooth != (mean is not None):
         raise ValueError(f"smooth_k: {smooth}, but k comes quantised {'with' if smooth is False else 'without'} a mean")
     if fp32_sinks != (0 if rows is None else rows.shape[-2]) and name != "q":
         raise ValueError(f"fp32_sinks: expected {name} with {fp32_sinks} fp32_rows, or as float32")
-    operand = _made(_four(data), scale, mean, _differs_by_token(scale) or getattr(x, "granularity", "") == "token")
+    operand = _made(_four(data), scale, mean)
     values = operand.codes * operand.scale + operand.mean
     if rows is not None:
         values[:, :, : rows.shape[-2]] = _four(rows)
     return operand._replace(values=values.reshape(data.shape))
 
 
-def _made(codes, scale, mean, per_token):
+def _made(codes, scale, mean):
     """An `Operand` but for its values: scale and mean expanded."""
     B, H, L, D = codes.shape
     mean = np.zeros(1) if mean is None else mean.astype(np.float64)
-    scale = np.broadcast_to(scale.astype(np.float64), (B, H, L, 1))
-    return Operand(None, codes.astype(np.int64), scale, np.broadcast_to(mean, (B, H, 1, D)), per_token)
+    return Operand(
+        values=None,
+        codes=codes.astype(np.int64),
+        scale=np.broadcast_to(scale.astype(np.float64), (B, H, L, 1)),
+        mean=np.broadcast_to(mean, (B, H, 1, D)),
+        per_token=scale.shape[2] > 1,
+    )
 
 
 def _unquantised(x, pv):
@@ -373,15 +413,11 @@ def _checked_scale(name, scale, data):
             raise ValueError
         np.broadcast_to(scale, (*data.shape[:-1], 1))
     except ValueError:
-        raise ValueError(f"{name}_scale: expected a shape that broadcasts to {data.shape[:-1]} + (1,), got {scale.shape}"
+        raise ValueError(f"{name}_scale: expected a shape that broadcasts to {(*data.shape[:-1], 1)}, got {scale.shape}"
                          ) from None
     if not (np.isfinite(scale) & (scale >= F32.tiny)).all():
         raise ValueError(f"{name}_scale: expected finite numbers of at least {F32.tiny}, got {scale.min()}")
     return _four(scale)
-
-
-def _differs_by_token(scale):
-    return scale.shape[-2] > 1
 
 
 def _four(x):
