@@ -83,9 +83,9 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     TypeError
         A dtype other than float32 and int8.
     ValueError
-        As `attention`; NaN or infinity to be quantised; an int8 array without its scale; a scale that is not finite or below 1.18e-38, that does not
-        broadcast, or that an operand already has; smoothing or float32 rows that an int8 operand lacks; arguments that
-        contradict `quant`.
+        As `attention`; NaN or infinity to be quantised; an int8 array without its scale; a scale that is not finite or
+        below 1.18e-38, that does not broadcast, or that an operand already has; smoothing or float32 rows that an int8
+        operand lacks; arguments that contradict `quant`.
 
     Notes
     -----
@@ -158,14 +158,12 @@ def _attend(part, fp32_sinks, pv, block_size):
         new_top = np.maximum(top, highest)
         unit = highest if coded else new_top
         e = exp(scores[:, keys], unit)
+        w, worth, values = (e, 1.0, head.v[keys]) if exact else weights(e, v, keys, pv)
         if coded:
-            codes[:, keys], worth = encode(e, v.scale[keys].T, v.per_token)
-            value = worth * (codes[:, keys].astype(np.int64) @ v.codes[keys])
-        elif exact:
-            value = reference.weighted_sum(e, head.visible[:, keys], head.v[keys])
-        else:
-            w, worth = weights(e, v.scale[keys].T, v.per_token, pv)
-            value = worth * reference.weighted_sum(w, head.visible[:, keys], v.codes[keys])
+            w = codes[:, keys] = encode(w)
+        elif pv == "bf16" and not exact:
+            w = bf16(w)
+        value = worth * reference.weighted_sum(w, head.visible[:, keys], values)
         old, new = exp(top, new_top), exp(unit, new_top)
         total = total * old + e.sum(axis=1, keepdims=True) * new
         out = out * old + value * new
@@ -188,24 +186,18 @@ def steps(Lk, block_size, fp32_sinks):
             yield slice(middle, stop), False
 
 
-def encode(e, v_scale, per_token):
-    """Codes of P (Lq, n), and what a code of 1 is worth (Lq or 1, 1), V's scale included."""
-    if not per_token:
-        return _rint(255 * e), v_scale[:, :1] / 255
-    w = e * v_scale
-    omega = np.maximum(w.max(axis=1, keepdims=True), SMALLEST_WEIGHT)
-    return _rint(255 * w / omega), omega / 255
+def weights(e, v, keys, pv):
+    """P before it is rounded (Lq, n), what 1 of it is worth (Lq or 1, 1), and the values that it weighs (n, Dv)."""
+    w, worth = (e * v.scale[keys].T, 1.0) if v.per_token else (e, v.scale[keys][:1])
+    if pv == "int8":
+        omega = np.maximum(w.max(axis=1, keepdims=True), SMALLEST_WEIGHT) if v.per_token else 1.0
+        w, worth = 255 * w / omega, worth * omega / 255
+    return w, worth, v.codes[keys]
 
 
-def weights(e, v_scale, per_token, pv):
-    """P with V's scales per token in it (Lq, n), for pv="bf16" rounded; and what a value of 1 is worth."""
-    w, worth = (e * v_scale, 1.0) if per_token else (e, v_scale[:, :1])
-    return (bf16(w) if pv == "bf16" else w), worth
-
-
-def _rint(x):
-    """Half to even; 0 for NaN, which the row's sums show."""
-    return np.rint(np.where(np.isnan(x), 0.0, x)).astype(np.uint8)
+def encode(w):
+    """Codes of P: half to even; 0 for NaN, which the row's denominator shows."""
+    return np.rint(np.where(np.isnan(w), 0.0, w)).astype(np.uint8)
 
 
 def exp(x, top):
