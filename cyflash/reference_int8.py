@@ -113,7 +113,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
         raise ValueError(f"return_codes: expected pv='int8', whose weights are coded, got pv={call.pv!r}")
     if block_size < 1:
         raise ValueError(f"block_size: expected a positive number of keys, got {block_size}")
-    parts = [_attend(part, call.fp32_sinks, call.pv, block_size) for part in call.parts(**options)]
+    parts = [attend(part, call.fp32_sinks, call.pv, block_size) for part in call.parts(**options)]
     out, lse, codes = zip(*parts, strict=True) if parts else ((), (), ())
     shape = call.q.values.shape[:-1]
     results = [np.array(out).reshape((*shape, call.v.codes.shape[-1]))]
@@ -144,7 +144,7 @@ def part_scores(part, fp32_sinks):
     return np.where(head.visible, reference.head_scores(head, products), -np.inf)
 
 
-def _attend(part, fp32_sinks, pv, block_size):
+def attend(part, fp32_sinks, pv, block_size):
     """Softmax and values, step by step: output (Lq, Dv), log-sum-exp (Lq,), codes of P (Lq, Lk)."""
     head, v, scores = part.head, part.v, part_scores(part, fp32_sinks)
     Lq, Lk = scores.shape

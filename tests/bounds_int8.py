@@ -5,21 +5,21 @@ Integers are exact, so only float32 roundings differ. With eps = 2^-23, the erro
     delta_j = 4 eps |scale s_q s_k (q8 . k8)| + D eps |scale| sum_d |q_d mean_d|
             + 4 eps (|s_j| + |bias_j| + |alibi_j| + |s_j - max s|)
 
-(of a key in float32 the first line is D eps |scale| sum_d |q_d k_jd|), and Delta = max_j delta_j over the keys that a row
-has met bounds the error of its running maximum. One block of keys adds
+(of a key in float32 the first line is D eps |scale| sum_d |q_d k_jd|). Delta = max_j delta_j over the keys that a row has
+met bounds the error of its running maximum. One block of keys adds
 
     f_b sum_j p_j v8_j,   f_b = e^(t_b - lse) omega_b / 255
 
-to the output. f_b is off by a factor of at most 1 + off = e^(2 Delta + 8 eps); the sum is exact where the codes p are the
-same, and a code can differ only by as much as that factor can move the rounding of 255 w / omega. So
+to the output. f_b is off by a factor of at most 1 + off = e^(2 Delta + 8 eps); the sum is exact where the codes p are
+the same, and a code can differ only by as much as that factor can move the rounding of 255 w / omega. So
 
     bound = 2 [ sum_b |f_b sum_j p_j v8_j| (off + (8 + blocks) eps)
               + |out| (sum_j P_j (e^delta_j - 1) + (8 + blocks) eps) ]       the denominator, of unrounded P
           + sum_b f_b (1 + off) sum_j |change of p_j| |v8_j|                 flipped codes
           + what underflow may lose
 
-and with the kernel's own codes for p the third line is gone: it is the bound of a float32 result. Weights in bfloat16 are
-like codes, but that their sums are rounded; weights in float32 are as in bounds.py.
+and with the kernel's own codes for p the third line is gone: it is the bound of a float32 result. Weights in bfloat16
+are like codes, but that their sums are rounded; weights in float32 are as in bounds.py.
 """
 from typing import NamedTuple
 

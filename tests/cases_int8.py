@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import bounds_int8
 import numpy as np
 
-import cyflash
+from cyflash.quantized import quantize
 
 
 def run(q, k, v, *, trace=False, **arguments):
@@ -30,25 +30,40 @@ def verify(q, k, v, *, config=None, num_threads=None, trace=True, **arguments):
 
 
 def case(q, k, v, *, block_size, **arguments):
-    """The `bounds_int8.Case` of a call. Where it subtracts a mean that it finds itself, it is that one's bits that count."""
-    return bounds_int8.Case(q, k, v, block_size=block_size, **with_mean(k, **arguments))
+    """The `bounds_int8.Case` of a call."""
+    return bounds_int8.Case(q, k, v, block_size=block_size, **with_mean(k, v, **arguments))
 
 
-def with_mean(k, **arguments):
-    """The arguments with the mean that the call would subtract from k, checked, as one that is given."""
-    quant, smooth = arguments.get("quant"), arguments.get("smooth_k")
-    static = quant.k_scale if quant is not None else arguments.get("k_scale")
-    given = quant is not None and quant.k_mean is not None
-    dynamic = isinstance(k, np.ndarray) and k.dtype == np.float32 and not given
-    if not (dynamic and (static is None if smooth is None else smooth)):
+def with_mean(k, v, **arguments):
+    """The arguments with the mean that the call finds and subtracts from k as one that is given.
+
+    Its float32 sum depends on the order, and in its bits the codes of K may depend on it: so it is compared here.
+    """
+    quant = arguments.get("quant") or SimpleNamespace(
+        **{name: arguments.get(name) for name in ("q_scale", "k_scale", "v_scale", "pv")}, k_mean=None,
+        fp32_sinks=arguments.get("fp32_sinks") or rows_of(v),
+    )
+    smooth = arguments.get("smooth_k")
+    floats = isinstance(k, np.ndarray) and k.dtype == np.float32
+    if not floats or quant.k_mean is not None or not (quant.k_scale is None if smooth is None else smooth):
         return arguments
-    mean = cyflash.quantize(k, "token", smooth=True).mean
-    exact = k.mean(axis=-2, keepdims=True, dtype=np.float64) if k.shape[-2] else np.zeros(mean.shape)
-    size = np.abs(k).mean(axis=-2, keepdims=True, dtype=np.float64) if k.shape[-2] else 0
-    assert mean.dtype == np.float32 and (np.abs(mean - exact) <= 2.0**-21 * size + 2.0**-126).all()
-    rest = {name: value for name, value in arguments.items() if name not in ("quant", "smooth_k")}
-    source = arguments if quant is None else vars_of(quant)
-    settings = {name: rest.pop(name, None) if quant is None else source[name] for name in ("q_scale", "k_scale", "v_scale")}
-    settings["fp32_sinks"] = (arguments.get("fp32_sinks") or 0) if quant is None else quant.fp32_sinks
-    settings["pv"] = "int8" if quant is None else quant.pv
-    return rest | {"quant": SimpleNamespace(**settings, k_mean=mean)}
+    mean = quantize(k, "token", smooth=True).mean
+    check_mean(k, mean)
+    names = ("q_scale", "k_scale", "v_scale", "fp32_sinks", "pv")
+    settings = SimpleNamespace(**{name: getattr(quant, name) for name in names}, k_mean=mean)
+    rest = {name: x for name, x in arguments.items() if name not in ("q_scale", "k_scale", "v_scale", "smooth_k")}
+    return rest | {"quant": settings}
+
+
+def check_mean(k, mean):
+    """Raise unless float32 can make no better mean: within two roundings of the sum's size."""
+    assert mean.dtype == np.float32 and mean.shape == (*k.shape[:-2], 1, k.shape[-1])
+    if k.shape[-2]:
+        exact, size = (x.mean(axis=-2, keepdims=True, dtype=np.float64) for x in (k, np.abs(k)))
+        assert (np.abs(mean - exact) <= 2.0**-20 * size + 2.0**-126).all()
+
+
+def rows_of(x):
+    """How many rows in float32 a QuantizedTensor carries."""
+    rows = None if isinstance(x, np.ndarray) else x.fp32_rows
+    return 0 if rows is None else rows.shape[-2]
