@@ -5,8 +5,8 @@ Integers are exact, so only float32 roundings differ. With eps = 2^-23, the erro
     delta_j = 4 eps |scale s_q s_k (q8 . k8)| + D eps |scale| sum_d |q_d mean_d|
             + 4 eps (|s_j| + |bias_j| + |alibi_j| + |s_j - max s|)
 
-(of a key in float32 the first line is D eps |scale| sum_d |q_d k_jd|). Delta = max_j delta_j over the keys that a row has
-met bounds the error of its running maximum. One block of keys adds
+(of a key in float32 the first line is D eps |scale| sum_d |q_d k_jd|). Delta = max_j delta_j over the keys that a row
+has met bounds the error of its running maximum. One block of keys adds
 
     f_b sum_j p_j v8_j,   f_b = e^(t_b - lse) omega_b / 255
 
@@ -55,10 +55,11 @@ class Case:
         self.parts = list(self.call.parts(**arguments))
         self.block_size = block_size
 
-    def check(self, out, lse=None, codes=None):
+    def check(self, out, lse=None, codes=None, few=True):
         """Raise AssertionError unless out, lse and the codes of P (B, H, Lq, Lk) are as they should be.
 
-        With codes given, those may differ only where roundings explain it, and out is judged by them.
+        With codes given, those may differ only where roundings explain it (and in few places), and out is judged by
+        them.
         """
         shape, Lk = self.call.q.values.shape[:-1], self.call.k.codes.shape[2]
         given = [None] * len(self.parts) if codes is None else codes.reshape(len(self.parts), shape[-1], Lk)
@@ -66,7 +67,8 @@ class Case:
         flipped = np.nan
         if codes is not None and codes.size:
             flipped = np.mean([x.flipped for x in judged])
-            assert flipped <= FLIPPED or codes.size < CODES_ENOUGH, f"codes: {flipped:.2%} differ from the simulation"
+            enough = few and codes.size >= CODES_ENOUGH
+            assert flipped <= FLIPPED or not enough, f"codes: {flipped:.2%} differ from the simulation"
 
         def whole(name, shape):
             return np.array([getattr(x, name) for x in judged]).reshape(shape)

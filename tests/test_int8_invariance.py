@@ -1,4 +1,4 @@
-"""What must not change an int8 result: bit for bit within one SIMD build; within the bound for tile sizes and builds."""
+"""What must not change an int8 result: no bit within one SIMD build; within the bound for tile sizes and builds."""
 from concurrent.futures import ThreadPoolExecutor
 
 import bounds
@@ -78,7 +78,7 @@ def part(arguments, b, heads, B, H):
 
 
 def test_batch_splits(build, call, shape):
-    """Each sequence alone, and each in another batch, gives the bits it has in this one: scales and means are its own."""
+    """Each sequence alone, and each in another batch, gives its bits in this one: scales and means are its own."""
     (q, k, v), arguments = call
     B, H = shape[:2]
     q, k, v = (x * np.float32(10.0) ** np.arange(B, dtype=np.float32)[:, None, None, None] for x in (q, k, v))
