@@ -4,7 +4,7 @@ Integers are exact (int64), quantisation is in float32 as in the kernels, everyt
 differs from this file by float32 roundings only, and by a code of P where such a rounding crosses a half.
 
     q, k, v -> Operand: codes, scale, mean -> products (exact integers) -> scores (reference.head_scores)
-            -> blocks of keys: codes of P, their sums with V's codes -> log-sum-exp, output
+            -> parts of 64 keys: codes of P, their sums with V's codes -> log-sum-exp, output
 """
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ __all__ = ["attention_int8"]
 
 F32 = np.finfo(np.float32)
 AXES = {"tensor": (1, 2, 3), "head": (2, 3), "token": (3,)}  # of (B, H, L, D), that share one scale
+PART = 64  # keys, at most, whose codes of P share a row scale
 SMALLEST_WEIGHT = 256 * float(F32.tiny)  # so that 255 / omega is a normal float32
 
 
@@ -30,9 +31,9 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
         s_ij = scale * (s_q[i] s_k[j] sum_d q8_id k8_jd + q_i . mean)
         s_ij = softcap, bias, ALiBi, masks of `attention`
 
-    and over blocks of `block_size` keys, anchored at key 0, the online softmax::
+    and over parts of 64 keys (those of each block of `block_size`, anchored at key 0), the online softmax::
 
-        t_i  = max_j s_ij,  m' = max(m, t)                               over the visible keys of the block
+        t_i  = max_j s_ij,  m' = max(m, t)                               over the visible keys of the part
         e_ij = exp(s_ij - t_i), 0 where hidden
         w_ij = e_ij s_v[j],  omega_i = max_j w_ij                        V's scale per token; else e_ij and 1
         p_ij = rint(255 w_ij / omega_i)                                  the codes of P: 0..255
@@ -62,7 +63,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     quant : object with q_scale, k_scale, v_scale, k_mean, fp32_sinks and pv, optional
         A `cyflash.quant.LayerScales`; a scale of None there is dynamic.
     block_size : int, default 128
-        Keys of a block.
+        Keys of a block: parts do not reach across its end.
     return_lse : bool, default False
         Also return the log-sum-exp of each row.
     return_codes : bool, default False
@@ -90,12 +91,12 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     Notes
     -----
     Per-token scales and smoothed keys are SageAttention's (Zhang et al., 2024). That the weights' scale is local to a
-    block of keys, and that V's scale per token is folded into them before they are rounded, is what makes eight bits
-    enough for P: small weights beside a large one keep their digits.
+    few keys, and that V's scale per token is folded into them before they are rounded, is what makes eight bits enough
+    for P: small weights beside a large one keep their digits.
 
-    The running maximum of ``pv="bf16"`` and ``"fp32"`` is m' instead of t, and ``w`` is rounded to bfloat16 instead of
-    coded. The keys of `fp32_sinks` take a step of the online softmax of their own, before the rest of their block, with
-    the caller's float32 numbers (an int8 q as ``s_q q8``).
+    With ``pv="bf16"`` and ``"fp32"`` the online softmax takes whole blocks, weights are ``exp(s_ij - m')``, and ``w``
+    is rounded to bfloat16, or not at all, instead of coded. The keys of `fp32_sinks` take a step of their own, before the
+    rest of their block, with the caller's float32 numbers (an int8 q as ``s_q q8``).
 
     Examples
     --------
@@ -152,7 +153,7 @@ def attend(part, fp32_sinks, pv, block_size):
     top = np.full((Lq, 1), -np.inf)         # m, the running maximum
     total = np.zeros((Lq, 1))               # l, in units of exp(m)
     out = np.zeros((Lq, v.codes.shape[1]))  # O, in units of exp(m)
-    for keys, exact in steps(Lk, block_size, fp32_sinks):
+    for keys, exact in steps(Lk, block_size, fp32_sinks, pv):
         coded = pv == "int8" and not exact
         highest = scores[:, keys].max(axis=1, keepdims=True)
         new_top = np.maximum(top, highest)
@@ -175,15 +176,18 @@ def attend(part, fp32_sinks, pv, block_size):
     return out, lse[:, 0], codes
 
 
-def steps(Lk, block_size, fp32_sinks):
-    """(keys, exact) of each step: blocks of keys, the float32 ones of a block before its others."""
+def steps(Lk, block_size, fp32_sinks, pv):
+    """(keys, exact) of each step: the float32 keys of a block, then its others, in parts where they are coded."""
     for start in range(0, Lk, block_size):
         stop = min(start + block_size, Lk)
         middle = min(max(start, fp32_sinks), stop)
         if start < middle:
             yield slice(start, middle), True
-        if middle < stop:
-            yield slice(middle, stop), False
+        ends = (*range(start + PART, stop, PART), stop) if pv == "int8" else (stop,)
+        for end in ends:
+            if middle < end:
+                yield slice(middle, end), False
+                middle = end
 
 
 def weights(e, v, keys, pv):

@@ -107,7 +107,7 @@ def judge(part, call, block_size, given=None):
         bound, flipped = np.zeros_like(out), 0
         highest = np.full((len(scores), 1), -np.inf)
         roundings = (8 + -(-Lk // KEYS_PER_BLOCK)) * EPS
-        for keys, exact in steps(Lk, block_size, call.fp32_sinks):
+        for keys, exact in steps(Lk, block_size, call.fp32_sinks, call.pv):
             coded = call.pv == "int8" and not exact
             block_top = scores[:, keys].max(axis=1, keepdims=True)
             highest = np.maximum(highest, block_top)

@@ -7,6 +7,7 @@ import distributions
 import numpy as np
 import pytest
 
+from cyflash import reference_int8
 from cyflash.quant import compare
 from cyflash.reference import attention, attention_int8
 from cyflash.reference_int8 import bf16, quantise
@@ -54,7 +55,7 @@ def test_accuracy_of_bf16_weights():
     assert compare(attention_int8(q, k, v, pv="bf16"), attention(q, k, v)).rel_l1 <= 0.013
 
 
-def test_what_each_choice_is_for():
+def test_what_each_choice_is_for(monkeypatch):
     """Each part of the scheme helps the distribution that it was made for."""
 
     def error(name, **options):
@@ -66,7 +67,9 @@ def test_what_each_choice_is_for():
     assert error("sink9", granularity=("token", "token", "head")) > 2 * error("sink9")
     per_tensor = {"granularity": "tensor"}
     assert error("llm_like", **per_tensor) > 2 * error("llm_like", **per_tensor, fp32_sinks=4)
-    assert error("sink6", block_size=2048) > 1.5 * error("sink6")
+    parts = error("sink6", block_size=2048)
+    monkeypatch.setattr(reference_int8, "PART", 2048)
+    assert error("sink6", block_size=2048) > 1.5 * parts
 
 
 # Its formula
@@ -98,13 +101,16 @@ def test_all_keys_in_float32_is_attention():
         np.testing.assert_allclose(lse, expected_lse, rtol=1e-9, atol=1e-12)
 
 
-def by_loop(q, k, v, block_size, sink, mask, per_token, k_rows, v_rows, pv):
-    """One row of one head, a number at a time. q: codes, scale, floats; k and v: codes, scales (and k's mean)."""
+def by_loop(q, k, v, ends, sink, mask, per_token, k_rows, v_rows, pv):
+    """One row of one head, a number at a time. q: codes, scale, floats; k and v: codes, scales (and k's mean).
+
+    ends: where the parts that have a row scale of P end.
+    """
     (q8, q_scale, q_float), (k8, k_scale, k_mean), (v8, v_scale) = q, k, v
     n, factor = len(k_rows), len(q8) ** -0.5
     m, total, out, codes = -math.inf, 0.0, [0.0] * len(v8[0]), [0] * len(k8)
-    for start in range(0, len(k8), block_size):
-        block = range(start, min(start + block_size, len(k8)))
+    for start, end in zip([0, *ends], ends, strict=False):
+        block = range(start, end)
         for keys, exact in (([j for j in block if j < n], True), ([j for j in block if j >= n], False)):
             score = {}
             for j in keys:
@@ -139,8 +145,13 @@ def by_loop(q, k, v, block_size, sink, mask, per_token, k_rows, v_rows, pv):
 @pytest.mark.parametrize("pv", ["int8", "fp32"])
 @pytest.mark.parametrize("granularity", ["tensor", "head", "token"])
 @pytest.mark.parametrize("rows", [0, 3])
-@pytest.mark.parametrize("size", [2, 5, 64])
-def test_equals_the_loop(size, rows, granularity, pv):
+@pytest.mark.parametrize(("size", "ends"), [
+    (2, [*range(2, Lk, 2), Lk]), (5, [5, 10, 15, 20, 23]), (10, [4, 8, 10, 14, 18, 20, 23]),
+    (64, [4, 8, 12, 16, 20, 23]),
+])
+def test_equals_the_loop(monkeypatch, size, ends, rows, granularity, pv):
+    """In parts of four keys where blocks are larger."""
+    monkeypatch.setattr(reference_int8, "PART", 4 if size > 5 else 64)
     q, k, v = inputs()
     r = np.random.default_rng(0)
     mask = r.random((B, H, Lq, Lk)) < 0.6
@@ -159,7 +170,7 @@ def test_equals_the_loop(size, rows, granularity, pv):
         g = h // (H // Hk)
         expected, expected_lse, codes = by_loop(
             (tq.data[b, h, i], tq.scale[b, h, i], q[b, h, i]), (tk.data[b, g], tk.scale[b, g], mean[b, g, 0]),
-            (tv.data[b, g], tv.scale[b, g]), size, float(sinks[h]), mask[b, h, i], granularity == "token",
+            (tv.data[b, g], tv.scale[b, g]), ends, float(sinks[h]), mask[b, h, i], granularity == "token",
             k[b, g, :rows], v[b, g, :rows], pv,
         )
         np.testing.assert_allclose(out[b, h, i], expected, rtol=1e-9, atol=1e-12)
