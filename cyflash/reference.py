@@ -4,13 +4,15 @@ Every kernel is compared with this file, so it shares no code with them, validat
 speed: one head at a time, with the whole score matrix of that head in memory.
 
     positions -> visible keys -> scores -> log-sum-exp -> weights -> output
+
+`attention_int8`, the simulation of int8 attention, is in reference_int8.py.
 """
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_int8"]
 
 
 def attention(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
@@ -239,3 +241,6 @@ def _per_head(name, x, B, H, *shapes):
     if x.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {x.shape}")
     return np.broadcast_to(x, (B, H))
+
+
+from cyflash.reference_int8 import attention_int8  # noqa: E402 - it is built from the functions above

@@ -162,10 +162,15 @@ def _head_bounds(head):
 def _score_error(head):
     """Bound on the error of each score, (Lq, Lk), as `reference.head_scores` orders the operations."""
     D = head.q.shape[1]
+    return changed_error(
+        head, head.scale * (head.q @ head.k.T), D * EPS * abs(head.scale) * (np.abs(head.q) @ np.abs(head.k).T)
+    )
+
+
+def changed_error(head, score, error):
+    """The error of scores after softcap, bias and ALiBi, from that before."""
     alibi = head.slope * np.abs(head.distance)
     bias = np.where(np.isfinite(head.bias), np.abs(head.bias), 0.0)
-    score = head.scale * (head.q @ head.k.T)
-    error = D * EPS * abs(head.scale) * (np.abs(head.q) @ np.abs(head.k).T)
     if head.softcap:
         low, middle, high = (head.softcap * np.tanh(x / head.softcap) for x in (score - error, score, score + error))
         error, score = np.maximum(high - middle, middle - low), middle
