@@ -41,7 +41,7 @@ def add_arguments(parser):
     parser.add_argument("--layout", choices=LAYOUTS, default="bhld", help="order of the axes in FILE (default: bhld)")
     parser.add_argument(
         "--schemes", nargs="+", default=["*"], metavar="NAME",
-        help=f"which to show, by name or pattern, such as 'int8*' (default: {', '.join(schemes.SCHEMES)})",
+        help=f"which to show, by name or pattern such as 'int8*' (default: all: {'; '.join(schemes.SCHEMES)})",
     )  # fmt: skip
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of all (default: see `cyflash info`)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
@@ -58,7 +58,7 @@ def add_arguments(parser):
 
 def run(args):
     check_files(args.json, args.plot)
-    chosen = schemes.select(args.schemes)
+    chosen = _chosen_schemes(args.schemes)
     captures = [load_capture(path, args.layout) for path in args.files or [shipped_data()]]
     threads, notes = call_threads(args.threads)
     with blas_threads(threads) as blas:
@@ -123,6 +123,13 @@ def measure(captures, settings):
             for row in measure_layer(layer, options, settings.schemes, settings.threads, step):
                 rows.append(about | row | {"problem": row["problem"] and str(row["problem"])})
     return rows
+
+
+def _chosen_schemes(patterns):
+    for pattern in patterns:
+        if pattern.endswith((".npz", ".safetensors")):
+            raise ValueError(f"--schemes takes all names that follow it, {pattern} too: put each FILE before --schemes")
+    return schemes.select(patterns)
 
 
 def _given_options(args):

@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 
 from cyflash.output import as_bytes, as_time, figure_class
+from cyflash.schemes import SCHEMES
 
 __all__ = ["draw", "show", "summarise"]
 
@@ -120,7 +121,10 @@ def _layer_table(report, columns, own_column):
     table = _empty_table()
     if own_column:
         table.add_column("layer", no_wrap=True)
-    table.add_column("scheme" if own_column else "layer, scheme", no_wrap=True)
+        table.add_column("scheme", no_wrap=True)
+    else:
+        longest = max(map(len, SCHEMES))
+        table.add_column("layer, scheme", overflow="fold", width=longest)  # a longer name of a layer takes two lines
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     for row in report["layers"]:

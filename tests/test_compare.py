@@ -207,17 +207,18 @@ def test_several_files_are_told_apart(capsys, capture, tmp_path):
     assert got["settings"]["files"] == {str(capture): {}, str(other): {"causal": True}}
 
 
+@pytest.mark.parametrize("layer", ["technical.layer", "model.transformer.layers.attention."])
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
-def test_the_tables_fit_the_terminal(capsys, monkeypatch, width):
+def test_the_tables_fit_the_terminal(capsys, monkeypatch, layer, width):
     import rich.console
 
     terminal = partial(rich.console.Console, width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr(rich.console, "Console", lambda **options: terminal(**options))
     error = dict.fromkeys(report.ERRORS, 1.23e-7) | {"cosine": 0.5}
     ratios = {"speedup": 12.34, "speedup_over_fp32": 2.9, "memory_ratio": 0.34}
-    row = {"label": "technical.layer0", "error": error, "seconds": 0.123, "seconds_by_round": [[1.0]], **ratios}
+    row = {"label": f"{layer}0", "error": error, "seconds": 0.123, "seconds_by_round": [[1.0]], **ratios}
     rows = [row | {"scheme": name, "memory": {"extra": 1.23e6}} for name in NAMES]
-    rows += [row | {"speedup": 11.1, "label": "technical.layer1"} for row in rows]
+    rows += [row | {"speedup": 11.1, "label": f"{layer}1"} for row in rows]
     settings = {"files": {}, "threads": 2, "numpy_blas_threads": 2}
     machine = {"cpu": "x", "cores": 2, "implementation": "avx2"}
     about = {"cyflash": "1", "numpy": "2", "machine": machine, "settings": settings, "baseline": schemes.NUMPY}
@@ -226,7 +227,7 @@ def test_the_tables_fit_the_terminal(capsys, monkeypatch, width):
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= width
     cells = "1.2e-07", "5.0e-01", "123 ms", "12.3x", "2.90x", "1.23 MB", "0.34x"
-    assert all(text in out for text in ("technical.layer0", "int8 token, bf16 PV", *cells))
+    assert all(text in out for text in (layer[:19], "int8 token, bf16 PV", *cells))
     assert out.count("RMSE") == (2 if width == 80 else 3)  # the legend, the summary, and by layer where there is room
     assert ("11.7x (11.1-12.3)" in out) == (width >= 100)
 
@@ -409,6 +410,7 @@ def test_restless_times_are_noted():
         (("TINY", "--plot", "absent/x.png"), "no folder absent"),
         (("TINY", "--json", "."), "cannot be written"),
         (("TINY", "--softcap", "-1"), "softcap"),
+        (("--schemes", "int8*", "tiny.npz"), "put each FILE before --schemes"),
         (("TINY", "--schemes", "int7*"), "expected names of 'numpy fp32', 'cyflash fp32', 'int8 tensor'"),
         (("TINY", "--window", "-2", "0"), "window"),
         (("TINY", "--plot", "x.unknown"), "ends in .png"),
