@@ -338,22 +338,22 @@ def test_int8_measures_every_row(bench_run, enter, small_int8, monkeypatch, tmp_
     assert status == 0, out
     assert plot.read_bytes().startswith(b"\x89PNG")
     rows = {row["what"]: row for row in document["suite"]}
-    ways = [label.removeprefix("cyflash int8").strip(", ") for label in int8.WAYS]
+    ways = [label.removeprefix("cyflash int8, ") for label in int8.WAYS]
     ends = [
-        *(f"1 thread, {way}: against own fp32" for way in ways),
-        *(f"1 thread, per tensor, int8 in: {end}" for end in ("against is bf16", "share of the int8 dot peak")),
-        *(f"{option}, {way}: against own fp32" for option in int8.OPTIONS for way in ways[1:3]),
-        *(f"{name}, {way}: against own fp32" for name in cpu.runnable() for way in (ways[0], ways[2])),
+        *(f"16) {way}: vs own fp32" for way in ways),
+        *(f"16) codes per tensor: {end}" for end in ("vs is bf16", "share of the int8 peak")),
+        *(f"{option}, {way}: vs own fp32" for option in int8.OPTIONS for way in ways[1:3]),
+        *(f") {name}, {way}: vs own fp32" for name in cpu.runnable() for way in (ways[0], ways[2])),
     ]
     for end in ends:
-        (row,) = (row for what, row in rows.items() if what.endswith(end) and "24)" not in what)
+        (row,) = (row for what, row in rows.items() if what.endswith(end))
         assert row["spread"]["value"] > 0 and row["note"] == ""
     for peer in ("torch", "openvino bf16"):
-        found = [row for what, row in rows.items() if what.endswith(f"against {peer}")]
+        found = [row for what, row in rows.items() if what.endswith(f"vs {peer}")]
         assert len(found) == 2
         assert all(row["spread"] is None and row["note"] == "not among --systems" for row in found)
     if cpu_info()["threads"] > 1:
-        assert rows["(1, 4, 96, 16) per tensor, int8 in: 2 threads against one"]["spread"]["value"] > 0
+        assert rows["(1, 4, 96, 16) codes per tensor: 2 threads vs one"]["spread"]["value"] > 0
     assert all(what in out for what in rows)
     for contest in document["int8"]:
         assert contest["entries"].keys() == {"cyflash", "is bf16", "honest", *int8.WAYS}
@@ -369,12 +369,12 @@ def test_int8_figures_follow_from_the_raw_times(bench_run, small_int8, monkeypat
     monkeypatch.setattr(int8, "PLAIN", ())
     _, document, _, _ = bench_run("--int8", "--systems", "torch", "--rounds", 4)
     rows = {row["what"]: row for row in document["suite"]}
-    contest, label = document["int8"][0], "cyflash int8 per tensor, int8 in"
+    contest, label = document["int8"][0], "cyflash int8, codes per tensor"
     medians = {name: np.median([np.median(x) for x in e["rounds"]]) for name, e in contest["entries"].items()}
-    where = "(1, 1, 96, 16) 1 thread, per tensor, int8 in: "
-    assert rows[where + "against own fp32"]["spread"]["value"] == pytest.approx(medians["cyflash"] / medians[label])
+    where = "(1, 1, 96, 16) codes per tensor: "
+    assert rows[where + "vs own fp32"]["spread"]["value"] == pytest.approx(medians["cyflash"] / medians[label])
     share = flops.attention_flops(1, 1, 96, 96, 16, 16) / medians[label] / np.median(contest["dot_rates"])
-    assert rows[where + "share of the int8 dot peak"]["spread"]["value"] == pytest.approx(share)
+    assert rows[where + "share of the int8 peak"]["spread"]["value"] == pytest.approx(share)
 
 
 def test_a_system_that_is_more_precise_than_it_says_is_refused(bench_run, small_int8, monkeypatch):
@@ -384,7 +384,7 @@ def test_a_system_that_is_more_precise_than_it_says_is_refused(bench_run, small_
     assert status == 1
     (reason, _) = (text for where, text in document["failures"].items() if where.startswith("says bf16"))
     assert "not bf16 attention" in reason
-    rows = [row for row in document["suite"] if row["what"].endswith("against says bf16")]
+    rows = [row for row in document["suite"] if row["what"].endswith("vs says bf16")]
     assert all(row["spread"] is None and "not bf16 attention" in row["note"] for row in rows)
 
 
@@ -407,11 +407,11 @@ def test_the_ways_to_int8_are_the_calls_of_their_names():
     codes, smooth = (quantize(x, "token") for x in (q, v)), quantize(k, "token", smooth=True)
     q8, v8 = codes
     calls = {
-        "cyflash int8 per tensor, int8 in": lambda: flash_attention_int8(*(quantize(x, "tensor") for x in (q, k, v))),
-        "cyflash int8 per token, int8 in": lambda: flash_attention_int8(q8, smooth, v8),
-        "cyflash int8, all defaults, float in": lambda: flash_attention_int8(q, k, v),
-        "cyflash int8, pv=bf16, int8 in": lambda: flash_attention_int8(q8, smooth, v8, pv="bf16"),
-        "cyflash int8, pv=bf16, float in": lambda: flash_attention_int8(q, k, v, pv="bf16"),
+        "cyflash int8, codes per tensor": lambda: flash_attention_int8(*(quantize(x, "tensor") for x in (q, k, v))),
+        "cyflash int8, codes per token": lambda: flash_attention_int8(q8, smooth, v8),
+        "cyflash int8, float in": lambda: flash_attention_int8(q, k, v),
+        "cyflash int8, codes, bf16 PV": lambda: flash_attention_int8(q8, smooth, v8, pv="bf16"),
+        "cyflash int8, float in, bf16 PV": lambda: flash_attention_int8(q, k, v, pv="bf16"),
     }
     assert list(calls) == list(int8.WAYS)
     for label, call in calls.items():

@@ -1,7 +1,8 @@
 """`--int8`: one run that measures what int8 attention gains, as rows of one table.
 
 Peers and every way to ask for int8: one thread, long single heads. Options, builds and threads: cyflash against itself.
-A ratio "against own fp32" is between two calls of one process, in the same rounds, with the same inputs.
+"codes": q, k and v come quantised, per token with smooth-K; "float in": as float32, with all defaults. A ratio "vs own
+fp32" is between two calls of one process, in the same rounds, with the same inputs.
 """
 
 from dataclasses import replace
@@ -16,25 +17,24 @@ SHAPES = ((1, 1, 2048, 64), (1, 1, 4096, 64), (1, 1, 2048, 128), (1, 1, 4096, 12
 TENSOR = Int8("tensor", smooth_k=False, quantised=True)
 TOKEN = Int8("token", smooth_k=True, quantised=True)
 WAYS = {
-    "cyflash int8 per tensor, int8 in": TENSOR,
-    "cyflash int8 per token, int8 in": TOKEN,
-    "cyflash int8, all defaults, float in": Int8(),
-    "cyflash int8, pv=bf16, int8 in": replace(TOKEN, pv="bf16"),
-    "cyflash int8, pv=bf16, float in": Int8(pv="bf16"),
+    "cyflash int8, codes per tensor": TENSOR,
+    "cyflash int8, codes per token": TOKEN,
+    "cyflash int8, float in": Int8(),
+    "cyflash int8, codes, bf16 PV": replace(TOKEN, pv="bf16"),
+    "cyflash int8, float in, bf16 PV": Int8(pv="bf16"),
 }
 
 PLAIN = tuple(Case((1, 4, 2048, D)) for D in (64, 128))
 OPTIONS = {
     "causal": {"causal": True},
     "window (256, 0)": {"window": (256, 0)},
-    "GQA, 4 heads on 1": {"kv_heads": 1},
+    "GQA 4:1": {"kv_heads": 1},
     "float bias": {"options": ("float bias",)},
     "bool mask": {"options": ("bool mask",)},
 }
 BUILDS = (Case((1, 1, 2048, 64)), Case((1, 1, 2048, 128)))
 THREADED = (Case((1, 1, 4096, 64)), Case((8, 12, 128, 64)))
-# Codes as they come, and the whole of the default call.
-ENDS = {"per tensor, int8 in": TENSOR, "all defaults, float in": Int8()}
+ENDS = {"codes per tensor": TENSOR, "float in": Int8()}
 
 
 def run(outcome, systems, threads, environments, limit, progress):
@@ -53,7 +53,7 @@ def run(outcome, systems, threads, environments, limit, progress):
     if max(threads) > 1:
         _threads(outcome, max(threads), environments, limit, bar)
     else:
-        outcome.rows.append(Row("two threads against one", None, "x", "one thread is available"))
+        outcome.rows.append(Row("two threads vs one", None, "x", "one thread is available"))
 
 
 def _against_peers(outcome, case, workers, limit, bar):
@@ -61,21 +61,21 @@ def _against_peers(outcome, case, workers, limit, bar):
     entries += [Entry(label, workers["cyflash"], replace(case, int8=int8)) for label, int8 in WAYS.items()]
     result = run_race(entries, limit, workers["cyflash"], bar.next(title(case)), dots=True)
     outcome.int8.append(result)
-    where, tensor = f"{title(case)} 1 thread", next(iter(WAYS))
+    tensor = next(iter(WAYS))
     for label in WAYS:
-        outcome.add_ratio(result, f"{where}, {_short(label)}: against own fp32", "cyflash", label)
+        outcome.add_ratio(result, f"{title(case)} {_short(label)}: vs own fp32", "cyflash", label)
     for peer in INT8_SYSTEMS:
         if peer != "cyflash":
-            what = f"{where}, {_short(tensor)}: against {peer}"
+            what = f"{title(case)} {_short(tensor)}: vs {peer}"
             outcome.add_ratio(result, what, peer, tensor, absent=outcome.skipped.get(peer, "it could not be started"))
     if tensor in result.timings:
         share = result.dot_share(tensor)
-        outcome.rows.append(Row(f"{where}, {_short(tensor)}: share of the int8 dot peak", share, "of peak"))
+        outcome.rows.append(Row(f"{title(case)} {_short(tensor)}: share of the int8 peak", share, "of peak"))
 
 
 def _with_options(outcome, case, worker, limit, bar):
     """Every option, in fp32 and int8."""
-    ends = {"per token, int8 in": TOKEN, "all defaults, float in": Int8()}
+    ends = {"codes per token": TOKEN, "float in": Int8()}
     entries = []
     for option, change in OPTIONS.items():
         asked = replace(case, **change)
@@ -85,7 +85,7 @@ def _with_options(outcome, case, worker, limit, bar):
     outcome.comparisons.append(result)
     for option in OPTIONS:
         for end in ends:
-            what = f"{title(case)} {option}, {end}: against own fp32"
+            what = f"{title(case)} {option}, {end}: vs own fp32"
             outcome.add_ratio(result, what, option, f"{option}, {end}")
 
 
@@ -105,7 +105,7 @@ def _build(outcome, name, limit, bar):
             result = run_race(entries, limit, on_round=on_round)
             outcome.comparisons.append(result)
             for end in ENDS:
-                what = f"{title(case)} {name}, {end}: against own fp32"
+                what = f"{title(case)} {name}, {end}: vs own fp32"
                 outcome.add_ratio(result, what, f"{name} fp32", f"{name} {end}")
 
 
@@ -121,9 +121,9 @@ def _threads(outcome, threads, environments, limit, bar):
             result = run_race(entries, limit, on_round=bar.next(f"threads {title(case)}"))
             outcome.comparisons.append(result)
             for end in ENDS:
-                what = f"{title(case)} {end}: {threads} threads against one"
+                what = f"{title(case)} {end}: {threads} threads vs one"
                 outcome.add_ratio(result, what, f"{end}, 1", f"{end}, {threads}")
 
 
 def _short(label):
-    return label.removeprefix("cyflash int8").strip(", ")
+    return label.removeprefix("cyflash int8, ")

@@ -130,7 +130,9 @@ def show(outcome):
         console.print(_int8_table(outcome.int8))
         console.print(
             "Rates count 2 (D + Dv) operations for each visible pair; below each: speed against cyflash fp32 in the "
-            "same rounds. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes.\n"
+            "same rounds. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes. "
+            "Codes: q, k, v come quantised; float in: all defaults, quantisation included.\n",
+            highlight=False,
         )
     if outcome.rows:
         console.print(_rows_table(outcome.rows))
@@ -250,17 +252,18 @@ def _speed_cell(result, label):
 
 
 def _rows_table(rows):
-    table = Table(title="Measured")
-    table.add_column("what")
-    table.add_column("measured", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("note")
+    """One line per row, its note below."""
+    table = Table(**_NARROW)
+    table.add_column("measured", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("95 %", justify="right", no_wrap=True)
     for row in rows:
+        what = row.what + (f"\n[dim]{escape(row.note)}[/]" if row.note else "")
         if row.spread is None:
-            table.add_row(row.what, "[yellow]not measured", "", escape(row.note))
+            table.add_row(what, "[yellow]not measured", "")
             continue
         value, *ends = (_in_unit(x, row.unit) for x in (row.spread.value, row.spread.low, row.spread.high))
-        table.add_row(row.what, f"{value} {row.unit}", " to ".join(ends) if all(ends) else "", escape(row.note))
+        table.add_row(what, f"[bold]{value} {row.unit}[/]", f"[dim]{'-'.join(ends)}[/]" if all(ends) else "")
     return table
 
 
