@@ -223,24 +223,20 @@ def draw(report, path):
     figure.savefig(path, dpi=130)
 
 
-def _colour(name, names):
-    """The colours of the schemes of one run: grey and black in fp32, a palette for int8."""
-    from matplotlib import colormaps
-
-    fixed = {"numpy fp32": "#8c8c8c", "cyflash fp32": "#000000"}
-    others = [other for other in names if other not in fixed]
-    return fixed[name] if name in fixed else colormaps["tab10"](others.index(name) % 10)
+def _colour(scheme):
+    """Grey and black in fp32, a palette for int8; the same whichever are chosen."""
+    return dict(zip(SCHEMES, ("#8c8c8c", "black", *(f"C{n}" for n in range(10))), strict=False))[scheme]
 
 
 def _lines(axis, title, names, values, may_be_log=False):
     """A line over the layers per scheme. Errors stay linear: on a logarithmic axis fp32 would squeeze int8 together."""
     for n, name in enumerate(names):
-        axis.plot(values[:, n], marker="o", markersize=3.5, linewidth=0.8, color=_colour(name, names), label=name)
+        axis.plot(values[:, n], marker="o", markersize=3.5, linewidth=0.8, color=_colour(name), label=name)
     positive = values[np.isfinite(values) & (values > 0)]
     if may_be_log and positive.size and positive.max() > 50 * positive.min():
         axis.set_yscale("log")
     else:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * positive.max(initial=1e-300))
     axis.set_ylabel(title)
     axis.set_xticks(range(len(values)), [""] * len(values))
     _tidy(axis)
@@ -248,16 +244,20 @@ def _lines(axis, title, names, values, may_be_log=False):
 
 def _accuracy_against_speed(axis, names, rows):
     """One point per layer and scheme, and a large one at their median: to the right is faster, below is closer."""
+    largest = np.zeros(2)
     for name in names:
         own = [row for row in rows if row["scheme"] == name and row["error"] and row["speedup_over_fp32"]]
-        if not own:
+        points = [(row["speedup_over_fp32"], row["error"]["rel_l1"]) for row in own]
+        points = np.array([point for point in points if np.isfinite(point).all()])  # inf: of a reference that is all 0
+        if not points.size:
             continue
-        points = np.array([(row["speedup_over_fp32"], row["error"]["rel_l1"]) for row in own])
-        colour = _colour(name, names)
+        largest = np.maximum(largest, points.max(axis=0))
+        colour = _colour(name)
         axis.scatter(*points.T, s=14, color=colour, alpha=0.45, linewidths=0, clip_on=False)
         axis.scatter(*np.median(points, axis=0), s=110, color=colour, edgecolors="white", zorder=3, clip_on=False)
     axis.set(xlabel="speed against cyflash fp32 (x)", ylabel="relative L1", title="accuracy and speed")
-    axis.set(xlim=(0, None), ylim=(0, None))
+    if largest.all():
+        axis.set(xlim=(0, 1.05 * largest[0]), ylim=(0, 1.05 * largest[1]))
     _tidy(axis)
 
 

@@ -193,11 +193,27 @@ def test_the_plot_is_a_picture_with_something_in_it(capsys, capture, tmp_path):
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 500
     height, width = pixels.shape[:2]
-    seen = [colours.to_rgb(report._colour(name, NAMES)) for name in NAMES]
+    seen = [colours.to_rgb(report._colour(name)) for name in NAMES]
     assert len(set(seen)) == len(NAMES)
     for part in (pixels[:, : width // 2], pixels[: height // 2, width // 2 :]):  # by layer; accuracy against speed
         drawn = [(abs(part[..., :3] - rgb).max(axis=-1) < 0.02).sum() for rgb in seen]
         assert sum(count > 30 for count in drawn) >= len(NAMES) - 1, drawn  # two points may coincide
+
+
+def test_a_reference_of_zeros_is_no_obstacle(capsys, tmp_path):
+    """Its relative error is 0 or inf."""
+    pytest.importorskip("matplotlib")
+    q, k, v = arrays(2, 40, 16)
+    path = save_capture(tmp_path / "x.npz", {"zero": (q, k, v * 0), "one": (q, k, v)})
+    status, _, _ = run(capsys, path, "--plot", tmp_path / "plot.png", "--json", tmp_path / "x.json")
+    assert status == 0
+    errors = [row["error"]["rel_l1"] for row in json.loads((tmp_path / "x.json").read_text())["layers"]]
+    assert errors[len(NAMES) :] == [0.0] * len(NAMES)
+    infinite = {"label": "a", "scheme": "int8 token", "speedup_over_fp32": 2.0, "seconds": None, "memory": None}
+    infinite["error"] = dict.fromkeys(report.ERRORS, np.inf)
+    about = {"cyflash": "1", "numpy": "2", "machine": {"cpu": "x", "implementation": "x"}, "settings": {"threads": 1}}
+    report.draw(about | {"layers": [infinite]}, tmp_path / "infinite.png")
+    assert (tmp_path / "infinite.png").stat().st_size > 1000
 
 
 def test_several_files_are_told_apart(capsys, capture, tmp_path):
