@@ -3,8 +3,8 @@
     python examples/accuracy_comparison.py [CAPTURE.safetensors] [PLOT.png]
 
 A row is one way to call flash_attention_int8. Its errors, against attention in float64, are the mean and the worst over
-all layers of the file. Its speed is that of a call on the float arrays of the first layer, quantisation included,
-against flash_attention (fp32) on the same. `cyflash compare` shows every layer, and memory.
+all layers of the file. Its speed is that of a call on the float arrays of the first layer, on one thread, quantisation
+included, against flash_attention (fp32) on the same. `cyflash compare` shows every layer, and memory.
 """
 
 import statistics
@@ -40,7 +40,7 @@ def main(capture=DATA, plot=None):
             output = cyflash.flash_attention_int8(*layer, **options, **capture.options)
             errors[label].append(compare(output, exact))
     first = next(iter(capture.values()))
-    rows = evaluate(*first, schemes=ladder(first), **capture.options)
+    rows = evaluate(*first, schemes=ladder(first), num_threads=1, **capture.options)
     speeds = {"fp32": 1.0} | {row["scheme"]: row["speedup_over_fp32"] for row in rows}
 
     print(f"{f'{capture.path.name}, layers: {len(capture)}':32}  rel. L1  worst head  worst row    speed")
