@@ -7,8 +7,8 @@ import sys
 
 # name -> what it does. Each is a module of this package with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
-    "compare": "error, time and memory beside plain NumPy attention, on captured activations",
-    "bench": "speed beside NumPy, torch, onnxruntime and openvino",
+    "compare": "error, time and memory of int8 and fp32 beside plain NumPy attention, on captured activations",
+    "bench": "speed beside NumPy, torch, onnxruntime and openvino, in fp32 and int8",
     "info": "what was built, what runs here, and on how many threads",
 }
 # What a user can cause: said in one line, without a traceback.

@@ -1,38 +1,23 @@
-"""`cyflash compare`: error, time and memory of cyflash beside plain NumPy, layer by layer, on captured activations.
+"""`cyflash compare`: what attention in int8 and fp32 loses and gains, layer by layer, on captured activations.
 
-    files -> captures -> one row per layer and scheme (measure) -> report.py: table, summary, --json, --plot
+    files -> captures -> one row per layer and scheme (cyflash.quant.evaluation) -> report.py: tables, --json, --plot
 """
 
 import argparse
 import json
 import statistics
-from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import cyflash
+from cyflash import schemes
 from cyflash.capture import LAYOUTS, load_capture
-from cyflash.measure import CallProcess, blas_threads, interleaved_times
-from cyflash.output import as_bytes, check_files
-from cyflash.plain import plain_attention
+from cyflash.measure import blas_threads
+from cyflash.output import check_files
+from cyflash.quant.evaluation import call_threads, measure_layer
 from cyflash.report import draw, show, summarise
-
-
-def _numpy_fp32(layer, options, threads):
-    with np.errstate(invalid="ignore", over="ignore"):  # inputs may be what they like: the comparison tells
-        return plain_attention(*layer, **options)
-
-
-def _cyflash_fp32(layer, options, threads):
-    return cyflash.flash_attention(*layer, num_threads=threads, **options)
-
-
-# The rows of every layer: name -> function(layer, options, threads) -> output. The others are set against the first.
-SCHEMES = {"numpy fp32": _numpy_fp32, "cyflash fp32": _cyflash_fp32}
-BASELINE = next(iter(SCHEMES))
 
 
 class Settings(NamedTuple):
@@ -41,6 +26,7 @@ class Settings(NamedTuple):
     layout: str
     given: dict
     """Options of the command line; they win over those of a file."""
+    schemes: dict
     threads: int
     blas_threads: int | None
     """What NumPy's BLAS reports; None when it cannot be told."""
@@ -53,7 +39,11 @@ def add_arguments(parser):
         "(B, H, L, D) (default: the activations in examples/data)",
     )  # fmt: skip
     parser.add_argument("--layout", choices=LAYOUTS, default="bhld", help="order of the axes in FILE (default: bhld)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of both (default: see `cyflash info`)")
+    parser.add_argument(
+        "--schemes", nargs="+", default=["*"], metavar="NAME",
+        help=f"which to show, by name or pattern such as 'int8*' (default: all: {'; '.join(schemes.SCHEMES)})",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of all (default: see `cyflash info`)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the table (needs matplotlib)")
     options = parser.add_argument_group("attention options", "override what FILE's metadata says")
@@ -68,10 +58,11 @@ def add_arguments(parser):
 
 def run(args):
     check_files(args.json, args.plot)
+    chosen = _chosen_schemes(args.schemes)
     captures = [load_capture(path, args.layout) for path in args.files or [shipped_data()]]
-    threads, notes = _threads(args.threads)
+    threads, notes = call_threads(args.threads)
     with blas_threads(threads) as blas:
-        settings = Settings(args.layout, _given_options(args), threads, blas.count)
+        settings = Settings(args.layout, _given_options(args), chosen, threads, blas.count)
         rows = measure(captures, settings)
     report = describe(captures, settings, rows)
     report["notes"] = notes + _notes(captures, rows)
@@ -84,7 +75,7 @@ def run(args):
     if args.plot:
         draw(report, args.plot)
         print(f"Plot: {args.plot}")
-    return 1 if any(row["problem"] and row["scheme"] != BASELINE for row in rows) else 0
+    return 1 if any(row["problem"] and row["scheme"] != schemes.NUMPY for row in rows) else 0
 
 
 def shipped_data():
@@ -112,7 +103,8 @@ def measure(captures, settings):
     console = Console(stderr=True)
     rows = []
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(layers) * (2 + len(SCHEMES)))
+        steps = 2 + len({schemes.NUMPY, schemes.FP32} | settings.schemes.keys())
+        task = progress.add_task("", total=len(layers) * steps)
         for capture, name in layers:
             label = f"{capture.path.stem}: {name}" if len(captures) > 1 else name
 
@@ -120,128 +112,24 @@ def measure(captures, settings):
                 progress.update(task, description=f"{label}: {what}", refresh=True)  # quick steps are named too
                 return lambda: progress.advance(task)
 
-            rows += measure_layer(capture, name, label, settings, step)
+            layer, options = capture[name], capture.options | settings.given
+            about = {
+                "file": str(capture.path),
+                "layer": name,
+                "label": label,
+                "shapes": dict(zip("qkv", (list(x.shape) for x in layer), strict=True)),
+                "stored": capture.stored[name],
+            }
+            for row in measure_layer(layer, options, settings.schemes, settings.threads, step):
+                rows.append(about | row | {"problem": row["problem"] and str(row["problem"])})
     return rows
 
 
-def measure_layer(capture, name, label, settings, step):
-    layer, options = capture[name], capture.options | settings.given
-    attend = dict(SCHEMES)
-    problems = dict.fromkeys(SCHEMES)
-    if problem := _too_large(layer, 4):
-        problems[BASELINE] = f"not run: its scores alone need {problem}"
-        del attend[BASELINE]
-
-    done = step("error")
-    outputs = {scheme: attend[scheme](layer, options, settings.threads) for scheme in attend}
-    errors, found = _errors(layer, options, outputs)
-    problems |= found
-    del outputs
-    done()
-    with ExitStack() as stack:
-        processes = {}
-        for scheme in attend:
-            done = step(f"memory of {scheme}")
-            processes[scheme] = stack.enter_context(_process(capture, name, settings, scheme))
-            done()
-        done = step("time")
-        times = interleaved_times(processes)
-        done()
-        memory = {scheme: process.memory for scheme, process in processes.items()}
-    seconds = {scheme: statistics.median(chain(*rounds)) for scheme, rounds in times.items()}
-    return [
-        {
-            "file": str(capture.path),
-            "layer": name,
-            "label": label,
-            "shapes": dict(zip("qkv", (list(x.shape) for x in layer), strict=True)),
-            "stored": capture.stored[name],
-            "scheme": scheme,
-            "problem": problems[scheme],
-            "error": errors[scheme]._asdict() if scheme in errors else None,
-            "seconds": seconds.get(scheme),
-            "seconds_by_round": times.get(scheme),
-            "memory": memory[scheme]._asdict() | {"extra": memory[scheme].extra} if scheme in memory else None,
-            **_ratios(scheme, seconds, memory),
-        }
-        for scheme in SCHEMES
-    ]
-
-
-def _process(capture, name, settings, scheme):
-    """A fresh process with one scheme's call on one layer."""
-    return CallProcess(
-        "cyflash.compare:prepare_call", path=str(capture.path.resolve()), layer=name, layout=settings.layout,
-        given=settings.given, scheme=scheme, threads=settings.threads,
-    )  # fmt: skip
-
-
-def prepare_call(path, layer, layout, given, scheme, threads):
-    """In that process: everything but the call itself."""
-    capture = load_capture(path, layout)
-    arrays, options = capture[layer], capture.options | given
-    if "window" in options:
-        options["window"] = tuple(options["window"])
-    blas_threads(threads)  # for as long as the process lives
-    return lambda: SCHEMES[scheme](arrays, options, threads)
-
-
-def _errors(layer, options, outputs):
-    """({scheme: Comparison with the float64 reference}, {scheme: what was wrong})."""
-    from cyflash.quant import compare
-
-    if problem := _too_large(layer, 7 * 8, heads=1):
-        return {}, dict.fromkeys(outputs, f"no error: the float64 reference needs {problem}")
-    reference = cyflash.reference.attention(*layer, **options)
-    errors, problems = {}, {}
-    for scheme, output in outputs.items():
-        try:
-            errors[scheme] = compare(output, reference)
-        except ValueError as error:  # NaN or infinities where the reference has none
-            problems[scheme] = str(error)
-    return errors, problems
-
-
-def _too_large(layer, bytes_per_score, heads=None):
-    """Why (Lq, Lk) arrays of that many bytes per score do not fit the memory that is free; None if they do."""
-    *outer, Lq, _ = layer.q.shape
-    heads = int(np.prod(outer)) if heads is None else heads
-    need, free = bytes_per_score * heads * Lq * layer.k.shape[-2], _available_memory()
-    return f"{as_bytes(need)}, and {as_bytes(free)} are free" if free is not None and need > 0.9 * free else None
-
-
-def _available_memory():
-    """Bytes that can still be used, by the system's and the container's account; None where that is not known."""
-    limits = []
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-        used, most = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.current", "memory.max"))
-        limits.append(int(most) - int(used))
-    except (OSError, ValueError, KeyError):
-        pass
-    return min(limits, default=None)
-
-
-def _ratios(scheme, seconds, memory):
-    """How a scheme stands to the baseline; None where there is nothing to divide."""
-    if scheme == BASELINE or BASELINE not in seconds:
-        return {"speedup": None, "memory_ratio": None}
-    base = memory[BASELINE].extra
-    return {
-        "speedup": seconds[BASELINE] / seconds[scheme],
-        "memory_ratio": memory[scheme].extra / base if base else None,
-    }
-
-
-def _threads(asked):
-    """(threads for both, notes)."""
-    info = cyflash.cpu_info()
-    threads = asked or info["threads"]
-    if threads > 1 and info["openmp"] is None:
-        return 1, ["cyflash was built without OpenMP: both run on one thread."]
-    return threads, []
+def _chosen_schemes(patterns):
+    for pattern in patterns:
+        if pattern.endswith((".npz", ".safetensors")):
+            raise ValueError(f"--schemes takes all names that follow it, {pattern} too: put each FILE before --schemes")
+    return schemes.select(patterns)
 
 
 def _given_options(args):
@@ -263,9 +151,10 @@ def describe(captures, settings, rows):
             "threads": settings.threads,
             "numpy_blas_threads": settings.blas_threads,
             "layout": settings.layout,
+            "schemes": {name: scheme.options for name, scheme in settings.schemes.items()},
             "files": {str(capture.path): _plain(capture.options | settings.given) for capture in captures},
         },
-        "baseline": BASELINE,
+        "baseline": schemes.NUMPY,
         "layers": rows,
         "summary": summarise(rows),
     }

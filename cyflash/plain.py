@@ -11,8 +11,8 @@ __all__ = ["plain_attention"]
 
 
 def plain_attention(
-    q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, alibi_slopes=None,
-    sinks=None,
+    q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
+    alibi_slopes=None, sinks=None,
 ):  # fmt: skip
     """Attention with the whole score array in memory.
 
@@ -21,7 +21,7 @@ def plain_attention(
     q : ndarray of float32, shape (Lq, D), (H, Lq, D) or (B, H, Lq, D)
     k : ndarray of float32, shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D); H is a multiple of Hk
     v : ndarray of float32, shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv)
-    causal, causal_align, scale, window, softcap, alibi_slopes, sinks
+    causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks
         As in `cyflash.flash_attention`.
 
     Returns
@@ -51,11 +51,15 @@ def plain_attention(
         scores /= np.float32(softcap)
         np.tanh(scores, out=scores)
         scores *= np.float32(softcap)
+    if bias is not None:
+        scores += _per_score(bias, scores, shape)
     if causal or window is not None or alibi_slopes is not None:
         distance = _distance(q.shape[-2], k.shape[-2], causal_align)
         if alibi_slopes is not None:
             scores -= _per_head(alibi_slopes, scores) * np.abs(distance).astype(np.float32)
         np.copyto(scores, -np.inf, where=_hidden(distance, causal, window))
+    if mask is not None:
+        np.copyto(scores, -np.inf, where=~_per_score(mask, scores, shape))
 
     largest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     if sinks is not None:
@@ -84,6 +88,11 @@ def _per_head(x, scores):
     """(H,) or (B, H) -> (1 or B, Hk, H // Hk, 1, 1), as `scores` needs it."""
     x = np.asarray(x, np.float32)
     return x.reshape(-1, *scores.shape[1:3], 1, 1)
+
+
+def _per_score(x, scores, rows):
+    """A view of what broadcasts to rows + (Lk,) in the shape of `scores`."""
+    return np.broadcast_to(x, (*rows, scores.shape[-1])).reshape(scores.shape)
 
 
 def _distance(Lq, Lk, causal_align):

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from cyflash.bench.cases import BF16
 from cyflash.bench.systems import Candidate, System
 from cyflash.reference import attention
 
@@ -46,6 +47,24 @@ class LowPrecision(_Peer):
     def compute(self, *arrays, **keywords):
         rounded = ((x.view(np.uint32) + 0x8000 & 0xFFFF0000).view(np.float32) for x in arrays)
         return super().compute(*rounded, **keywords)
+
+
+class SaysBf16(_Peer):
+    """Is more precise than it says: not the system that it is taken for."""
+
+    name = "says bf16"
+
+    @classmethod
+    def tolerance(cls, case):
+        return BF16
+
+
+class Bf16(LowPrecision):
+    name = "is bf16"
+
+    @classmethod
+    def tolerance(cls, case):
+        return BF16
 
 
 class NaNRow(_Peer):

@@ -1,15 +1,16 @@
 """`cyflash bench`: what it reports, what it refuses, and that its measurements are what it says. No time is judged."""
 
 import json
+from dataclasses import asdict, replace
 
 import bench_peers
 import numpy as np
 import pytest
 from rich.console import Console
 
-from cyflash import bench, cpu_info, flops
-from cyflash.bench import cases, race, suite, systems
-from cyflash.bench.cases import OPTIONS, Case, Expected
+from cyflash import bench, cpu, cpu_info, flash_attention_int8, flops, quantize
+from cyflash.bench import cases, int8, race, suite, systems
+from cyflash.bench.cases import FP32, OPTIONS, Case, Error, Expected, Int8
 from cyflash.cli import main
 from cyflash.reference import attention
 
@@ -175,7 +176,9 @@ def test_wrong_cyflash_ends_the_run(bench_run, monkeypatch):
         (["--rounds", "0"], "--rounds: expected 1 or more; got 0"),
         (["--seconds", "-1"], "--seconds: expected a time above 0"),
         (["--isa", "sse9"], "sse9"),
+        (["--int8", "--systems", "openvino"], "--systems: expected names of cyflash, torch, openvino bf16; got"),
         (["--suite", "--causal"], "--suite measures a fixed list"),
+        (["--int8", "--shapes", "1,1,8,8"], "--int8 measures a fixed list"),
         (["--suite", "--shapes", "1,1,8,8"], "--suite measures a fixed list"),
         (["--json", "no/such/folder/x.json"], "no folder no/such/folder"),
         (["--plot", "no/such/folder/x.png"], "no folder no/such/folder"),
@@ -219,7 +222,7 @@ def test_expected_rows_are_those_of_the_whole_case(case, at_once, monkeypatch):
     for row in (0, 39):
         wrong = whole.copy()
         wrong[-1, -1, row] += 0.01
-        assert not expected.error(wrong).acceptable
+        assert not FP32.accepts(expected.error(wrong))
     with pytest.raises(ValueError, match="expected shape"):
         expected.error(whole[:, :, :-1])
 
@@ -285,8 +288,6 @@ def test_importing_the_command_imports_no_peer():
 
 
 def test_suite_measures_every_row(bench_run, monkeypatch):
-    from dataclasses import replace
-
     shrunk = {"PLAIN": (1, 4, 64, 16), "FULL": (1, 1, 64, 16), "LONG_FULL": (1, 1, 128, 16)}
     for name, shape in shrunk.items():
         monkeypatch.setattr(suite, name, replace(getattr(suite, name), shape=shape))
@@ -312,6 +313,122 @@ def test_suite_measures_every_row(bench_run, monkeypatch):
     assert {"full", "window"} in labels
 
 
+# --- int8 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_int8(monkeypatch):
+    """Its fixed list, in miniature."""
+    monkeypatch.setattr(race, "THREAD_PROBES", 1)
+    monkeypatch.setattr(int8, "SHAPES", ((1, 1, 96, 16), (1, 1, 96, 24)))
+    monkeypatch.setattr(int8, "PLAIN", (Case((1, 4, 96, 16)),))
+    monkeypatch.setattr(int8, "BUILDS", (Case((1, 1, 96, 16)),))
+    monkeypatch.setattr(int8, "THREADED", (Case((1, 4, 96, 16)),))
+    monkeypatch.setitem(int8.OPTIONS, "window (256, 0)", {"window": (25, 0)})
+
+
+def test_int8_measures_every_row(bench_run, enter, small_int8, monkeypatch, tmp_path):
+    plot = tmp_path / "int8.png"
+    for peer in (bench_peers.Bf16, bench_peers.Honest):
+        monkeypatch.setitem(systems.INT8_SYSTEMS, peer.name, peer)
+    arguments = "--int8", "--systems", "is bf16", "honest", "--rounds", 3, "--threads", 1, 2, "--plot", plot
+    if cpu_info()["threads"] < 2:
+        arguments = (*arguments[:-4], 1, *arguments[-2:])
+    status, document, out, _ = bench_run(*arguments)
+    assert status == 0, out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = {row["what"]: row for row in document["suite"]}
+    ways = [label.removeprefix("cyflash int8, ") for label in int8.WAYS]
+    ends = [
+        *(f"16) {way}: vs own fp32" for way in ways),
+        *(f"16) codes per tensor: {end}" for end in ("vs is bf16", "share of the int8 peak")),
+        *(f"{option}, {way}: vs own fp32" for option in int8.OPTIONS for way in ways[1:3]),
+        *(f") {name}, {way}: vs own fp32" for name in cpu.runnable() for way in (ways[0], ways[2])),
+    ]
+    for end in ends:
+        (row,) = (row for what, row in rows.items() if what.endswith(end))
+        assert row["spread"]["value"] > 0 and row["note"] == ""
+    for peer in ("torch", "openvino bf16"):
+        found = [row for what, row in rows.items() if what.endswith(f"vs {peer}")]
+        assert len(found) == 2
+        assert all(row["spread"] is None and row["note"] == "not among --systems" for row in found)
+    if cpu_info()["threads"] > 1:
+        assert rows["(1, 4, 96, 16) codes per tensor: 2 threads vs one"]["spread"]["value"] > 0
+    assert all(what in out for what in rows)
+    for contest in document["int8"]:
+        assert contest["entries"].keys() == {"cyflash", "is bf16", "honest", *int8.WAYS}
+        assert len(contest["dot_rates"]) == 3
+        for label, entry in contest["entries"].items():
+            low, high = (1e-3, 3e-2) if "int8" in label or "bf16" in label else (1e-8, 1e-6)
+            assert low < entry["error"]["rel_l1"] < high
+            assert entry["case"]["int8"] == (asdict(int8.WAYS[label]) if label in int8.WAYS else None)
+
+
+def test_int8_figures_follow_from_the_raw_times(bench_run, small_int8, monkeypatch):
+    monkeypatch.setattr(cpu, "runnable", lambda: ())
+    monkeypatch.setattr(int8, "PLAIN", ())
+    _, document, _, _ = bench_run("--int8", "--systems", "torch", "--rounds", 4)
+    rows = {row["what"]: row for row in document["suite"]}
+    contest, label = document["int8"][0], "cyflash int8, codes per tensor"
+    medians = {name: np.median([np.median(x) for x in e["rounds"]]) for name, e in contest["entries"].items()}
+    where = "(1, 1, 96, 16) codes per tensor: "
+    assert rows[where + "vs own fp32"]["spread"]["value"] == pytest.approx(medians["cyflash"] / medians[label])
+    share = flops.attention_flops(1, 1, 96, 96, 16, 16) / medians[label] / np.median(contest["dot_rates"])
+    assert rows[where + "share of the int8 peak"]["spread"]["value"] == pytest.approx(share)
+
+
+def test_a_system_that_is_more_precise_than_it_says_is_refused(bench_run, small_int8, monkeypatch):
+    monkeypatch.setattr(cpu, "runnable", lambda: ())
+    monkeypatch.setitem(systems.INT8_SYSTEMS, "says bf16", bench_peers.SaysBf16)
+    status, document, *_ = bench_run("--int8", "--systems", "says bf16", "--rounds", 1)
+    assert status == 1
+    (reason, _) = (text for where, text in document["failures"].items() if where.startswith("says bf16"))
+    assert "not bf16 attention" in reason
+    rows = [row for row in document["suite"] if row["what"].endswith("vs says bf16")]
+    assert all(row["spread"] is None and "not bf16 attention" in row["note"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino bf16"])
+def test_installed_peers_of_int8_have_their_precision(bench_run, small_int8, monkeypatch, name):
+    if reason := systems.INT8_SYSTEMS[name].missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(cpu, "runnable", lambda: ())
+    monkeypatch.setattr(int8, "PLAIN", ())
+    status, document, out, _ = bench_run("--int8", "--systems", name, "--rounds", 1)
+    assert status == 0, out
+    for contest in document["int8"]:
+        entry = contest["entries"][name]
+        assert (1e-3 < entry["error"]["rel_l1"] < 1e-2) if "bf16" in name else (entry["error"]["rel_l1"] < 1e-6)
+        assert len(entry["variants"]) == (4 if "bf16" in name else 1)
+
+
+def test_the_ways_to_int8_are_the_calls_of_their_names():
+    q, k, v = Case((1, 2, 40, 16)).inputs()
+    codes, smooth = (quantize(x, "token") for x in (q, v)), quantize(k, "token", smooth=True)
+    q8, v8 = codes
+    calls = {
+        "cyflash int8, codes per tensor": lambda: flash_attention_int8(*(quantize(x, "tensor") for x in (q, k, v))),
+        "cyflash int8, codes per token": lambda: flash_attention_int8(q8, smooth, v8),
+        "cyflash int8, float in": lambda: flash_attention_int8(q, k, v),
+        "cyflash int8, codes, bf16 PV": lambda: flash_attention_int8(q8, smooth, v8, pv="bf16"),
+        "cyflash int8, float in, bf16 PV": lambda: flash_attention_int8(q, k, v, pv="bf16"),
+    }
+    assert list(calls) == list(int8.WAYS)
+    for label, call in calls.items():
+        (build,) = systems.Cyflash(1).candidates(Case((1, 2, 40, 16), int8=int8.WAYS[label])).values()
+        candidate = build()
+        np.testing.assert_array_equal(candidate.read(candidate.call()), call(), err_msg=label)
+
+
+@pytest.mark.parametrize("how", [Int8(), Int8("tensor"), Int8(pv="bf16")])
+def test_the_tolerance_of_int8_refuses_fp32_noise_and_nan(how):
+    tolerance = how.tolerance()
+    assert tolerance.accepts(Error(1.2e-2, 2e-2, 1, 1))
+    assert tolerance.accepts(Error(2.2e-2, 2e-2, 1, 1)) == (how.granularity == "tensor")
+    for rel_l1, largest in ((1e-6, 1e-6), (0.1, 2e-2), (1.2e-2, 0.5), (np.nan, np.nan), (1.2e-2, np.nan)):
+        assert not tolerance.accepts(Error(rel_l1, largest, 1, 1))
+
+
 def test_default_shapes_include_the_long_and_the_encoder_ones():
     assert {(1, 1, 2048, 64), (1, 1, 4096, 64), (1, 1, 4096, 128), (8, 12, 512, 64)} <= set(bench.SHAPES)
 
@@ -335,4 +452,20 @@ def test_the_tables_fit_a_terminal_of_80_columns(capsys, monkeypatch):
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 80
     for text in (*labels, "(16, 12, 384, 128)", "1.00 x", "1.00-1.00", "18.4 ms"):
+        assert text in out
+
+    labels = ["cyflash", "torch", "openvino bf16", *int8.WAYS]
+    contests = [
+        race.Race(1, {label: replace(Case(shape), int8=int8.WAYS.get(label)) for label in labels})
+        for shape in ((1, 1, 4096, 64), (1, 1, 4096, 128), (1, 1, 2048, 64), (1, 1, 2048, 128))
+    ]
+    for contest in contests:
+        contest.timings = {label: timing(1.23e-3) for label in labels}
+        for own in contest.timings.values():
+            own.error = Error(1.2e-2, 1e-2, 1, 1)
+    report.show(report.Outcome({}, {}, {1: dict.fromkeys(labels, about)}, int8=contests))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    for text in ("openvino bf16", "GFLOP/s", "GOP/s", "1.00 x", "1.2e-02"):
         assert text in out

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 
 import cyflash
-from cyflash import compare, measure, report
+from cyflash import compare, measure, report, schemes
 from cyflash.capture import load_capture, save_capture
 from cyflash.cli import main
+from cyflash.quant import evaluation
 
 ROOT = Path(__file__).parents[1]
+NAMES = list(schemes.SCHEMES)
+FP32 = ("--schemes", "*fp32")  # quicker, where int8 would add nothing
 
 
 @pytest.fixture(autouse=True)
 def one_short_round(monkeypatch):
-    monkeypatch.setattr(compare, "interleaved_times", partial(measure.interleaved_times, rounds=1, seconds=0.0))
+    monkeypatch.setattr(evaluation, "interleaved_times", partial(measure.interleaved_times, rounds=1, seconds=0.0))
 
 
 def arrays(*shape, dtype=np.float32, seed=0):
@@ -50,31 +53,32 @@ def run_json(capsys, tmp_path, *arguments):
 
 @pytest.fixture
 def options_used(monkeypatch):
-    """The options that each scheme was called with, in order."""
-    used = []
+    """The options that each scheme was called with here, in order."""
+    used, call = [], schemes.Scheme.__call__
 
-    def recording(attend):
-        return lambda layer, options, threads: used.append((options, threads)) or attend(layer, options, threads)
+    def recording(scheme, layer, options, num_threads):
+        used.append((options, num_threads))
+        return call(scheme, layer, options, num_threads)
 
-    monkeypatch.setattr(compare, "SCHEMES", {name: recording(attend) for name, attend in compare.SCHEMES.items()})
+    monkeypatch.setattr(schemes.Scheme, "__call__", recording)
     return used
 
 
 # What is said
 
 
-def test_the_table_has_every_layer_and_scheme_and_a_summary(capsys, capture):
+def test_the_tables_have_every_layer_and_scheme(capsys, capture):
     status, out, err = run(capsys, capture)
     assert status == 0
     assert err == ""  # the progress bar is for terminals
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines if "numpy fp32" in line] == ["a", "b"]
-    assert sum("cyflash fp32" in line for line in lines) == 2 + 1  # and the summary
-    assert lines[-1].startswith("cyflash fp32, 2 layers: ")
-    for text in ("as fast as NumPy", "its memory", "mean relative L1", "worst row"):
-        assert text in lines[-1]
-    for header in ("rel. L1", "max abs", "head", "row", "time", "ratio", "memory"):
-        assert header in out
+    by_layer, summary = "\n".join(lines).split("2 layers")
+    assert [line.split()[0] for line in by_layer.splitlines() if "numpy fp32" in line] == ["a", "b"]
+    for name in NAMES:
+        assert sum(f"{name} " in line for line in by_layer.splitlines()) == 2, name
+        assert sum(line.startswith(f"{name} ") for line in summary.splitlines()) == 1, name
+    for header in ("rel. L1", "1-cos", "RMSE", "worst", "head", "row", "time", "/NumPy", "/fp32", "memory"):
+        assert header in by_layer
     assert "tiny.npz" in out and "Options: none" in out
     assert f"{cyflash.cpu_info()['implementation']} build" in out
 
@@ -90,24 +94,59 @@ def test_the_numbers_are_written_as_json(capsys, capture, tmp_path):
     assert got["machine"]["implementation"] == cyflash.cpu_info()["implementation"]
     assert got["settings"]["threads"] == 1
     assert got["settings"]["numpy_blas_threads"] in (1, None)
+    assert got["settings"]["schemes"]["int8 head"] == {"granularity": ["head", "head", "token"], "smooth_k": True}
     assert [(row["layer"], row["scheme"]) for row in got["layers"]] == [
-        (layer, scheme) for layer in "ab" for scheme in ("numpy fp32", "cyflash fp32")
+        (layer, scheme) for layer in "ab" for scheme in NAMES
     ]
     for row in got["layers"]:
-        assert set(row["error"]) == {"rel_l1", "cosine", "rmse", "max_abs", "worst_head", "worst_row"}
-        assert 0 < row["error"]["rel_l1"] < 1e-6
-        assert row["error"]["rel_l1"] <= row["error"]["worst_head"] <= row["error"]["worst_row"] < 1e-5
+        error, low, high = row["error"], *((1e-3, 0.1) if "int8" in row["scheme"] else (1e-8, 1e-6))
+        assert set(error) == {"rel_l1", "cosine", "rmse", "max_abs", "worst_head", "worst_row"}
+        assert low < error["rel_l1"] < high
+        assert error["rel_l1"] <= error["worst_head"] <= error["worst_row"] < 10 * high
+        assert 0 < 1 - error["cosine"] < high**2
         assert row["seconds"] > 0
         assert row["memory"]["peak"] >= row["memory"]["before"] > 1e6
         assert row["shapes"] == {"q": [2, 40, 16], "k": [2, 40, 16], "v": [2, 40, 16]}
         assert row["stored"] == "float32"
         assert row["problem"] is None
-    assert got["layers"][0]["speedup"] is None
-    assert got["layers"][1]["speedup"] > 0
-    summary = got["summary"]["cyflash fp32"]
-    assert summary["layers"] == 2
-    assert summary["rel_l1_mean"] == pytest.approx(np.mean([got["layers"][n]["error"]["rel_l1"] for n in (1, 3)]))
-    assert summary["largest"]["worst_row"] == max(got["layers"][n]["error"]["worst_row"] for n in (1, 3))
+        base = {other["scheme"]: other for other in got["layers"] if other["layer"] == row["layer"]}
+        assert row["speedup"] == base["numpy fp32"]["seconds"] / row["seconds"]
+        assert row["speedup_over_fp32"] == base["cyflash fp32"]["seconds"] / row["seconds"]
+        if base["numpy fp32"]["memory"]["extra"]:
+            assert row["memory_ratio"] == row["memory"]["extra"] / base["numpy fp32"]["memory"]["extra"]
+
+
+def test_the_summary_has_mean_and_worst_over_layers(capsys, capture, tmp_path):
+    got = run_json(capsys, tmp_path, capture)
+    for name, summary in got["summary"].items():
+        rows = [row for row in got["layers"] if row["scheme"] == name]
+        assert summary["layers"] == len(rows) == 2
+        for key, worst in (("rel_l1", max), ("cosine", min), ("worst_head", max), ("worst_row", max)):
+            values = [row["error"][key] for row in rows]
+            assert summary["mean"][key] == pytest.approx(np.mean(values))
+            assert summary["worst"][key] == worst(values)
+        for key in ("speedup", "speedup_over_fp32"):
+            values = [row[key] for row in rows]
+            assert summary[key] == {"median": np.median(values), "min": min(values), "max": max(values)}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (("int8 token", "int8 head"), ["int8 head", "int8 token"]),  # in the order of the table
+        (("int8*PV",), ["int8 token, bf16 PV", "int8 token, fp32 PV"]),
+        (("cyflash fp32", "*tensor"), ["cyflash fp32", "int8 tensor"]),
+    ],
+)
+def test_schemes_are_chosen_by_name_or_pattern_and_keep_their_ratios(capsys, capture, tmp_path, patterns, names):
+    got = run_json(capsys, tmp_path, capture, "--schemes", *patterns)
+    assert [row["scheme"] for row in got["layers"]] == 2 * names
+    assert list(got["summary"]) == names
+    for row in got["layers"]:
+        assert row["speedup"] > 0 and row["speedup_over_fp32"] > 0
+    _, out, _ = run(capsys, capture, "--schemes", *patterns)
+    assert "numpy fp32" not in out
+    assert out.count("\na ") == out.count("\nb ") == 1  # the layer stands before the first of them
 
 
 def test_the_numbers_are_written_before_anything_is_shown(capture, tmp_path, monkeypatch):
@@ -117,51 +156,96 @@ def test_the_numbers_are_written_before_anything_is_shown(capture, tmp_path, mon
     monkeypatch.setattr(compare, "show", broken)
     path = tmp_path / "numbers.json"
     assert main(["compare", str(capture), "--json", str(path)]) == 2
-    assert len(json.loads(path.read_text())["layers"]) == 4
+    assert len(json.loads(path.read_text())["layers"]) == 2 * len(NAMES)
 
 
 def test_the_errors_are_those_of_the_functions(capsys, capture, tmp_path):
-    got = run_json(capsys, tmp_path, capture)
+    got = run_json(capsys, tmp_path, capture, "--causal")
     layer = load_capture(capture)["b"]
-    reference = cyflash.reference.attention(*layer)
-    expected = cyflash.quant.compare(cyflash.flash_attention(*layer), reference)
-    assert got["layers"][3]["error"] == expected._asdict()
+    reference = cyflash.reference.attention(*layer, causal=True)
+    outputs = {
+        "cyflash fp32": cyflash.flash_attention(*layer, causal=True),
+        "int8 tensor": cyflash.flash_attention_int8(*layer, causal=True, granularity="tensor", smooth_k=False),
+        "int8 token": cyflash.flash_attention_int8(*layer, causal=True),
+        "int8 token, bf16 PV": cyflash.flash_attention_int8(*layer, causal=True, pv="bf16"),
+    }
+    errors = {row["scheme"]: row["error"] for row in got["layers"] if row["layer"] == "b"}
+    for name, output in outputs.items():
+        assert errors[name] == cyflash.quant.compare(output, reference)._asdict(), name
+
+
+def test_evaluate_gives_the_same_numbers(capsys, capture, tmp_path):
+    got = run_json(capsys, tmp_path, capture, "--softcap", 5)
+    rows = [row for row in got["layers"] if row["layer"] == "a"]
+    evaluated = cyflash.quant.evaluate(*load_capture(capture)["a"], softcap=5.0)
+    assert [row["scheme"] for row in evaluated] == NAMES
+    for ours, theirs in zip(evaluated, rows, strict=True):
+        assert {name: ours[name] for name in theirs["error"]} == theirs["error"]
+        assert {"speedup", "speedup_over_fp32", "memory_ratio", "seconds", "memory"} < ours.keys() & theirs.keys()
 
 
 def test_the_plot_is_a_picture_with_something_in_it(capsys, capture, tmp_path):
-    image = pytest.importorskip("matplotlib.image")
+    image, colours = pytest.importorskip("matplotlib.image"), pytest.importorskip("matplotlib.colors")
     path = tmp_path / "plot.png"
     status, out, _ = run(capsys, capture, "--plot", path)
     assert status == 0
     assert f"Plot: {path}" in out
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 500
-    for colour in report.COLOURS.values():
-        rgb = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
-        assert (abs(pixels[..., :3] - rgb).max(axis=-1) < 0.01).sum() > 1000  # its bars
+    height, width = pixels.shape[:2]
+    seen = [colours.to_rgb(report._colour(name)) for name in NAMES]
+    assert len(set(seen)) == len(NAMES)
+    for part in (pixels[:, : width // 2], pixels[: height // 2, width // 2 :]):  # by layer; accuracy against speed
+        drawn = [(abs(part[..., :3] - rgb).max(axis=-1) < 0.02).sum() for rgb in seen]
+        assert sum(count > 30 for count in drawn) >= len(NAMES) - 1, drawn  # two points may coincide
+
+
+def test_a_reference_of_zeros_is_no_obstacle(capsys, tmp_path):
+    """Its relative error is 0 or inf."""
+    pytest.importorskip("matplotlib")
+    q, k, v = arrays(2, 40, 16)
+    path = save_capture(tmp_path / "x.npz", {"zero": (q, k, v * 0), "one": (q, k, v)})
+    status, _, _ = run(capsys, path, "--plot", tmp_path / "plot.png", "--json", tmp_path / "x.json")
+    assert status == 0
+    errors = [row["error"]["rel_l1"] for row in json.loads((tmp_path / "x.json").read_text())["layers"]]
+    assert errors[len(NAMES) :] == [0.0] * len(NAMES)
+    infinite = {"label": "a", "scheme": "int8 token", "speedup_over_fp32": 2.0, "seconds": None, "memory": None}
+    infinite["error"] = dict.fromkeys(report.ERRORS, np.inf)
+    about = {"cyflash": "1", "numpy": "2", "machine": {"cpu": "x", "implementation": "x"}, "settings": {"threads": 1}}
+    report.draw(about | {"layers": [infinite]}, tmp_path / "infinite.png")
+    assert (tmp_path / "infinite.png").stat().st_size > 1000
 
 
 def test_several_files_are_told_apart(capsys, capture, tmp_path):
     other = save_capture(tmp_path / "other.safetensors", arrays(1, 8, 4), causal=True)
-    got = run_json(capsys, tmp_path, capture, other)
+    got = run_json(capsys, tmp_path, capture, other, *FP32)
     assert [row["label"] for row in got["layers"]][::2] == ["tiny: a", "tiny: b", "other: other"]
     assert got["settings"]["files"] == {str(capture): {}, str(other): {"causal": True}}
 
 
-@pytest.mark.parametrize("width", [80, 140])
-def test_the_table_fits_the_terminal(capsys, width):
-    error = dict.fromkeys(report.ERRORS, 1.23e-7)
-    row = {"label": "technical.layer0", "error": error, "seconds": 0.123, "speedup": 12.34, "memory_ratio": 0.34}
-    rows = [row | {"scheme": scheme, "memory": {"extra": 123e6}} for scheme in compare.SCHEMES]
-    from rich.console import Console
+@pytest.mark.parametrize("layer", ["technical.layer", "model.transformer.layers.attention."])
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_the_tables_fit_the_terminal(capsys, monkeypatch, layer, width):
+    import rich.console
 
-    table = report._table({"layers": rows, "baseline": compare.BASELINE}, wide=width >= report._wide(rows))
-    Console(width=width).print(table)
+    terminal = partial(rich.console.Console, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(rich.console, "Console", lambda **options: terminal(**options))
+    error = dict.fromkeys(report.ERRORS, 1.23e-7) | {"cosine": 0.5}
+    ratios = {"speedup": 12.34, "speedup_over_fp32": 2.9, "memory_ratio": 0.34}
+    row = {"label": f"{layer}0", "error": error, "seconds": 0.123, "seconds_by_round": [[1.0]], **ratios}
+    rows = [row | {"scheme": name, "memory": {"extra": 1.23e6}} for name in NAMES]
+    rows += [row | {"speedup": 11.1, "label": f"{layer}1"} for row in rows]
+    settings = {"files": {}, "threads": 2, "numpy_blas_threads": 2}
+    machine = {"cpu": "x", "cores": 2, "implementation": "avx2"}
+    about = {"cyflash": "1", "numpy": "2", "machine": machine, "settings": settings, "baseline": schemes.NUMPY}
+    report.show(about | {"layers": rows, "summary": report.summarise(rows), "notes": []})
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= width
-    for text in ("technical.layer0", "cyflash fp32", "1.2e-07", "123 ms", "12.34x", "123 MB", "0.34x"):
-        assert text in out
+    cells = "1.2e-07", "5.0e-01", "123 ms", "12.3x", "2.90x", "1.23 MB", "0.34x"
+    assert all(text in out for text in (layer[:19], "int8 token, bf16 PV", *cells))
+    assert out.count("RMSE") == (2 if width == 80 else 3)  # the legend, the summary, and by layer where there is room
+    assert ("11.7x (11.1-12.3)" in out) == (width >= 100)
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
@@ -177,7 +261,8 @@ def test_on_a_terminal_a_progress_bar_names_the_steps(capture):
                 said += part
     os.close(ours)
     assert process.returncode == 0
-    for text in ("a: error", "b: memory of cyflash fp32", "b: time", "0/8", "8/8"):
+    steps = 2 * (len(NAMES) + 2)
+    for text in ("a: error", "b: memory of int8 token", "b: time", f"0/{steps}", f"{steps}/{steps}"):
         assert text in said.decode()
 
 
@@ -202,32 +287,27 @@ def test_flags_are_options_of_every_scheme(capsys, capture, flags, expected, opt
     assert options_used and all(options == expected for options, _ in options_used)
     for name, value in expected.items():
         assert f"{name}={value}" in out
-    call = compare.prepare_call(
-        str(capture), "a", "bhld", json.loads(json.dumps(expected)), "cyflash fp32", 1
-    )  # what the fresh process runs
-    options_used.clear()
-    np.testing.assert_array_equal(call(), cyflash.flash_attention(*load_capture(capture)["a"], **expected))
-    assert options_used == [(expected, 1)]
+    assert len(options_used) == 2 * len(NAMES)
 
 
 def test_the_errors_of_a_flag_are_against_the_reference_with_that_flag(capsys, capture, tmp_path):
     for flags in (("--causal",), ("--window", 3, 1), ("--softcap", 1.5), ("--scale", 2)):
         for row in run_json(capsys, tmp_path, capture, *flags)["layers"]:
-            assert row["error"]["rel_l1"] < 1e-6
+            assert row["error"]["rel_l1"] < (0.05 if "int8" in row["scheme"] else 1e-6)
 
 
 def test_options_of_the_file_are_used_unless_given(capsys, tmp_path, options_used):
     sinks = np.array([1.0, 0.5], np.float32)
     saved = dict(causal=True, scale=0.3, window=(4, -1), sinks=sinks)
     path = save_capture(tmp_path / "x.safetensors", arrays(2, 8, 4), **saved)
-    status, out, _ = run(capsys, path)
+    status, out, _ = run(capsys, path, *FP32)
     assert status == 0
     options, _ = options_used[-1]
     assert options.keys() == {"causal", "scale", "window", "sinks"}
     assert options["causal"] is True and options["scale"] == 0.3 and options["window"] == (4, -1)
     assert "scale=0.3" in out and "sinks=[1.0, 0.5]" in out
 
-    status, out, _ = run(capsys, path, "--no-causal", "--scale", "0.7")
+    status, out, _ = run(capsys, path, "--no-causal", "--scale", "0.7", *FP32)
     assert status == 0
     options, _ = options_used[-1]
     assert options["causal"] is False and options["scale"] == 0.7 and options["window"] == (4, -1)
@@ -237,30 +317,32 @@ def test_layout_blhd_reads_the_other_order(capsys, tmp_path):
     q, k, v = (x.transpose(1, 0, 2) for x in arrays(4, 6, 8))  # (L, H, D)
     path = tmp_path / "x.npz"
     np.savez(path, q=q, k=k, v=v)
-    got = run_json(capsys, tmp_path, path, "--layout", "blhd")
+    got = run_json(capsys, tmp_path, path, "--layout", "blhd", *FP32)
     assert got["layers"][0]["shapes"]["q"] == [4, 6, 8]
     assert got["settings"]["layout"] == "blhd"
-    assert run_json(capsys, tmp_path, path)["layers"][0]["shapes"]["q"] == [6, 4, 8]
+    assert run_json(capsys, tmp_path, path, *FP32)["layers"][0]["shapes"]["q"] == [6, 4, 8]
 
 
-def test_threads_are_those_of_both(capsys, capture, tmp_path, options_used):
+def test_threads_are_those_of_all(capsys, capture, tmp_path, options_used):
     if cyflash.cpu_info()["openmp"] is None:
         pytest.skip("built without OpenMP")
     got = run_json(capsys, tmp_path, capture, "--threads", 2)
     assert got["settings"]["threads"] == 2
     assert got["settings"]["numpy_blas_threads"] in (2, None)
     assert {threads for _, threads in options_used} == {2}
-    assert "on 2 threads" in run(capsys, capture, "--threads", 2)[1]
-    got = run_json(capsys, tmp_path, capture)
+    assert "on 2 threads" in run(capsys, capture, "--threads", 2, *FP32)[1]
+    got = run_json(capsys, tmp_path, capture, *FP32)
     assert got["settings"]["threads"] == cyflash.cpu_info()["threads"]
 
 
-def test_without_openmp_both_run_on_one_thread_and_it_is_said(monkeypatch):
-    info = cyflash.cpu_info() | {"openmp": None}
-    monkeypatch.setattr(cyflash, "cpu_info", lambda: info)
-    threads, notes = compare._threads(4)
+def test_without_openmp_all_run_on_one_thread_and_it_is_said(monkeypatch):
+    from cyflash.cpu import detect
+
+    monkeypatch.setattr(detect, "openmp", lambda: (False, None, 1))
+    threads, notes = evaluation.call_threads(4)
     assert threads == 1
     assert "without OpenMP" in notes[0]
+    assert evaluation.call_threads(None) == (1, [])
 
 
 # Notes
@@ -275,38 +357,52 @@ def test_float64_is_rounded_and_said(capsys, tmp_path):
 
 
 def test_nan_where_the_reference_has_none_fails_the_comparison(capsys, capture, monkeypatch):
-    def broken(layer, options, threads):
-        output = cyflash.flash_attention(*layer, **options)
-        output[0, 3] = np.nan
-        return output
-
-    monkeypatch.setitem(compare.SCHEMES, "cyflash fp32", broken)
+    monkeypatch.setitem(schemes.SCHEMES, "int8 token", schemes.Scheme(broken))
     status, out, _ = run(capsys, capture)
     assert status == 1
-    assert "a, cyflash fp32: output: expected NaN" in out
+    assert "a, int8 token: output: expected NaN" in out
+    assert out.count("output: expected NaN") == 2
+
+
+def broken(*layer, num_threads, **options):
+    output = cyflash.flash_attention(*layer, **options)
+    output[0, 3] = np.nan
+    return output
+
+
+def test_what_int8_refuses_is_said_and_the_others_are_measured(capsys, tmp_path):
+    q, k, v = arrays(2, 40, 16)
+    k[1, 7, 3] = np.nan
+    path = save_capture(tmp_path / "x.npz", (q, k, v))
+    status, out, _ = run(capsys, path, "--schemes", "cyflash fp32", "int8 token")
+    assert status == 1
+    assert "x, int8 token: " in out and "nan" in out.lower()
+    fp32, int8 = (next(line for line in out.splitlines() if name in line) for name in ("cyflash fp32", "int8 token"))
+    assert "e-0" in fp32
+    assert "e-0" not in int8
 
 
 def test_numpy_is_not_run_where_its_scores_do_not_fit(capsys, capture, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "_available_memory", lambda: 12_000)  # its scores take 2 * 40 * 40 * 4 bytes
-    monkeypatch.setattr(compare, "_errors", lambda layer, options, outputs: ({}, {}))
-    status, out, _ = run(capsys, capture)
+    monkeypatch.setattr(evaluation, "_available_memory", lambda: 12_000)  # its scores take 2 * 40 * 40 * 4 bytes
+    monkeypatch.setattr(evaluation, "_errors", lambda layer, options, outputs, problems: {})
+    status, out, _ = run(capsys, capture, *FP32)
     assert status == 0
     assert "a, numpy fp32: not run: its scores alone need 12.8 kB, and 12.0 kB are free" in out
-    assert "nothing was measured" in out
     got = run_json(capsys, tmp_path, capture)["layers"]
     assert got[0]["seconds"] is None and got[0]["memory"] is None
     assert got[1]["seconds"] > 0 and got[1]["speedup"] is None
+    assert got[2]["speedup_over_fp32"] > 0 and got[2]["memory_ratio"] is None
 
 
 def test_the_reference_is_not_run_where_it_does_not_fit(monkeypatch, capture):
-    monkeypatch.setattr(compare, "_available_memory", lambda: 50_000)
-    errors, problems = compare._errors(load_capture(capture)["a"], {}, {"cyflash fp32": None})
-    assert errors == {}
-    assert "the float64 reference needs 89.6 kB, and 50.0 kB are free" in problems["cyflash fp32"]
+    monkeypatch.setattr(evaluation, "_available_memory", lambda: 50_000)
+    problems = {}
+    assert evaluation._errors(load_capture(capture)["a"], {}, {"cyflash fp32": None}, problems) == {}
+    assert "the float64 reference needs 89.6 kB, and 50.0 kB are free" in str(problems["cyflash fp32"])
 
 
 def test_free_memory_is_known_on_linux():
-    free = compare._available_memory()
+    free = evaluation._available_memory()
     assert free is None or 1e6 < free < 1e15
     assert not sys.platform.startswith("linux") or free is not None
 
@@ -330,6 +426,8 @@ def test_restless_times_are_noted():
         (("TINY", "--plot", "absent/x.png"), "no folder absent"),
         (("TINY", "--json", "."), "cannot be written"),
         (("TINY", "--softcap", "-1"), "softcap"),
+        (("--schemes", "int8*", "tiny.npz"), "put each FILE before --schemes"),
+        (("TINY", "--schemes", "int7*"), "expected names of 'numpy fp32', 'cyflash fp32', 'int8 tensor'"),
         (("TINY", "--window", "-2", "0"), "window"),
         (("TINY", "--plot", "x.unknown"), "ends in .png"),
         (("TINY", "--plot", "x"), "ends in .png"),
@@ -390,6 +488,17 @@ def test_the_shipped_file_is_compared_without_an_argument(capsys, tmp_path):
         assert row["memory_ratio"] < 1
     (options,) = got["settings"]["files"].values()
     assert options == {"scale": 32**-0.5}
+    # Mean relative L1 over the layers, worst head.
+    limits = {
+        "int8 tensor": (0.024, 0.055),
+        "int8 head": (0.013, 0.028),
+        "int8 token": (0.0095, 0.019),
+        "int8 token, bf16 PV": (0.0065, 0.014),
+        "int8 token, fp32 PV": (0.0065, 0.014),
+    }
+    for name, (mean, worst) in limits.items():
+        assert got["summary"][name]["mean"]["rel_l1"] <= mean, name
+        assert got["summary"][name]["worst"]["worst_head"] <= worst, name
 
 
 def test_without_the_data_a_file_is_asked_for(capsys, tmp_path, monkeypatch):

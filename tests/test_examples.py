@@ -8,10 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import cyflash
+from cyflash.capture import save_capture
+from cyflash.schemes import SCHEMES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def run(folder, *arguments):
+    """What the script says; it must say something, and nothing wrong."""
+    environment = os.environ | {"MPLBACKEND": "Agg", "CYFLASH_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stdout
 
 
 def imported(script):
@@ -24,7 +41,7 @@ def imported(script):
 
 
 def test_there_are_examples():
-    assert "quickstart.py" in SCRIPTS
+    assert {"quickstart.py", "accuracy_comparison.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -33,10 +50,29 @@ def test_example_runs(name, tmp_path):
     if missing:
         pytest.skip(f"{name} needs {', '.join(missing)}")
     folder = shutil.copytree(EXAMPLES, tmp_path / "examples")
-    environment = os.environ | {"MPLBACKEND": "Agg", "CYFLASH_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, folder / name], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout
-    assert "Traceback" not in run.stderr
+    run(folder, folder / name)
+
+
+def test_quickstart_is_short_and_shows_int8(tmp_path):
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) < 40
+    out = run(tmp_path, EXAMPLES / "quickstart.py")
+    for text in (*SCHEMES, "one head", "several heads", "fp32:", "int8:", "cosine 0.9999", "of the worst row"):
+        assert text in out
+
+
+def test_accuracy_comparison_takes_a_file_and_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    arrays = tuple(rng.standard_normal((2, 40, 16), dtype=np.float32) for _ in "qkv")
+    save_capture(tmp_path / "mine.npz", arrays, causal=True)
+    out = run(tmp_path, EXAMPLES / "accuracy_comparison.py", "mine.npz", "plot.png")
+    assert "mine.npz, layers: 1" in out
+    rows = {line[:32].strip(): line[32:].split() for line in out.splitlines()[1:]}
+    assert len(rows) == 10
+    assert all(len(cells) == 5 for cells in rows.values())
+    exact = cyflash.reference.attention(*arrays, causal=True)
+    default = cyflash.quant.compare(cyflash.flash_attention_int8(*arrays, causal=True), exact)
+    assert rows["all per token: the default"][:3] == [
+        f"{x:.1e}" for x in (default.rel_l1, default.worst_head, default.worst_row)
+    ]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

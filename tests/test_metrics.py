@@ -39,6 +39,14 @@ def test_definitions_against_direct_sums(pair):
     assert got.worst_row == pytest.approx(max(rows))
 
 
+def test_str_is_for_people():
+    text = str(Comparison(0.0123456, 0.999912344, 0.001, 0.5, 0.0254, 0.1))
+    assert text == (
+        "relative L1 1.2e-02, cosine 0.99991234, RMSE 1.0e-03, largest 5.0e-01; "
+        "relative L1 of the worst head 2.5e-02, of the worst row 1.0e-01"
+    )
+
+
 def test_equal_arrays_have_no_error(pair):
     got = compare(pair[1], pair[1])
     assert (got.rel_l1, got.rmse, got.max_abs, got.worst_head, got.worst_row) == (0, 0, 0, 0, 0)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import cyflash
+from cyflash.schemes import INT8_OPTIONS, SCHEMES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -116,6 +117,21 @@ def test_the_quick_start_of_the_readme_runs(capsys):
         exec(block, names)
     assert names["out"].shape == names["exact"].shape == (2, 8, 1024, 64)
     assert "reduction" in capsys.readouterr().out
+
+
+def test_the_int8_part_of_the_readme_runs(capsys):
+    quick_start, int8 = (README.partition(f"## {name}")[2].partition("\n## ")[0] for name in ("Quick start", "int8"))
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", quick_start, re.S)[0], names)
+    (block,) = re.findall(r"```python\n(.*?)```", int8, re.S)
+    exec(block, names)
+    assert names["out"].shape == (2, 8, 1024, 64)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and said[1].startswith("int8 tensor 0.0")
+    documented = re.findall(r"^\| `(\w+)`(?:, `(\w+)`, `(\w+)`)? \|", int8, re.M)
+    assert {name for names in documented for name in names if name} == set(INT8_OPTIONS)
+    schemes = re.findall(r"^\| `(int8 [\w, ]+)`", int8, re.M)
+    assert schemes == [name for name in SCHEMES if "int8" in name]
 
 
 def modules_with_examples():

@@ -57,6 +57,25 @@ def test_options_combine(names):
     check(arrays((2, 4, 9, 8), (2, 4, 13, 8), 8), options)
 
 
+@pytest.mark.parametrize("shape", [(13,), (9, 13), (9, 1), (4, 9, 13), (4, 1, 13), (2, 1, 9, 13), (2, 4, 9, 13)])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("more", [{}, OPTIONS["causal"] | OPTIONS["alibi"] | OPTIONS["softcap"] | OPTIONS["sinks"]])
+def test_bias_and_mask_of_every_shape(shape, heads, more):
+    rng = np.random.default_rng(2)
+    qkv = arrays((2, 4, 9, 8), (2, heads, 13, 8), 5)
+    bias = rng.standard_normal(shape).astype(np.float32)
+    bias[rng.random(shape) < 0.2] = -np.inf
+    mask = rng.random(shape) < 0.6
+    plain = plain_attention(*qkv, **more)
+    for options in (dict(bias=bias), dict(mask=mask), dict(bias=bias, mask=mask)):
+        assert not np.allclose(check(qkv, options | more), plain, atol=1e-3)
+
+
+def test_bias_and_mask_of_one_head():
+    qkv = arrays((9, 8), (13, 8), 5)
+    check(qkv, dict(bias=np.linspace(0, 3, 13, dtype=np.float32), mask=np.arange(9)[:, None] >= np.arange(13)))
+
+
 def test_slopes_by_batch():
     slopes = np.linspace(0.1, 0.8, 8, dtype=np.float32).reshape(2, 4)
     check(arrays((2, 4, 9, 8), (2, 2, 9, 8), 8), dict(alibi_slopes=slopes))

@@ -1,10 +1,11 @@
-"""`cyflash bench`: cyflash against NumPy and the installed peers, at fp32, checked before they are timed.
+"""`cyflash bench`: cyflash against NumPy and the installed peers, checked before they are timed.
 
     cases.py     what is asked: shape, options, inputs from a seed, work, float64 reference
     systems.py   who is asked: one class per system
     worker.py    the process of one system: prepare, count threads, timed turns
     race.py      starts the workers, checks them, times them in turns; ratios of medians with their spread
-    suite.py     `--suite`: the fixed list of comparisons
+    suite.py     `--suite`: the fixed list of comparisons in fp32
+    int8.py      `--int8`: the same of int8 with fp32, bfloat16 and itself
     report.py    progress, tables, JSON, plot
 
 Times are wall-clock seconds of one call with inputs, compiled models and threads ready. A ratio is the median time of a
@@ -17,10 +18,10 @@ import sys
 from pathlib import Path
 
 from cyflash import cpu_info, set_implementation
-from cyflash.bench import report, suite
+from cyflash.bench import int8, report, suite
 from cyflash.bench.cases import Case
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
-from cyflash.bench.systems import SYSTEMS
+from cyflash.bench.systems import INT8_SYSTEMS, SYSTEMS
 from cyflash.output import check_files
 
 SHAPES = (
@@ -37,15 +38,22 @@ SHAPES = (
 def add_arguments(parser):
     """Adds the options of `cyflash bench` to an argparse parser."""
     peers = ", ".join(name for name in SYSTEMS if name != "cyflash")
+    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash")
     add = parser.add_argument
     add("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="L queries on L keys (default: 7 common shapes)")
     add("--causal", action="store_true", help="causal attention; only visible pairs count as work")
     add("--threads", nargs="+", type=int, metavar="N", help="thread counts (default: 1, and all there are)")
-    add("--systems", nargs="+", metavar="NAME", help=f"peers, of {peers} (default: those installed)")
+    add("--systems", nargs="+", metavar="NAME", help=f"peers, of {peers} (default: those installed); {int8_peers}")
     add("--isa", metavar="NAME", help="the SIMD build of cyflash, such as avx2 (default: the best that runs)")
     add("--seconds", type=float, default=5.0, help="for each shape, but at least 7 rounds (default: %(default)s)")
     add("--rounds", type=int, metavar="N", help="exactly N rounds for each shape, instead of --seconds")
-    add("--suite", action="store_true", help="a fixed list: peers, options, threads, builds, memory, small call")
+    lists = parser.add_mutually_exclusive_group()
+    lists.add_argument(
+        "--suite", action="store_true", help="a fixed list: peers, options, threads, builds, memory, small call"
+    )
+    lists.add_argument(
+        "--int8", action="store_true", help="a fixed list: int8 against own fp32 and peers, options, builds, threads"
+    )
     add("--json", type=Path, metavar="FILE", help="write every time and setting to FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
 
@@ -78,18 +86,20 @@ def run(args):
     >>> bench.run(args)  # doctest: +SKIP
     0
     """
-    systems, skipped = _systems(args.systems)
+    systems, skipped = _systems(args.systems, INT8_SYSTEMS if args.int8 else SYSTEMS)
     threads = _thread_counts(args.threads)
     environments = {"cyflash": _build(args.isa)}
     limit = _limit(args)
     check_files(args.json, args.plot)
-    if args.suite and (args.shapes or args.causal):
-        raise ValueError("--suite measures a fixed list of shapes; leave out --shapes and --causal")
+    if (args.suite or args.int8) and (args.shapes or args.causal):
+        name = "--suite" if args.suite else "--int8"
+        raise ValueError(f"{name} measures a fixed list of shapes; leave out --shapes and --causal")
     outcome = report.Outcome(_options(args), skipped)
     try:
         with report.progress() as progress:
-            if args.suite:
-                suite.run(outcome, systems, threads, environments, limit, progress)
+            if args.suite or args.int8:
+                fixed_list = suite if args.suite else int8
+                fixed_list.run(outcome, systems, threads, environments, limit, progress)
             else:
                 for count in threads:
                     _peers(outcome, args, systems, count, environments, limit, progress)
@@ -126,18 +136,18 @@ def _shape(text):
     return shape
 
 
-def _systems(names):
+def _systems(names, known):
     """{name: class} of cyflash and the peers that can run, and {name: why} of those that are left out."""
     for name in names or ():
-        if name not in SYSTEMS:
-            raise ValueError(f"--systems: expected names of {', '.join(SYSTEMS)}; got {name!r}")
+        if name not in known:
+            raise ValueError(f"--systems: expected names of {', '.join(known)}; got {name!r}")
     skipped = {}
-    for name, system in SYSTEMS.items():
+    for name, system in known.items():
         if name != "cyflash" and names is not None and name not in names:
             skipped[name] = "not among --systems"
         elif reason := system.missing():
             skipped[name] = reason
-    return {name: system for name, system in SYSTEMS.items() if name not in skipped}, skipped
+    return {name: system for name, system in known.items() if name not in skipped}, skipped
 
 
 def _thread_counts(asked):
@@ -166,5 +176,5 @@ def _limit(args):
 
 def _options(args):
     """The arguments as the report keeps them."""
-    names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", "suite")
+    names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", "suite", "int8")
     return {name: getattr(args, name) for name in names}

@@ -9,17 +9,27 @@ import numpy as np
 from cyflash.flops import attention_flops
 from cyflash.reference import attention as reference_attention
 
-# What fp32 arithmetic may lose against float64, whatever the order of its sums. fp32 systems are seen at 1e-7 to 1e-6;
-# bfloat16 or TF32 products, which some systems choose by themselves, are at 4e-4 or more.
-REL_L1_LIMIT = 1e-5
-MAX_LIMIT = 1e-4
 SCORES_AT_ONCE = 2**24  # float64 scores of one call of the reference: 128 MB
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Options of `flash_attention_int8`, None: not given. `quantised`: q, k, v come as codes, made before the call."""
+
+    granularity: str | None = None
+    smooth_k: bool | None = None
+    pv: str | None = None
+    quantised: bool = False
+
+    def tolerance(self):
+        return INT8_TENSOR if self.granularity == "tensor" else INT8
 
 
 @dataclass(frozen=True)
 class Case:
     """`shape` is (B, H, L, D); `kv_heads` None means H; `options` are names in OPTIONS; `reuse_out` writes every
-    output into one array, as the peers that can do; `num_threads` None means the process's default."""
+    output into one array, as the peers that can do; `num_threads` None means the process's default; `int8` None means
+    fp32."""
 
     shape: tuple[int, int, int, int]
     causal: bool = False
@@ -28,6 +38,7 @@ class Case:
     kv_heads: int | None = None
     num_threads: int | None = None
     reuse_out: bool = True
+    int8: Int8 | None = None
 
     def inputs(self):
         """q, k, v: float32, standard normal."""
@@ -67,9 +78,27 @@ class Error:
     checked: int
     rows: int
 
-    @property
-    def acceptable(self):
-        return self.rel_l1 <= REL_L1_LIMIT and self.max_over_max <= MAX_LIMIT  # False for NaN too
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What arithmetic of a precision may lose against float64, whatever the order of its sums; and what it must lose,
+    or it is a more precise one."""
+
+    precision: str
+    rel_l1: float
+    max_over_max: float
+    at_least: float = 0.0
+
+    def accepts(self, error):
+        return self.at_least <= error.rel_l1 <= self.rel_l1 and error.max_over_max <= self.max_over_max  # not NaN
+
+
+# On the inputs of cases. fp32 systems are seen at 1e-7 to 1e-6 of relative L1; bfloat16 or TF32 products, which some
+# systems choose by themselves, at 4e-4 or more, bfloat16 throughout at 3e-3 to 5e-3; int8 at 8e-3 to 2e-2.
+FP32 = Tolerance("fp32", 1e-5, 1e-4)
+BF16 = Tolerance("bf16", 1e-2, 5e-2, at_least=1e-4)
+INT8 = Tolerance("int8", 1.8e-2, 4e-2, at_least=1e-3)
+INT8_TENSOR = Tolerance("int8", 3e-2, 6e-2, at_least=1e-3)
 
 
 class Expected:

@@ -183,6 +183,7 @@ class Race:
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     fma_rates: list[float] = field(default_factory=list)  # FLOP/s of one thread, one per round
+    dot_rates: list[float] = field(default_factory=list)  # OP/s of its dot products of codes
 
     def time(self, label):
         """Seconds of one call."""
@@ -201,13 +202,20 @@ class Race:
 
     def fma_share(self, label):
         """Of the arithmetic peak of all threads, as measured in the same rounds; None where it was not."""
-        if not self.fma_rates:
+        return self._share(label, self.fma_rates)
+
+    def dot_share(self, label):
+        """Of the peak of dot products of codes."""
+        return self._share(label, self.dot_rates)
+
+    def _share(self, label, rates):
+        if not rates:
             return None
         flops, threads = self.cases[label].flops(), self.threads
         return _spread(
             lambda time, rate: flops / (np.median(time, axis=-1) * np.median(rate, axis=-1) * threads),
             self.timings[label].turns,
-            np.array(self.fma_rates),
+            np.array(rates),
         )
 
     def peers(self):
@@ -235,12 +243,13 @@ def team(systems, threads, environments):
         yield workers, failures
 
 
-def run_race(entries, limit, peak=None, on_round=lambda done, elapsed: None):
+def run_race(entries, limit, peak=None, on_round=lambda done, elapsed: None, dots=False):
     """Times all entries, of workers with the same thread count, in turns.
 
     An entry that fails leaves the race with its reason; the others go on.
 
-    `peak`: a worker of cyflash that also measures the peak of fused multiply-adds, once per round.
+    `peak`: a worker of cyflash that also measures the peak of fused multiply-adds, once per round; with `dots`, that of
+    dot products of codes too.
     """
     result = Race(entries[0].worker.threads, {entry.label: entry.case for entry in entries})
     expected = {case: Expected(case) for case in dict.fromkeys(_question(entry.case) for entry in entries)}
@@ -269,6 +278,8 @@ def run_race(entries, limit, peak=None, on_round=lambda done, elapsed: None):
                 running.remove(entry)
         if peak is not None:
             result.fma_rates.append(peak.ask("fma_rate", PEAK_SECONDS))
+        if peak is not None and dots:
+            result.dot_rates.append(peak.ask("dot_rate", PEAK_SECONDS))
     for worker in {entry.worker for entry in running}:
         worker.ask("forget")
     return result
@@ -281,11 +292,11 @@ def _question(case):
 
 def _prepared(entry, expected):
     made = entry.worker.ask("prepare", entry.case)
-    error = expected.error(made["output"])
-    if not error.acceptable:
+    error, tolerance = expected.error(made["output"]), entry.worker.system.tolerance(entry.case)
+    if not tolerance.accepts(error):
         raise SystemFailed(
-            f"{entry.label}: its output is not fp32 attention: relative L1 error {error.rel_l1:.1e}, largest error "
-            f"{error.max_over_max:.1e} of the largest value ({made['variant']})"
+            f"{entry.label}: its output is not {tolerance.precision} attention: relative L1 error {error.rel_l1:.1e}, "
+            f"largest error {error.max_over_max:.1e} of the largest value ({made['variant']})"
         )
     seconds = made["seconds"][made["variant"]]
     calls = min(MOST_CALLS, max(1, round(TURN_SECONDS / seconds)))

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import platform
+import statistics
 from dataclasses import asdict, dataclass, field
 
 from rich import box
@@ -13,10 +14,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cyflash import cpu_info
-from cyflash.bench.race import SystemFailed
+from cyflash.bench.race import Spread, SystemFailed
 from cyflash.output import as_binary, as_time, figure_class
 
 BUSY_BELOW = 0.9
+
+
+@dataclass
+class Row:
+    """`unit`: "x" for a ratio, "of peak", "us" or "MB"; no spread where it could not be measured: `note` says why."""
+
+    what: str
+    spread: Spread | None
+    unit: str
+    note: str = ""
 
 
 @dataclass
@@ -29,7 +40,8 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)
     races: list = field(default_factory=list)  # systems against each other
     comparisons: list = field(default_factory=list)  # cyflash against itself
-    rows: list = field(default_factory=list)  # of the suite
+    int8: list = field(default_factory=list)  # fp32, every way to int8 and its peers against each other
+    rows: list[Row] = field(default_factory=list)  # of --suite and --int8
     environment: dict = field(default_factory=lambda: _environment())
 
     def add_team(self, threads, workers, failures):
@@ -39,10 +51,15 @@ class Outcome:
         self.systems.setdefault(threads, {}).update({label: worker.about for label, worker in workers.items()})
         self.failures |= {f"{label}, {threads} threads": reason for label, reason in failures.items()}
 
+    def add_ratio(self, result, what, slower, faster, absent=""):
+        """A row of how many times the time of `faster` the time of `slower` is; `absent`: why one did not take part."""
+        missing = [result.failures.get(label, absent) for label in (slower, faster) if label not in result.timings]
+        self.rows.append(Row(what, None if missing else result.ratio(slower, faster), "x", "; ".join(missing)))
+
     def all_failures(self):
         """{where: why}: of starting and of every race."""
         found = dict(self.failures)
-        for result in (*self.races, *self.comparisons):
+        for result in (*self.races, *self.int8, *self.comparisons):
             for label, reason in result.failures.items():
                 found[f"{label} {title(result.cases[label])}, {result.threads} threads"] = reason
         return found
@@ -109,8 +126,16 @@ def show(outcome):
             "Each peer: its median time over that of cyflash (above 1, cyflash is faster); 95 % bootstrap interval "
             "over rounds; its own median time. Peak: share of that of fused multiply-adds, all threads, same rounds.\n"
         )
+    if outcome.int8:
+        console.print(_int8_table(outcome.int8))
+        console.print(
+            "Rates count 2 (D + Dv) operations for each visible pair; below each: speed against cyflash fp32 in the "
+            "same rounds. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes. "
+            "Codes: q, k, v come quantised; float in: all defaults, quantisation included.\n",
+            highlight=False,
+        )
     if outcome.rows:
-        console.print(_suite_table(outcome.rows))
+        console.print(_rows_table(outcome.rows))
     for where, reason in outcome.all_failures().items():
         console.print(f"[bold red]FAILED[/] {where}: {escape(reason)}", highlight=False)
 
@@ -157,8 +182,7 @@ def _busy_notes(outcome):
 
 def _race_table(races, threads):
     """One row per case; a peer's cell has its ratio, the interval, and its own time."""
-    title_text = f"{threads} thread{'s' * (threads > 1)}, fp32"
-    table = Table(title=title_text, show_lines=True, caption=_variants(races), **_NARROW)
+    table = Table(title=f"{_threads(threads)}, fp32", show_lines=True, caption=_variants(races), **_NARROW)
     table.add_column("(B, H, L, D)", no_wrap=True)
     table.add_column("cyflash", justify="right", no_wrap=True)
     others = list(dict.fromkeys(label for result in races for label in result.cases if label != "cyflash"))
@@ -203,18 +227,43 @@ def _peer_cell(result, label):
     return f"{_ratio(result.ratio(label, 'cyflash'))}\n{as_time(timing.median)}"
 
 
-def _suite_table(rows):
-    table = Table(title="Suite")
-    table.add_column("what")
-    table.add_column("measured", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("note")
+def _int8_table(races):
+    """One row per label, one column per case; what `_race_table` has in cells, with cyflash fp32 as the measure."""
+    table = Table(title=f"int8 beside fp32 and peers, {_threads(races[0].threads)}", show_lines=True, **_NARROW)
+    table.add_column("", overflow="fold")
+    table.add_column("error", justify="right", no_wrap=True)
+    for result in races:
+        B, H, L, D = result.cases["cyflash"].shape
+        table.add_column(f"({B}, {H},\n{L}, {D})", justify="right", no_wrap=True)
+    for label in races[0].cases:
+        errors = [result.timings[label].error.rel_l1 for result in races if label in result.timings]
+        name = "cyflash fp32" if label == "cyflash" else label
+        cells = (_speed_cell(result, label) for result in races)
+        table.add_row(name, f"{max(errors):.1e}" if errors else "", *cells, style="dim" if label == "cyflash" else None)
+    return table
+
+
+def _speed_cell(result, label):
+    if label not in result.timings:
+        return "[bold red]FAILED"
+    unit = "GFLOP/s" if result.cases[label].int8 is None else "GOP/s"
+    speed = f"\n[bold]{result.ratio('cyflash', label).value:.2f} x" if "cyflash" in result.timings else ""
+    return f"{result.gflops(label):.0f} {unit}{speed}"
+
+
+def _rows_table(rows):
+    """One line per row, its note below."""
+    table = Table(**_NARROW)
+    table.add_column("measured", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("95 %", justify="right", no_wrap=True)
     for row in rows:
+        what = row.what + (f"\n[dim]{escape(row.note)}[/]" if row.note else "")
         if row.spread is None:
-            table.add_row(row.what, "[yellow]not measured", "", escape(row.note))
+            table.add_row(what, "[yellow]not measured", "")
             continue
         value, *ends = (_in_unit(x, row.unit) for x in (row.spread.value, row.spread.low, row.spread.high))
-        table.add_row(row.what, f"{value} {row.unit}", " to ".join(ends) if all(ends) else "", escape(row.note))
+        table.add_row(what, f"[bold]{value} {row.unit}[/]", f"[dim]{'-'.join(ends)}[/]" if all(ends) else "")
     return table
 
 
@@ -240,8 +289,9 @@ def write_json(outcome, path):
         "skipped": outcome.skipped,
         "failures": outcome.all_failures(),
         "races": [_race_record(result) for result in outcome.races],
+        "int8": [_race_record(result) for result in outcome.int8],
         "comparisons": [_race_record(result) for result in outcome.comparisons],
-        "suite": [asdict(row) for row in outcome.rows],
+        "suite": [asdict(row) for row in outcome.rows],  # of --suite or --int8
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -264,33 +314,49 @@ def _race_record(result):
         "best_peer": peers[0] if peers else None,
         "fma_rates": result.fma_rates,
         "fma_share": asdict(share) if share else None,
+        "dot_rates": result.dot_rates,
     }
 
 
 def plot(outcome, path):
     """GFLOP/s of every system on every case, a panel per thread count, with the measured peak."""
-    counts = list(dict.fromkeys(result.threads for result in outcome.races))
-    widest = max((sum(result.threads == threads for result in outcome.races) for threads in counts), default=1)
-    figure = figure_class()(figsize=(max(7, 1.6 * widest + 1.5), 3.6 * len(counts) + 0.6), layout="constrained")
-    for threads, axes in zip(counts, figure.subplots(len(counts), squeeze=False)[:, 0], strict=True):
-        _plot_panel(axes, [result for result in outcome.races if result.threads == threads], threads)
+    panels = {}
+    for result in outcome.races:
+        panels.setdefault(f"fp32 attention (B, H, L, D), {_threads(result.threads)}", []).append(result)
+    for result in outcome.int8:
+        panels.setdefault(f"fp32 and int8 attention (B, H, L, D), {_threads(result.threads)}", []).append(result)
+    widest = max(map(len, panels.values()), default=1) * (2 if outcome.int8 else 1)
+    figure = figure_class()(figsize=(max(7, 1.6 * widest + 1.5), 3.6 * len(panels) + 0.6), layout="constrained")
+    for (name, races), axes in zip(panels.items(), figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
+        _plot_panel(axes, name, races)
     figure.savefig(path, dpi=130)
 
 
-def _plot_panel(axes, races, threads):
+def _threads(count):
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _plot_panel(axes, name, races):
     labels = list(dict.fromkeys(label for result in races for label in result.cases))
     width = 0.8 / len(labels)
     for index, label in enumerate(labels):
         rates = [result.gflops(label) if label in result.timings else math.nan for result in races]
         bars = axes.bar([x + index * width for x in range(len(races))], rates, width, label=label, zorder=2)
-        if label == "cyflash":
-            axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    peaks = [sorted(result.fma_rates)[len(result.fma_rates) // 2] * threads / 1e9 for result in races]
-    for x, peak in enumerate(peaks):
-        name = "measured FMA peak" if x == 0 else None
-        axes.hlines(peak, x - width / 2, x + 0.8 - width / 2, "black", "dashed", linewidth=1, label=name)
+        if label.startswith("cyflash"):
+            axes.bar_label(bars, fmt="%.0f", fontsize=8 if len(labels) < 6 else 6)
+    _plot_peak(axes, "measured FMA peak", "dashed", [result.fma_rates for result in races], races, width)
+    _plot_peak(axes, "measured int8 dot product peak", "dotted", [result.dot_rates for result in races], races, width)
     centres = [x + 0.4 - width / 2 for x in range(len(races))]
     axes.set_xticks(centres, [title(result.cases["cyflash"]) for result in races], fontsize=8)
-    axes.set(ylabel="GFLOP/s", title=f"fp32 attention (B, H, L, D), {threads} thread{'s' * (threads > 1)}")
+    axes.set(ylabel="GFLOP/s, GOP/s" if any(result.dot_rates for result in races) else "GFLOP/s", title=name)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, ncols=len(labels) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    columns = min(len(labels) + 1, 6) if len(labels) < 6 else 3
+    axes.legend(fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+
+
+def _plot_peak(axes, name, style, rates, races, width):
+    for x, (own, result) in enumerate(zip(rates, races, strict=True)):
+        if own:
+            peak = statistics.median(own) * result.threads / 1e9
+            axes.hlines(peak, x - width / 2, x + 0.8 - width / 2, "black", style, linewidth=1, label=name)
+            name = None

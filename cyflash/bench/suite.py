@@ -5,7 +5,7 @@ process and in the same rounds.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ import cyflash
 from cyflash import cpu
 from cyflash.bench.cases import OPTIONS, Case
 from cyflash.bench.race import Entry, Spread, run_race, team
-from cyflash.bench.report import Bar, title
+from cyflash.bench.report import Bar, Row, title
 from cyflash.bench.systems import SYSTEMS, Cyflash
 from cyflash.measure import CallProcess
 
@@ -36,16 +36,6 @@ FULL = Case((1, 1, 4096, 64))
 LONG_FULL = Case((1, 1, 16384, 64))
 SMALL = Case((1, 1, 16, 64), reuse_out=False)
 THREADED = (FULL, Case((8, 12, 128, 64)))
-
-
-@dataclass
-class Row:
-    """`unit`: "x" for a ratio, "of peak", "us" or "MB"; no spread where it could not be measured: `note` says why."""
-
-    what: str
-    spread: Spread | None
-    unit: str
-    note: str = ""
 
 
 def run(outcome, systems, threads, environments, limit, progress):
@@ -95,13 +85,13 @@ def _against_itself(outcome, worker, limit, bar):
     calls = {"plain": PLAIN, **ALONE, "all of them": TOGETHER}
     result = _compare(outcome, worker, calls, limit, bar.next("options"))
     for label in list(calls)[1:]:
-        _add_ratio(outcome, result, f"{title(PLAIN)} with {label}: speed against the plain call", "plain", label)
+        outcome.add_ratio(result, f"{title(PLAIN)} with {label}: speed against the plain call", "plain", label)
     calls = {"full": FULL, "causal": replace(FULL, causal=True)}
     result = _compare(outcome, worker, calls, limit, bar.next("causal"))
-    _add_ratio(outcome, result, f"{title(FULL)} causal against not causal", "full", "causal")
+    outcome.add_ratio(result, f"{title(FULL)} causal against not causal", "full", "causal")
     calls = {"full": LONG_FULL, "window": replace(LONG_FULL, window=(256, 0))}
     result = _compare(outcome, worker, calls, limit, bar.next("window"))
-    _add_ratio(outcome, result, f"{title(LONG_FULL)} window (256, 0) against full", "full", "window")
+    outcome.add_ratio(result, f"{title(LONG_FULL)} window (256, 0) against full", "full", "window")
     result = _compare(outcome, worker, {"small": SMALL}, limit, bar.next("small call"))
     if "small" in result.timings:
         outcome.rows.append(Row(f"{title(SMALL)}: one call", result.time("small").scaled(1e6), "us"))
@@ -113,7 +103,7 @@ def _threads(outcome, threads, environments, limit, bar):
         for case in THREADED:
             calls = {f"{count} threads": replace(case, num_threads=count) for count in (1, threads)}
             result = _compare(outcome, workers["cyflash"], calls, limit, bar.next(f"threads {title(case)}"))
-            _add_ratio(outcome, result, f"{title(case)} {threads} threads against one", *calls)
+            outcome.add_ratio(result, f"{title(case)} {threads} threads against one", *calls)
 
 
 def _memory(outcome, threads, environments, bar):
@@ -154,8 +144,3 @@ def _compare(outcome, worker, calls, limit, on_round):
     result = run_race([Entry(label, worker, case) for label, case in calls.items()], limit, on_round=on_round)
     outcome.comparisons.append(result)
     return result
-
-
-def _add_ratio(outcome, result, what, slower, faster):
-    missing = [result.failures[label] for label in (slower, faster) if label in result.failures]
-    outcome.rows.append(Row(what, None if missing else result.ratio(slower, faster), "x", "; ".join(missing)))

@@ -1,4 +1,4 @@
-"""The systems that are timed: one class each, configured at its best, fp32, with its own control of threads.
+"""The systems that are timed: one class each, configured at its best, with its own control of threads.
 
 Each lives alone in a fresh process (worker.py). Where a system can be asked in several ways, every way is a candidate
 and the worker keeps the fastest for the case at hand; where its interface allows, outputs go into one ready array.
@@ -8,8 +8,11 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+
+from cyflash.bench.cases import BF16, FP32
 
 
 @dataclass
@@ -47,6 +50,11 @@ class System:
     def settings(self):
         return {}
 
+    @classmethod
+    def tolerance(cls, case):
+        """What its output may lose."""
+        return FP32
+
     def candidates(self, case):
         """{name: function that builds a Candidate}."""
         raise NotImplementedError
@@ -69,8 +77,12 @@ class Cyflash(System):
         info = cyflash.cpu_info()
         return {"implementation": info["implementation"], "openmp": info["openmp"]}
 
+    @classmethod
+    def tolerance(cls, case):
+        return FP32 if case.int8 is None else case.int8.tolerance()
+
     def candidates(self, case):
-        from cyflash import flash_attention
+        from cyflash import flash_attention, flash_attention_int8
 
         def build():
             q, k, v = case.inputs()
@@ -79,15 +91,36 @@ class Cyflash(System):
                 keywords["out"] = np.empty_like(q)
             if case.num_threads is not None:
                 keywords["num_threads"] = case.num_threads
-            return Candidate(lambda: flash_attention(q, k, v, **keywords), np.array)
+            if case.int8 is None:
+                return Candidate(lambda: flash_attention(q, k, v, **keywords), np.array)
+            q, k, v, options = _int8_arguments(case.int8, q, k, v)
+            return Candidate(lambda: flash_attention_int8(q, k, v, **options, **keywords), np.array)
 
-        return {"flash_attention": build}
+        return {"flash_attention" if case.int8 is None else "flash_attention_int8": build}
 
     def fma_rate(self, seconds):
         """FLOP/s of one thread that does nothing but fused multiply-adds, in the build that is in use."""
         from cyflash import cpu
 
         return cpu.active().fma_rate(seconds)
+
+    def dot_rate(self, seconds):
+        """OP/s of one thread that does nothing but dot products of codes, in the build that is in use."""
+        from cyflash import cpu
+
+        return cpu.active().dot_rate(seconds)
+
+
+def _int8_arguments(int8, q, k, v):
+    """(q, k, v, options of `flash_attention_int8`); arrays that come as codes leave only pv to the call."""
+    from cyflash.quantized import quantize
+
+    options = {"granularity": int8.granularity, "smooth_k": int8.smooth_k, "pv": int8.pv}
+    if int8.quantised:
+        q, v = (quantize(x, int8.granularity) for x in (q, v))
+        k = quantize(k, int8.granularity, smooth=bool(int8.smooth_k))
+        del options["granularity"], options["smooth_k"]
+    return q, k, v, {name: value for name, value in options.items() if value is not None}
 
 
 class NumPy(System):
@@ -242,12 +275,14 @@ class OpenVINO(System):
 
     name = "openvino"
     needs = ("openvino",)
+    precision = "f32"
+    formats = ("f32",)  # of the arrays in and out
 
     def __init__(self, threads):
         super().__init__(threads)
         self._reported = None
         self._config = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
@@ -261,9 +296,11 @@ class OpenVINO(System):
         return self._config
 
     def candidates(self, case):
+        graphs = {"ScaledDotProductAttention": self._fused_operation, "MatMul-Softmax-MatMul": self._spelled_out}
         return {
-            "ScaledDotProductAttention": lambda: self._build(case, self._fused_operation),
-            "MatMul-Softmax-MatMul": lambda: self._build(case, self._spelled_out),
+            name + f", {array} arrays" * (len(self.formats) > 1): partial(self._build, case, graph, array)
+            for name, graph in graphs.items()
+            for array in self.formats
         }
 
     def _fused_operation(self, case, q, k, v):
@@ -274,31 +311,74 @@ class OpenVINO(System):
     def _spelled_out(self, case, q, k, v):
         from openvino import opset13 as op
 
+        def constant(x):
+            return op.convert(op.constant(x), q.get_element_type().get_type_name())
+
         L, D = case.shape[2:]
-        scores = op.matmul(op.multiply(q, op.constant(np.float32(D**-0.5))), k, False, True)
+        scores = op.matmul(op.multiply(q, constant(np.float32(D**-0.5))), k, False, True)
         if case.causal:
-            scores = op.add(scores, op.constant(np.triu(np.full((L, L), -np.inf, np.float32), 1)))
+            scores = op.add(scores, constant(np.triu(np.full((L, L), -np.inf, np.float32), 1)))
         return op.matmul(op.softmax(scores, -1), v, False, False)
 
-    def _build(self, case, graph):
+    def _build(self, case, graph, array):
         import openvino
 
+        element = getattr(openvino.Type, array)
         arrays = case.inputs()
-        parameters = [openvino.opset13.parameter(x.shape, np.float32) for x in arrays]
+        parameters = [openvino.opset13.parameter(x.shape, element) for x in arrays]
         model = openvino.Model([graph(case, *parameters)], parameters, "attention")
         compiled = openvino.Core().compile_model(model, "CPU", self._config)
-        precision = compiled.get_property("INFERENCE_PRECISION_HINT")
-        if precision != openvino.Type.f32:
-            raise RuntimeError(f"openvino: expected inference precision f32, got {precision}")
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if precision != self.precision:
+            raise RuntimeError(f"openvino: expected inference precision {self.precision}, got {precision}")
         self._reported = compiled.get_property("INFERENCE_NUM_THREADS")
         request = compiled.create_infer_request()
-        out = np.empty(case.shape, np.float32)
-        for index, x in enumerate(arrays):
-            request.set_input_tensor(index, openvino.Tensor(x, shared_memory=True))
-        request.set_output_tensor(0, openvino.Tensor(out, shared_memory=True))
+        out = self._tensor(np.empty(case.shape, np.float32), element)
+        tensors = [self._tensor(x, element) for x in arrays]
+        for index, tensor in enumerate(tensors):
+            request.set_input_tensor(index, tensor)
+        request.set_output_tensor(0, out)
         layers = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
         note = "compiled to " + ", ".join(x for x in layers if x not in ("Input", "Output", "Const"))
-        return Candidate(request.infer, lambda _: out.copy(), note, (arrays, compiled))
+        return Candidate(request.infer, lambda _: self._read(out, element), note, (tensors, compiled))
+
+    def _tensor(self, x, element):
+        import openvino
+
+        if element == openvino.Type.f32:
+            return openvino.Tensor(x, shared_memory=True)
+        tensor = openvino.Tensor(element, x.shape)
+        bits = x.view(np.uint32)
+        tensor.data.view(np.uint16)[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to the nearest bfloat16
+        return tensor
+
+    def _read(self, tensor, element):
+        import openvino
+
+        if element == openvino.Type.f32:
+            return tensor.data.copy()
+        return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+class OpenVINOBf16(OpenVINO):
+    """The same in bfloat16, from and to float32 arrays or bfloat16 ones."""
+
+    name = "openvino bf16"
+    precision = "bf16"
+    formats = ("f32", "bf16")
+
+    @classmethod
+    def missing(cls):
+        from cyflash import cpu_info
+
+        if reason := super().missing():
+            return reason
+        return None if "avx512_bf16" in cpu_info()["features"] else "this CPU has no bfloat16 dot products"
+
+    @classmethod
+    def tolerance(cls, case):
+        return BF16
 
 
 SYSTEMS = {system.name: system for system in (Cyflash, NumPy, Torch, OnnxRuntime, OpenVINO)}
+INT8_SYSTEMS = {system.name: system for system in (Cyflash, Torch, OpenVINOBf16)}  # of `--int8`

@@ -93,6 +93,9 @@ class Worker:
     def fma_rate(self, seconds):
         return self._system.fma_rate(seconds)
 
+    def dot_rate(self, seconds):
+        return self._system.dot_rate(seconds)
+
     def count_threads(self):
         """What the system says, and what the clock and the operating system say while it works on several heads."""
         case = Case((1, 4 * self._threads, 512, 64))
