@@ -95,8 +95,8 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     for P: small weights beside a large one keep their digits.
 
     With ``pv="bf16"`` and ``"fp32"`` the online softmax takes whole blocks, weights are ``exp(s_ij - m')``, and ``w``
-    is rounded to bfloat16, or not at all, instead of coded. The keys of `fp32_sinks` take a step of their own, before the
-    rest of their block, with the caller's float32 numbers (an int8 q as ``s_q q8``).
+    is rounded to bfloat16, or not at all, instead of coded. The keys of `fp32_sinks` take a step of their own, before
+    the rest of their block, with the caller's float32 numbers (an int8 q as ``s_q q8``).
 
     Examples
     --------
