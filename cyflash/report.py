@@ -1,5 +1,6 @@
 """What `cyflash compare` shows of its rows: the table by layer, the summary by scheme, the plot."""
 
+import math
 import os
 import statistics
 
@@ -244,20 +245,25 @@ def _lines(axis, title, names, values, may_be_log=False):
 
 def _accuracy_against_speed(axis, names, rows):
     """One point per layer and scheme, and a large one at their median: to the right is faster, below is closer."""
-    largest = np.zeros(2)
+    speeds, largest = [1.0], 0.0
     for name in names:
         own = [row for row in rows if row["scheme"] == name and row["error"] and row["speedup_over_fp32"]]
         points = [(row["speedup_over_fp32"], row["error"]["rel_l1"]) for row in own]
         points = np.array([point for point in points if np.isfinite(point).all()])  # inf: of a reference that is all 0
         if not points.size:
             continue
-        largest = np.maximum(largest, points.max(axis=0))
+        speeds, largest = [*speeds, *points[:, 0]], max(largest, points[:, 1].max())
         colour = _colour(name)
         axis.scatter(*points.T, s=14, color=colour, alpha=0.45, linewidths=0, clip_on=False)
         axis.scatter(*np.median(points, axis=0), s=110, color=colour, edgecolors="white", zorder=3, clip_on=False)
     axis.set(xlabel="speed against cyflash fp32 (x)", ylabel="relative L1", title="accuracy and speed")
-    if largest.all():
-        axis.set(xlim=(0, 1.05 * largest[0]), ylim=(0, 1.05 * largest[1]))
+    if largest:
+        axis.set_ylim(0, 1.05 * largest)
+    low, high = math.floor(math.log2(min(speeds)) - 0.1), math.ceil(math.log2(max(speeds)) + 0.1)
+    ticks = [2.0**n for n in range(low, high + 1)]
+    axis.set(xscale="log", xlim=(ticks[0], ticks[-1]))
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
     _tidy(axis)
 
 

@@ -36,9 +36,9 @@ class Comparison(NamedTuple):
 
     def __str__(self):
         return (
-            f"relative L1 {self.rel_l1:.1e}, cosine {self.cosine:.8f}, RMSE {self.rmse:.1e}, "
-            f"largest {self.max_abs:.1e}; "
-            f"relative L1 of the worst head {self.worst_head:.1e}, of the worst row {self.worst_row:.1e}"
+            f"relative L1 {self.rel_l1:.1e}, cosine {self.cosine:.8f}, RMSE {self.rmse:.1e}, largest "
+            f"{self.max_abs:.1e}; relative L1 of the worst head {self.worst_head:.1e}, of the worst row "
+            f"{self.worst_row:.1e}"
         )
 
 
