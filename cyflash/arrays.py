@@ -1,5 +1,7 @@
 """Arrays as the kernels take them: views of the caller's memory wherever its strides allow, else copies."""
+import math
 import sys
+from itertools import accumulate
 
 import numpy as np
 
@@ -62,6 +64,23 @@ def _copy(x, axes):
     once = x[tuple(slice(0, 1) if n < axes and stride == 0 else slice(None) for n, stride in enumerate(x.strides))]
     copy = np.array(once, order="C")
     return copy if copy.shape == x.shape else np.broadcast_to(copy, x.shape)
+
+
+def together(others, **wanted):
+    """{name: uninitialised array} for {name: (shape, dtype)}, in one allocation.
+
+    others: bytes that the call allocates beside them. The C library (glibc) gives freed memory back to the system where
+    it is more than twice the largest piece that was ever freed, and the next call faults it in again, page by page:
+    that can double its time. So there is one piece, as large as all of them; the part that nobody touches stays an
+    address range.
+    """
+    sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in wanted.values())
+    begins = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    memory = np.empty(begins[-1] + others, np.uint8)
+    return {
+        name: np.ndarray(shape, dtype, memory, begin)
+        for (name, (shape, dtype)), begin in zip(wanted.items(), begins, strict=False)
+    }
 
 
 def overlap(a, b):

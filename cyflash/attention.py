@@ -219,8 +219,10 @@ def attend_int8(
         checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
         return _run(call, call.build.forward, *operands.float_operands(q, k, v, settings))
-    ready = operands.prepare(q, k, v, settings, call.build, call.threads)
-    return _run(call, call.build.forward_codes, *ready, codes, precise=settings.fp32_sinks)
+    keys = (call.plan.Lk, settings.fp32_sinks)
+    others = call.out.nbytes + call.threads * call.tile_bytes(*keys)
+    ready = operands.prepare(q, k, v, settings, call.build, call.threads, others)
+    return _run(call, call.build.forward_codes, *ready, codes, keys=keys)
 
 
 class _Call(NamedTuple):
@@ -234,6 +236,10 @@ class _Call(NamedTuple):
     Br: int
     Bc: int
     threads: int
+
+    def tile_bytes(self, *keys):
+        """Of one thread. keys: how many there are, and how many of them are computed in float32; default: all."""
+        return self.build.tile_bytes(self.Br, self.Bc, self.plan.D, self.plan.Dv, *keys)
 
 
 def _describe(
@@ -266,9 +272,9 @@ def _describe(
     return _Call(plan, out, lse, flops, build, Br, Bc, count)
 
 
-def _run(call, forward, *inputs, precise=None):
-    """One kernel call. precise: keys that are computed in float32; None for all."""
-    plan, out, lse, build = call.plan, call.out, call.lse, call.build
+def _run(call, forward, *inputs, keys=()):
+    """One kernel call; keys: as in `_Call.tile_bytes`."""
+    plan, out, lse = call.plan, call.out, call.lse
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     if out.size:
         forward(
@@ -278,9 +284,7 @@ def _run(call, forward, *inputs, precise=None):
         )
     if direct is not out:
         out[...] = direct
-    keys = (1, 1) if precise is None else (plan.Lk, precise)
-    tile_bytes = build.tile_bytes(call.Br, call.Bc, plan.D, plan.Dv, *keys)
-    return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(build))
+    return out, lse, Work(call.flops, call.tile_bytes(*keys), call.Br, call.Bc, cpu.name_of(call.build))
 
 
 def _visible_flops(plan):

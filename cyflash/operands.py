@@ -194,31 +194,46 @@ def _sinks(q, k, v, fp32_sinks, quant):
 # Codes
 
 
-def prepare(q, k, v, settings, build, threads):
-    """Quantise what is float, pack keys and values for the kernels of `build`."""
-    n = settings.fp32_sinks
-    q_codes, q_scale, _ = _codes("q", q, settings, build, threads)
-    k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads)
-    floats = float_operands(q, k, v, settings) if n else (None, None, None)
-    v_packed, v_scale, float_v = _values(v, settings, build, threads)
-    if float_v is None:
-        float_v = floats[2]
-    rows = build.SHAPE["ROWS"]
+def prepare(q, k, v, settings, build, threads, others=0):
+    """Quantise what is float, pack keys and values for the kernels of `build`; others: as in `arrays.together`."""
+    operands = {name: arrays.four_axes(memory_of(x)) for name, x in (("q", q), ("k", k), ("v", v))}
+    B, Hk, Lk, D = operands["k"].shape
+    rows, group, bf16_group = (build.SHAPE[name] for name in ("ROWS", "GROUP", "BF16_GROUP"))
+    wanted = {
+        f"{name}_codes": (x.shape, np.int8)
+        for name, x in operands.items() if x.dtype != np.int8 and (name != "v" or _is_coded(v, settings))
+    }
+    wanted["k"] = ((B, Hk, -(-Lk // rows) * rows, 1 + -(-D // group)), np.int32)
+    if settings.pv != "fp32":
+        columns = -(-operands["v"].shape[3] // rows) * rows
+        wanted["v"] = ((B, Hk, -(-Lk // (group if settings.pv == "int8" else bf16_group)), columns), np.int32)
+    room = arrays.together(others, **wanted)
+
+    q_codes, q_scale, _ = _codes("q", q, settings, build, threads, room)
+    k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads, room)
+    build.pack_keys(k_codes, room["k"], threads)
+    v_scale, float_v = _values(v, settings, build, threads, room)
+    floats = float_operands(q, k, v, settings) if settings.fp32_sinks else (None, None, None)
     return Operands(
         q=q_codes,
         q_scale=_spread(q_scale, q_codes.shape[:3]),
-        k=build.pack_keys(k_codes, threads),
-        keys=k_codes.shape[2],
+        k=room["k"],
+        keys=Lk,
         k_scale=_per_key(k_scale, k_codes.shape, rows),
         k_mean=None if k_mean is None else _of_heads(k_mean, k_codes.shape),
-        v=v_packed,
-        v_scale=None if v_scale is None else _per_key(v_scale, (*k_codes.shape[:3], 1), rows),
+        v=room.get("v"),
+        v_scale=None if v_scale is None else _per_key(v_scale, (B, Hk, Lk, 1), rows),
         pv=settings.pv,
-        fp32_sinks=n,
+        fp32_sinks=settings.fp32_sinks,
         float_q=floats[0],
         float_k=floats[1],
-        float_v=float_v,
+        float_v=floats[2] if float_v is None else float_v,
     )
+
+
+def _is_coded(v, settings):
+    """Whether the second product takes codes of v: else it takes the floats themselves."""
+    return memory_of(v).dtype == np.int8 or settings.scales["v"] is not None or settings.pv == "int8"
 
 
 def float_operands(q, k, v, settings):
@@ -238,7 +253,7 @@ def _float_rows(x, n):
     return x.fp32_rows if n else np.zeros((*x.shape[:-2], 0, x.shape[-1]), np.float32)
 
 
-def _codes(name, x, settings, build, threads):
+def _codes(name, x, settings, build, threads, room):
     """(codes, scale, mean) of one operand, each with four axes."""
     scale, mean = settings.scales[name], settings.k_mean if name == "k" else None
     scale, mean = (None if y is None else arrays.four_axes(y) for y in (scale, mean))
@@ -248,29 +263,28 @@ def _codes(name, x, settings, build, threads):
     return quantise_call(
         name, arrays.four_axes(arrays.rows_in_place(x)), settings.granularity[name], scale=scale, mean=mean,
         smooth=settings.smooth and name == "k", fp32_sinks=settings.fp32_sinks if name != "q" else 0,
-        threads=threads, build=build, ndim=x.ndim,
+        threads=threads, build=build, ndim=x.ndim, codes=room[f"{name}_codes"],
     )
 
 
-def _values(v, settings, build, threads):
-    """(packed values, their scale, values in float32): the first two, or the last alone for pv="fp32"."""
-    if memory_of(v).dtype != np.int8 and settings.scales["v"] is None and settings.pv != "int8":
+def _values(v, settings, build, threads, room):
+    """(scale of the packed values, or None, values in float32 for pv="fp32", or None)."""
+    if not _is_coded(v, settings):
         _require_finite("v", v)
         v = arrays.four_axes(arrays.rows_in_place(v))
         if settings.pv == "fp32":
-            return None, None, v
-        return build.pack_values_bf16(v, threads), np.ones((1, 1, 1, 1), np.float32), None
-    codes, scale, _ = _codes("v", v, settings, build, threads)
-    if settings.pv == "int8":
-        return build.pack_values(codes, threads), scale, None
-    if settings.pv == "bf16":
-        return build.pack_values_bf16(codes, threads), scale, None
-    values = codes * scale
-    if settings.fp32_sinks:
-        values[:, :, : settings.fp32_sinks] = arrays.four_axes(_float_rows(v, settings.fp32_sinks))[
-            :, :, : settings.fp32_sinks
-        ]
-    return None, None, values
+            return None, v
+        build.pack_values_bf16(v, room["v"], threads)
+        return np.ones((1, 1, 1, 1), np.float32), None
+    codes, scale, _ = _codes("v", v, settings, build, threads, room)
+    if settings.pv == "fp32":
+        values = codes * scale
+        n = settings.fp32_sinks
+        if n:
+            values[:, :, :n] = arrays.four_axes(_float_rows(v, n))[:, :, :n]
+        return None, values
+    (build.pack_values if settings.pv == "int8" else build.pack_values_bf16)(codes, room["v"], threads)
+    return scale, None
 
 
 def _require_finite(name, x):

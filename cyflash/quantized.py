@@ -117,7 +117,8 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
 
 
 def quantise_call(
-    name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=1, build=None, ndim=4
+    name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=1, build=None, ndim=4,
+    codes=None,
 ):
     """What a call of attention uses for one float argument: `quantize`, but with one scale per sequence for "tensor".
 
@@ -142,6 +143,8 @@ def quantise_call(
         The SIMD build; default `cpu.active()`.
     ndim : int
         How many axes the caller's array has: errors show a position in these.
+    codes : ndarray of int8, shape (B, H, L, D), C order, optional
+        Where to write the codes.
 
     Returns
     -------
@@ -156,7 +159,7 @@ def quantise_call(
     ValueError
         For NaN or inf, with the position.
     """
-    codes = np.empty(x.shape, np.int8)
+    codes = np.empty(x.shape, np.int8) if codes is None else codes
     found, mean = _encode(
         name, arrays.rows_in_place(x), codes, {"tensor": (1,), "head": (), "token": None}[granularity],
         scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=min(threads, 1 + x.size // ELEMENTS_PER_THREAD),

@@ -17,7 +17,7 @@ __all__ = ["attention_int8"]
 F32 = np.finfo(np.float32)
 AXES = {"tensor": (1, 2, 3), "head": (2, 3), "token": (3,)}  # of (B, H, L, D), that share one scale
 PART = 64  # keys, at most, whose codes of P share a row scale
-SMALLEST_WEIGHT = 256 * float(F32.tiny)  # so that 255 / omega is a normal float32
+SMALLEST_WEIGHT = 256 / 255 * float(F32.tiny)  # so that 255 / omega is a normal float32
 
 
 def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None,

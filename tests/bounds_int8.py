@@ -11,7 +11,8 @@ has met bounds the error of its running maximum. One block of keys adds
     f_b sum_j p_j v8_j,   f_b = e^(t_b - lse) omega_b / 255
 
 to the output. f_b is off by a factor of at most 1 + off = e^(2 Delta + 8 eps); the sum is exact where the codes p are
-the same, and a code can differ only by as much as that factor can move the rounding of 255 w / omega. So
+the same, and a code can differ only by as much as that factor and the kernel's polynomial for the exponential of codes
+(relative error 3e-6, which the denominator shares) can move the rounding of 255 w / omega. So
 
     bound = 2 [ sum_b |f_b sum_j p_j v8_j| (off + (8 + blocks) eps)
               + |out| (sum_j P_j (e^delta_j - 1) + (8 + blocks) eps) ]       the denominator, of unrounded P
@@ -31,6 +32,7 @@ from cyflash import reference, reference_int8
 from cyflash.reference_int8 import bf16, encode, exp, part_scores, steps, weights
 
 ARGUMENTS = ("q_scale", "k_scale", "v_scale", "granularity", "smooth_k", "fp32_sinks", "pv", "quant")
+CODE_EXP = 3e-6      # relative error of the exponential that codes are made of
 FLIPPED = 1e-3       # at most this share of codes may differ from the simulation,
 CODES_ENOUGH = 5000  # where there are so many that a few ties do not decide
 
@@ -101,7 +103,8 @@ def judge(part, call, block_size, given=None):
         delta = np.where(seen, _score_error(part, call.fp32_sinks) + STEPS * EPS * np.abs(scores - top[:, None]), 0.0)
         p_sink = np.exp(sink - np.where(np.isfinite(lse), lse, np.inf))
         sink_error = 0.0 if sink == -np.inf else p_sink * STEPS * EPS * (abs(sink) + np.abs(sink - top))
-        denominator = np.where(seen, p * np.expm1(delta), 0.0).sum(axis=1) + sink_error
+        coarse = CODE_EXP if call.pv == "int8" else 0.0
+        denominator = np.where(seen, p * (np.expm1(delta) + coarse), 0.0).sum(axis=1) + sink_error
 
         out = np.zeros((len(scores), part.v.codes.shape[1]))
         bound, flipped = np.zeros_like(out), 0
@@ -116,7 +119,7 @@ def judge(part, call, block_size, given=None):
             off = np.expm1(2 * delta[:, : keys.stop].max(axis=1, keepdims=True) + 8 * EPS)
             w, worth, values = (e, 1.0, head.v[keys]) if exact else weights(e, part.v, keys, call.pv)
             worth = worth * exp(unit, lse[:, None])
-            w, slack = _rounded(w, off, None if exact else call.pv)
+            w, slack = _rounded(w, off + (CODE_EXP if coded else 0.0), None if exact else call.pv)
             if coded and given is not None:
                 flipped += _check_flips(given[:, keys], w, slack, lse)
                 w, slack = given[:, keys], np.zeros_like(slack)

@@ -341,6 +341,9 @@ def forward_codes(
 
 include "inspect.pxi"
 
-SHAPE = {"LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL, "PART_KEYS": PART_KEYS}
+SHAPE = {
+    "LANES": LANES, "VECTORS": VECTORS, "ROWS": ROWS, "PANEL": PANEL, "PART_KEYS": PART_KEYS, "GROUP": GROUP,
+    "BF16_GROUP": BF16_GROUP,
+}
 
 include "quantise.pxi"

@@ -12,12 +12,13 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     memset(&head, 0, sizeof(head))
     x.D, x.scale, x.codes.q_stride[2] = q.shape[1], 1.0, q.shape[1]
     head.q_codes, head.q_scale, head.k_scale = &q[0, 0], &one, &one
-    cdef const int[:, :, :, ::1] packed = pack_keys(np.asarray(k)[None, None], 1)
+    cdef int[:, :, :, ::1] packed = np.empty((1, 1, rows, 1 + (q.shape[1] + GROUP - 1) // GROUP), np.int32)
     cdef int[::1] codes = np.empty((x.D + GROUP - 1) // GROUP * PANEL, np.int32)
     cdef float[:, ::1] s = np.empty((rows, PANEL), np.float32)
     cdef float[:, ::1] rest = np.empty((3, PANEL), np.float32)
     sums = np.empty((Lq, Lk), np.float32)
     cdef float[:, ::1] to = sums
+    pack_keys(np.asarray(k)[None, None], packed, 1)
     panel.codes, panel.factor, panel.shift = &codes[0], &rest[0, 0], &rest[1, 0]
     panel.row = 0
     while panel.row < Lq:
@@ -36,7 +37,7 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     """float32 (Lq, Dv): the sums p v as accumulate_codes() makes them, exact below 2^24."""
     cdef Py_ssize_t Lq = p.shape[0], Lk = p.shape[1], Dv = v.shape[1], groups = (Lk + GROUP - 1) // GROUP
     cdef Py_ssize_t row = 0, rows, r, c, d
-    cdef const int[:, :, :, ::1] packed = pack_values(np.asarray(v)[None, None], 1)
+    cdef int[:, :, :, ::1] packed = np.empty((1, 1, groups, (Dv + ROWS - 1) // ROWS * ROWS), np.int32)
     cdef int[:, ::1] codes = np.empty((groups, PANEL), np.int32)
     cdef float[:, ::1] o = np.empty(((Dv + LANES - 1) // LANES * LANES, PANEL), np.float32)
     cdef float[::1] zero = np.zeros(PANEL, np.float32)
@@ -44,6 +45,7 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     cdef code* group
     sums = np.empty((Lq, Dv), np.float32)
     cdef float[:, ::1] to = sums
+    pack_values(np.asarray(v)[None, None], packed, 1)
     while row < Lq:
         rows = min(<Py_ssize_t> PANEL, Lq - row)
         codes[:, :] = 0

@@ -72,53 +72,47 @@ cdef void pack_bf16_groups(
         v += BF16_GROUP * stride
 
 
-def pack_keys(const signed char[:, :, :, :] k not None, int threads):
-    """(B, Hk, Lk, D) codes -> int32 (B, Hk, Lk rounded up to ROWS, 1 + groups). The last axis of k is contiguous."""
-    cdef Py_ssize_t B = k.shape[0], Hk = k.shape[1], Lk = k.shape[2], D = k.shape[3]
+def pack_keys(const signed char[:, :, :, :] k not None, int[:, :, :, ::1] packed not None, int threads):
+    """(B, Hk, Lk, D) codes -> (B, Hk, Lk rounded up to ROWS, 1 + groups of D). The last axis of k is contiguous."""
+    cdef Py_ssize_t Hk = k.shape[1], Lk = k.shape[2], D = k.shape[3]
     cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    packed = np.empty((B, Hk, (Lk + ROWS - 1) // ROWS * ROWS, 1 + (D + GROUP - 1) // GROUP), np.int32)
+    if Lk == 0:
+        return
     packed[:, :, Lk:] = 0
-    cdef int[:, :, :, ::1] to = packed
-    if packed.size:
-        for t in prange(B * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
-            head = t // chunks
-            key = t % chunks * PACK_KEYS
-            pack_key_rows(
-                &to[head // Hk, head % Hk, key, 0], &k[head // Hk, head % Hk, key, 0], k.strides[2],
-                min(<Py_ssize_t> PACK_KEYS, Lk - key), D,
-            )
-    return packed
+    for t in prange(k.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
+        head = t // chunks
+        key = t % chunks * PACK_KEYS
+        pack_key_rows(
+            &packed[head // Hk, head % Hk, key, 0], &k[head // Hk, head % Hk, key, 0], k.strides[2],
+            min(<Py_ssize_t> PACK_KEYS, Lk - key), D,
+        )
 
 
-def pack_values(const signed char[:, :, :, :] v not None, int threads):
-    """(B, Hk, Lk, Dv) codes -> int32 (B, Hk, groups of Lk, Dv rounded up to ROWS). The last axis of v is contiguous."""
-    cdef Py_ssize_t B = v.shape[0], Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
+def pack_values(const signed char[:, :, :, :] v not None, int[:, :, :, ::1] packed not None, int threads):
+    """(B, Hk, Lk, Dv) codes -> (B, Hk, groups of Lk, Dv rounded up to ROWS). The last axis of v is contiguous."""
+    cdef Py_ssize_t Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
     cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    packed = np.empty((B, Hk, (Lk + GROUP - 1) // GROUP, (Dv + ROWS - 1) // ROWS * ROWS), np.int32)
-    cdef int[:, :, :, ::1] to = packed
-    if packed.size:
-        for t in prange(B * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
-            head = t // chunks
-            key = t % chunks * PACK_KEYS
-            pack_value_groups(
-                &to[head // Hk, head % Hk, key // GROUP, 0], to.shape[3], &v[head // Hk, head % Hk, key, 0],
-                v.strides[2], min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
-            )
-    return packed
+    if Lk == 0:
+        return
+    for t in prange(v.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
+        head = t // chunks
+        key = t % chunks * PACK_KEYS
+        pack_value_groups(
+            &packed[head // Hk, head % Hk, key // GROUP, 0], packed.shape[3], &v[head // Hk, head % Hk, key, 0],
+            v.strides[2], min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
+        )
 
 
-def pack_values_bf16(element[:, :, :, :] v not None, int threads):
-    """pack_values() into bfloat16, from codes or from float32."""
-    cdef Py_ssize_t B = v.shape[0], Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
+def pack_values_bf16(element[:, :, :, :] v not None, int[:, :, :, ::1] packed not None, int threads):
+    """pack_values() into bfloat16, in groups of BF16_GROUP keys, from codes or from float32."""
+    cdef Py_ssize_t Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
     cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    packed = np.empty((B, Hk, (Lk + BF16_GROUP - 1) // BF16_GROUP, (Dv + ROWS - 1) // ROWS * ROWS), np.int32)
-    cdef int[:, :, :, ::1] to = packed
-    if packed.size:
-        for t in prange(B * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
-            head = t // chunks
-            key = t % chunks * PACK_KEYS
-            pack_bf16_groups(
-                &to[head // Hk, head % Hk, key // BF16_GROUP, 0], to.shape[3], &v[head // Hk, head % Hk, key, 0],
-                v.strides[2] // <Py_ssize_t> sizeof(v[0, 0, 0, 0]), min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
-            )
-    return packed
+    if Lk == 0:
+        return
+    for t in prange(v.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
+        head = t // chunks
+        key = t % chunks * PACK_KEYS
+        pack_bf16_groups(
+            &packed[head // Hk, head % Hk, key // BF16_GROUP, 0], packed.shape[3], &v[head // Hk, head % Hk, key, 0],
+            v.strides[2] // <Py_ssize_t> sizeof(v[0, 0, 0, 0]), min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
+        )
