@@ -21,7 +21,7 @@ SMALLEST_WEIGHT = 256 / 255 * float(F32.tiny)  # so that 255 / omega is a normal
 
 
 def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None,
-                   fp32_sinks=None, pv=None, quant=None, block_size=128, return_lse=False, return_codes=False,
+                   fp32_sinks=None, pv=None, quant=None, block_size=256, return_lse=False, return_codes=False,
                    **options):
     """Attention with int8 queries, keys, values and weights: the integer-exact simulation.
 
@@ -62,7 +62,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
         latter two take a float v without a scale as it is. Default: `quant`'s, or "int8".
     quant : object with q_scale, k_scale, v_scale, k_mean, fp32_sinks and pv, optional
         A `cyflash.quant.LayerScales`; a scale of None there is dynamic.
-    block_size : int, default 128
+    block_size : int, default 256
         Keys of a block: parts do not reach across its end.
     return_lse : bool, default False
         Also return the log-sum-exp of each row.

@@ -17,7 +17,7 @@ import cyflash
 from cyflash import FlashAttentionConfig, reference
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
-B, H, Hk, Lq, Lk, D, Dv = 2, 4, 2, 40, 50, 24, 20
+B, H, Hk, Lq, Lk, D, Dv = 2, 2, 1, 40, 50, 24, 20
 PV = ("int8", "bf16", "fp32")
 GRANULARITIES = ("tensor", "head", "token")
 
@@ -28,26 +28,25 @@ def inputs(Lq=Lq, Lk=Lk):
 
 @pytest.mark.parametrize("name", cases.NAMES)
 def test_alone(build, name):
-    for lengths, pv in (((40, 50), "int8"), ((90, 150), "int8"), ((40, 50), "bf16"), ((50, 40), "fp32")):
+    for lengths, pv in (((90, 150), "int8"), ((40, 50), "bf16"), ((50, 40), "fp32")):
         cases_int8.verify(*inputs(*lengths), **cases.options(name, B, H, *lengths), pv=pv)
 
 
 @pytest.mark.parametrize("pv", PV)
-@pytest.mark.parametrize("align", ["bottom-right", "top-left"])
-@pytest.mark.parametrize("lengths", [(40, 50), (1, 300), (300, 1), (13, 300), (110, 150)], ids=str)
-def test_all_together(build, lengths, align, pv):
+@pytest.mark.parametrize("lengths", [(40, 50), (1, 300), (150, 1), (13, 300), (110, 150)], ids=str)
+def test_all_together(build, lengths, pv):
     q, k, v = inputs(*lengths)
-    options = cases.all_options(B, H, *lengths) | {"causal_align": align, "pv": pv}
+    options = cases.all_options(B, H, *lengths) | {"pv": pv}
     cases_int8.verify(q, k, v, **options)
-    if lengths[1] > 4:
-        cases_int8.verify(q, k, v, **options, fp32_sinks=4)
+    cases_int8.verify(q, k, v, **options, causal_align="top-left", fp32_sinks=min(4, lengths[1]))
 
 
-@pytest.mark.parametrize("granularity", list(itertools.product(GRANULARITIES, repeat=3)), ids="-".join)
-def test_granularities(build, granularity):
-    q, k, v = inputs()
-    cases_int8.verify(q, k, v, granularity=granularity, smooth_k=False)
-    cases_int8.verify(q, k, v, granularity=granularity, fp32_sinks=3)
+@pytest.mark.parametrize("of_q", GRANULARITIES)
+def test_granularities(build, of_q):
+    q, k, v = inputs(20, 50)
+    for of_k, of_v in itertools.product(GRANULARITIES, repeat=2):
+        cases_int8.verify(q, k, v, granularity=(of_q, of_k, of_v), smooth_k=False)
+        cases_int8.verify(q, k, v, granularity=(of_q, of_k, of_v), fp32_sinks=3)
 
 
 @pytest.mark.parametrize("pv", PV)
@@ -60,13 +59,13 @@ def test_quantised_values_in_every_arithmetic(build, granularity, pv):
     cases_int8.verify(q, k, v, v_scale=0.02, pv=pv)
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 299, 300])
 @pytest.mark.parametrize("pv", PV)
-def test_keys_in_float32(build, pv, n):
-    """Within a block, at its edges, beyond it, and all of them."""
+def test_keys_in_float32(build, pv):
+    """Within a block and its parts, at their edges, beyond them, and all keys."""
     q, k, v = inputs(10, 300)
-    cases_int8.verify(q, k, v, fp32_sinks=n, pv=pv)
-    cases_int8.verify(q, k, v, fp32_sinks=n, pv=pv, causal=True, sinks=np.zeros(H, np.float32))
+    for n in (1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 299, 300):
+        options = {"causal": True, "sinks": np.zeros(H, np.float32)} if n % 2 else {}
+        cases_int8.verify(q, k, v, fp32_sinks=n, pv=pv, **options)
 
 
 # None is ignored
@@ -147,14 +146,14 @@ def test_parts_of_a_quantized_tensor_are_not_ignored(build, name, which):
 @pytest.mark.parametrize("pv", PV)
 def test_rows_that_see_nothing_of_some_blocks(build, pv):
     """Masks that leave rows whole blocks, one key of a block, or nothing at all."""
-    q, k, v = inputs(60, 400)
+    q, k, v = inputs(30, 400)
     r = np.random.default_rng(0)
-    blocks = r.random((60, 400 // 8)) < 0.3
+    blocks = r.random((30, 400 // 8)) < 0.3
     mask = np.repeat(blocks, 8, axis=1)
     mask[::7] = False
     mask[::7, r.integers(0, 400)] = True
     mask[5] = mask[11] = False
-    bias = np.where(np.repeat(r.random((60, 50)) < 0.5, 8, axis=1), np.float32(-np.inf), np.float32(0))
+    bias = np.where(np.repeat(r.random((30, 50)) < 0.5, 8, axis=1), np.float32(-np.inf), np.float32(0))
     for options in ({"mask": mask}, {"bias": bias}, {"mask": mask, "bias": bias, "causal": True, "window": (100, 20)}):
         report = cases_int8.verify(q, k, v, **options, pv=pv)
         assert report.worst < 1
@@ -270,7 +269,7 @@ def options(draw, B, H, Lq, Lk, r):
 block = st.one_of(st.none(), st.integers(1, 200))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls(), st.sampled_from(cyflash.cpu.runnable()), st.integers(1, 3), st.tuples(block, block))
 def test_any_call(call, build, threads, blocks):
     operands, arguments = call

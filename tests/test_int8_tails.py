@@ -32,10 +32,10 @@ def test_some_lengths_of_every_head_dim(build, D):
     sweep(D, [(1 + 71 * D % 40, 1 + 11 * D % n)], pv=("bf16", "fp32")[D % 2])
 
 
-@pytest.mark.parametrize("D", [3, 8, 17, 64])
+@pytest.mark.parametrize("D", [3, 17, 64])
 def test_every_length_of_some_head_dims(build, D):
-    sweep(D, [(1 + 7 * L % 50, L) for L in LENGTHS] + [(L, 1 + 7 * L % 50) for L in LENGTHS[::2]])
-    sweep(D, [(3, L) for L in LENGTHS], pv="bf16")
+    sweep(D, [(1 + 7 * L % 50, L) for L in LENGTHS] + [(L, 1 + 7 * L % 50) for L in LENGTHS[::3]])
+    sweep(D, [(3, L) for L in LENGTHS[::2]], pv="bf16")
 
 
 @pytest.mark.parametrize("pv", ["int8", "bf16", "fp32"])
