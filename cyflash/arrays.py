@@ -1,7 +1,6 @@
 """Arrays as the kernels take them: views of the caller's memory wherever its strides allow, else copies."""
 import math
 import sys
-from itertools import accumulate
 
 import numpy as np
 
@@ -74,12 +73,14 @@ def together(others, **wanted):
     that can double its time. So there is one piece, as large as all of them; the part that nobody touches stays an
     address range.
     """
-    sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in wanted.values())
-    begins = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
-    memory = np.empty(begins[-1] + others, np.uint8)
+    begins, end = [], 0
+    for shape, dtype in wanted.values():
+        begins.append(end)
+        end += -(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64
+    memory = np.empty(end + others, np.uint8)
     return {
         name: np.ndarray(shape, dtype, memory, begin)
-        for (name, (shape, dtype)), begin in zip(wanted.items(), begins, strict=False)
+        for (name, (shape, dtype)), begin in zip(wanted.items(), begins, strict=True)
     }
 
 

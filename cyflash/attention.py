@@ -288,11 +288,12 @@ def _run(call, forward, *inputs, keys=()):
 
 
 def _visible_flops(plan):
-    window = tuple(-1 if side >= UNBOUNDED else side for side in (plan.left, plan.right))
+    if min(plan.left, plan.right) >= UNBOUNDED:
+        return 2 * (plan.D + plan.Dv) * plan.Lq * plan.Lk * plan.B * plan.H
     return attention_flops(
         plan.B, plan.H, plan.Lq, plan.Lk, plan.D, plan.Dv,
         causal_align="bottom-right" if plan.offset == plan.Lk - plan.Lq else "top-left",
-        window=None if window == (-1, -1) else window,
+        window=tuple(-1 if side >= UNBOUNDED else side for side in (plan.left, plan.right)),
     )
 
 
