@@ -229,6 +229,13 @@ cdef void write_trace(
             head.trace[(panel.row + r) * x.Lk + block + c] = (<const code*> (p + c // GROUP * PANEL + r))[c % GROUP]
 
 
+cdef inline bint edges_inside(const Problem* x, const Panel* panel, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Whether causal or the window hides a part of keys begin <= j < end from some row of a panel: the last row's first
+    key or the first row's last key lies between them."""
+    cdef Py_ssize_t position = panel.row + x.offset
+    return position + panel.rows - 1 - x.left > begin or position + x.right < end - 1
+
+
 cdef void fold_block(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
     const Scratch* scratch, bint careful
@@ -239,9 +246,8 @@ cdef void fold_block(
     careful: values that are not finite may be hidden here.
     """
     cdef Py_ssize_t c, i, low, high, step = x.Bc, part = x.Bc
-    cdef Py_ssize_t position = panel.row + x.offset
     cdef Py_ssize_t groups = (x.D + GROUP - 1) // GROUP
-    cdef bint masked = False, edges, changed, prefetched = False, precise = block + begin < x.precise
+    cdef bint masked = False, changes, changed, edges, prefetched = False, precise = block + begin < x.precise
     cdef int j
     cdef float* s = scratch.s
     cdef float* top
@@ -257,9 +263,8 @@ cdef void fold_block(
         masked = i == 0
     if not precise and x.codes.product == INT8:
         part = PART_KEYS
-    # the last row's first key and the first row's last key lie inside the tile, or a part of it is hidden
-    edges = position + panel.rows - 1 - x.left > block + begin or position + x.right < block + end - 1
-    changed = masked or edges or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
+    changes = masked or x.softcap != 0.0 or x.bias != NULL or x.slopes != NULL
+    changed = changes or edges_inside(x, panel, block + begin, block + end)
 
     if panel.row == 0 or block <= panel.first_key:
         prefetched = True
@@ -282,8 +287,10 @@ cdef void fold_block(
         low = begin
         while low < end:
             high = min(end, (low // part + 1) * part)
-            top = scratch.top + low // part * PANEL
-            change_scores(s, top, x, head, panel, block, low, high, x.softcap != 0.0, masked, edges)
+            edges = edges_inside(x, panel, block + low, block + high)
+            if changes or edges:
+                top = scratch.top + low // part * PANEL
+                change_scores(s, top, x, head, panel, block, low, high, x.softcap != 0.0, masked, edges)
             low = high
     low, high = begin // ROWS * ROWS, (end + ROWS - 1) // ROWS * ROWS
     for c in range(low * PANEL, begin * PANEL):
@@ -299,7 +306,7 @@ cdef void fold_block(
     if careful and changed:
         for c in range(begin * PANEL, end * PANEL):
             scratch.hidden[c] = 0.0
-        change_scores(scratch.hidden, scratch.top, x, head, panel, block, begin, end, False, masked, edges)
+        change_scores(scratch.hidden, scratch.top, x, head, panel, block, begin, end, False, masked, True)
         accumulate_visible(
             panel.o, s, scratch.hidden + begin * PANEL, v, x.v_stride[2], x.Dv, scratch.alpha, end - begin,
             panel.vectors,
