@@ -156,7 +156,7 @@ def test_codes_of_minus_128(build, pv):
 
 
 @pytest.mark.parametrize("pv", PV)
-@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-40, 1e-38, 1e-36, 1e-20, 1e20])
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-36, 1e20])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_zeros_and_extreme_sizes(build, size, where, pv):
     """Scales are never 0 or infinite, so that nothing becomes NaN; zeros stay zeros."""
