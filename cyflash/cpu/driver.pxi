@@ -30,7 +30,7 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 #         q             D x PANEL             where keys are computed in float32
 #         codes         groups of D x PANEL   where they are computed from codes
 #         o             Dv (rounded up to LANES) x PANEL
-#         m, l, factor, shift  4 x PANEL
+#         m, l, factor, shift, lift  5 x PANEL
 #     panels            the Panel structures
 #
 # Every part but the last is a multiple of LANES floats, so all of them keep the alignment of the whole.
@@ -46,7 +46,7 @@ cdef Py_ssize_t panel_floats(const Problem* x) noexcept nogil:
         queries += x.D
     if x.precise < x.Lk:
         queries += (x.D + GROUP - 1) // GROUP
-    return PANEL * (queries + (x.Dv + LANES - 1) // LANES * LANES + 4)
+    return PANEL * (queries + (x.Dv + LANES - 1) // LANES * LANES + 5)
 
 
 cdef Py_ssize_t scratch_floats(const Problem* x) noexcept nogil:
@@ -65,7 +65,8 @@ cdef void place_panel(const Problem* x, Panel* panel, Py_ssize_t first, Py_ssize
     panel.l = panel.m + PANEL
     panel.factor = panel.l + PANEL
     panel.shift = panel.factor + PANEL
-    panel.o = panel.shift + PANEL
+    panel.lift = panel.shift + PANEL
+    panel.o = panel.lift + PANEL
     panel.q = panel.o + (x.Dv + LANES - 1) // LANES * LANES * PANEL
     panel.codes = <int*> (panel.q + (x.D * PANEL if x.precise > 0 else 0))
 

@@ -15,11 +15,11 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     cdef int[:, :, :, ::1] packed = np.empty((1, 1, rows, 1 + (q.shape[1] + GROUP - 1) // GROUP), np.int32)
     cdef int[::1] codes = np.empty((x.D + GROUP - 1) // GROUP * PANEL, np.int32)
     cdef float[:, ::1] s = np.empty((rows, PANEL), np.float32)
-    cdef float[:, ::1] rest = np.empty((3, PANEL), np.float32)
+    cdef float[:, ::1] rest = np.empty((4, PANEL), np.float32)
     sums = np.empty((Lq, Lk), np.float32)
     cdef float[:, ::1] to = sums
     pack_keys(np.asarray(k)[None, None], packed, 1)
-    panel.codes, panel.factor, panel.shift = &codes[0], &rest[0, 0], &rest[1, 0]
+    panel.codes, panel.factor, panel.shift, panel.lift = &codes[0], &rest[0, 0], &rest[1, 0], &rest[3, 0]
     panel.row = 0
     while panel.row < Lq:
         panel.rows = min(<Py_ssize_t> PANEL, Lq - panel.row)

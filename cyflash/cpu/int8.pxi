@@ -1,6 +1,6 @@
 # Quantised attention: both products on codes of 8 bits (exact sums of 32 bits), or the second one on bfloat16.
 #
-#     S = (q8 . k8) s_q s_k scale + shift      the shift is what subtracting the mean of the keys took from the row
+#     S = (q8 . k8) s_q s_k scale              less what subtracting the mean of the keys took from the row, see Panel
 #     P = e^(S - top) s_v / omega              with the maximum `top` of a part's own scores, not the running one, and
 #                                              its own row scale omega, so that 255 codes serve every row of every part
 #     O = alpha O + e^(top - m') omega / 255 (p8 . v8)
@@ -367,7 +367,7 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
     cdef vi group
     for r in range(PANEL):
         factor = x.scale * scales[r * x.codes.q_scale_stride[2]] if r < panel.rows else 0.0
-        panel.shift[r] = <float> factor
+        panel.lift[r] = <float> factor
         panel.factor[r] = <float> (factor if x.codes.k_tokens else factor * head.k_scale[0])
     for j in range(panel.vectors):
         row = j * LANES
@@ -390,4 +390,6 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
             for d in range(D):
                 group = vi_load(panel.codes + d // GROUP * PANEL + row)
                 sum = vf_fma(vf_code(group, d % GROUP), vf_set(head.k_mean[d]), sum)
-        vf_store(panel.shift + row, vf_mul(sum, vf_load(panel.shift + row)))
+            sum = vf_mul(sum, vf_load(panel.lift + row))
+        vf_store(panel.lift + row, vf_set(0.0) if x.softcap != 0.0 else sum)
+        vf_store(panel.shift + row, sum if x.softcap != 0.0 else vf_set(0.0))

@@ -90,7 +90,8 @@ cdef struct Panel:
     float* q                    # [D][PANEL] queries times scale, where keys are computed in float32
     int* codes                  # [groups of D][PANEL] codes of the queries, with ZERO_POINT
     float* factor               # [PANEL] what makes a sum of products of codes a score: scale, that of q, that of a head of k
-    float* shift                # [PANEL] scale * q . mean
+    float* shift                # [PANEL] scale * q . mean, what the mean of the keys took from every score of a row: added
+    float* lift                 # [PANEL] to scores where softcap needs them whole, else only to their maximum, at the end
     float* o                    # [Dv rounded up to LANES][PANEL] running output
     float* m                    # [PANEL] running maximum, -inf at first
     float* l                    # [PANEL] running denominator
@@ -236,6 +237,18 @@ cdef inline bint edges_inside(const Problem* x, const Panel* panel, Py_ssize_t b
     return position + panel.rows - 1 - x.left > begin or position + x.right < end - 1
 
 
+cdef void lower_scores(float* s, float* top, const Panel* panel, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """Takes from scores in float32 what those of codes lack."""
+    cdef Py_ssize_t c
+    cdef int j
+    cdef vf lift
+    for j in range(panel.vectors):
+        lift = vf_load(panel.lift + j * LANES)
+        vf_store(top + j * LANES, vf_sub(vf_load(top + j * LANES), lift))
+        for c in range(begin, end):
+            vf_store(s + c * PANEL + j * LANES, vf_sub(vf_load(s + c * PANEL + j * LANES), lift))
+
+
 cdef void fold_block(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
     const Scratch* scratch, bint careful
@@ -283,6 +296,8 @@ cdef void fold_block(
         else:
             scores_of_codes(s, top, panel, k_codes, k_scale, groups, low, high)
         low = high
+    if precise and head.k_mean != NULL:
+        lower_scores(s, scratch.top, panel, begin, end)
     if changed:
         low = begin
         while low < end:
@@ -325,6 +340,7 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
     for r in range(PANEL):
         panel.m[r] = -INFINITY
         panel.l[r] = 0.0
+        panel.lift[r] = 0.0
     memset(panel.o, 0, x.Dv * PANEL * sizeof(float))
     if panel.first_key < x.precise:
         pack_floats(x, head, panel)
@@ -391,17 +407,17 @@ cdef void end_panel(const Problem* x, const Head* head, const Panel* panel) noex
     """
     cdef Py_ssize_t d, r, row, n, rows
     cdef int j
-    cdef double top, weight, l
+    cdef double top, lifted, weight, l
     cdef float* out
     cdef vf t[LANES]
     cdef vf factor
     for r in range(panel.vectors * LANES):
-        top = panel.m[r]
+        top = lifted = <double> panel.m[r] + panel.lift[r]
         l = panel.l[r]
         weight = 1.0
         if head.sink != NULL and head.sink[0] != -INFINITY:
             top = max(top, <double> head.sink[0])
-            weight = exp(panel.m[r] - top)
+            weight = exp(lifted - top)
             l = l * weight + (exp(head.sink[0] - top) if head.sink[0] != top else 1.0)  # also where both are inf
         if head.lse != NULL and r < panel.rows:
             head.lse[(panel.row + r) * x.lse_stride[2]] = <float> (top + log(l)) if l != 0.0 else -INFINITY
