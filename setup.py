@@ -51,7 +51,11 @@ def simd_extension(name, flags):
 
 
 class BuildExt(build_ext):
-    """Adds OpenMP where the compiler has it, and says what to install when there is no compiler."""
+    """Adds OpenMP and leaves out SIMD builds as the compiler allows, and says what to install when there is none."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self):
         if not self._compiles():
@@ -59,6 +63,10 @@ class BuildExt(build_ext):
                 "cyflash: no working C compiler was found. Install one and try again: on Debian or Ubuntu `apt install "
                 "gcc python3-dev`, on Fedora `dnf install gcc python3-devel`, on macOS `xcode-select --install`."
             )
+        for name, flags in SIMD_BUILDS.items():
+            if not self._compiles(*flags):
+                print(f"cyflash: this compiler does not know {' '.join(flags)}: building without {name}")
+                self.extensions = [one for one in self.extensions if one.name != f"cyflash.cpu._{name}"]
         for flag in filter(self._compiles, GCC_FLAGS):
             for extension in self.extensions:
                 extension.extra_compile_args.append(flag)
