@@ -78,21 +78,56 @@ cdef inline float relative(Py_ssize_t x) noexcept nogil:
     return <float> (limit if x > limit else -limit if x < -limit else x)
 
 
-cdef inline void prefetch_bias(
-    const Problem* x, const Head* head, const Panel* panel, const float* bias, Py_ssize_t key, Py_ssize_t rows
+cdef inline void prefetch_later(
+    const Problem* x, const Panel* panel, const char* now, Py_ssize_t row_bytes, Py_ssize_t key_bytes, Py_ssize_t key,
+    Py_ssize_t rows
 ) noexcept nogil:
-    """Asks for what comes a block of keys after bias[rows][LANES] of key `key`, or where that was the last one, for the
-    same rows of the next panel: a short piece of each of many long rows, which no hardware prefetcher foresees. Into the
-    second-level cache, since such rows often share the few places that the first one has for their addresses. Bit by
+    """Asks for what comes a block of keys after a tile of bias or mask of key `key`, or where that was the last block, for
+    the same rows of the next panel: a short piece of each of many long rows, which no hardware prefetcher foresees. Into
+    the second-level cache, since such rows often share the few places that the first one has for their addresses. Bit by
     bit with the work of this block, for asked for at once they would have to queue."""
     cdef Py_ssize_t r
-    cdef const float* later = bias + x.Bc
+    cdef const char* later = now + x.Bc * key_bytes
     if key + x.Bc > panel.last_key:
         if panel.row + panel.rows + PANEL > x.Lq:
             return
-        later = bias + panel.rows * x.bias_stride[2] + panel.first_key // x.Bc * x.Bc - key // x.Bc * x.Bc
+        later = now + panel.rows * row_bytes + (panel.first_key // x.Bc - key // x.Bc) * x.Bc * key_bytes
     for r in range(rows):
-        prefetch_far(later + r * x.bias_stride[2])
+        prefetch_far(later + r * row_bytes)
+
+
+cdef struct Lines:
+    # What change_keys() knows of a vector of query rows, relative to a block of keys
+    vf cap
+    vf per_cap
+    vf slope                    # ALiBi, negative
+    vf place                    # position of each row
+    vf low                      # keys from low ...
+    vf high                     # ... to high are visible
+
+
+cdef inline vf change_keys(
+    float* s, Py_ssize_t first, Py_ssize_t n, const vf* addend, const Lines* lines, vf highest,
+    const bint soft, const bint sloped, const bint added, const bint edges
+) noexcept nogil:
+    """change_scores() on n keys from `first` on and one vector of rows, s[key]; returns the greatest score so far."""
+    cdef Py_ssize_t i
+    cdef vf y, key
+    for i in range(n):
+        y = vf_load(s + i * PANEL)
+        if soft:
+            y = vf_mul(lines.cap, tanhv(vf_mul(y, lines.per_cap)))
+        if sloped or edges:
+            key = vf_set(<float> (first + i))
+        if sloped:
+            y = vf_fma(lines.slope, vf_abs(vf_sub(lines.place, key)), y)
+        if added:
+            y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
+        if edges:
+            y = vf_inside(y, key, lines.low, lines.high)
+        highest = vf_max(highest, y)
+        vf_store(s + i * PANEL, y)
+    return highest
 
 
 cdef void change_scores(
@@ -109,22 +144,23 @@ cdef void change_scores(
     cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
     cdef int j
     cdef bint added = x.bias != NULL or masked
-    cdef bint far = x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1
+    cdef bint far_bias = x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1
+    cdef bint far_mask = masked and x.mask_stride[2] != 0 and x.mask_stride[3] == 1
     cdef float lane[LANES]
     cdef vf addend[LANES]
-    cdef vf y, key, place, low, high, highest
-    cdef vf cap = vf_set(x.softcap), per_cap = vf_set(0.0), slope = vf_set(-head.slope)
+    cdef vf highest
+    cdef Lines lines
     cdef const float* bias = NULL
     cdef const unsigned char* mask = NULL
     cdef float* score
-    if soft:
-        per_cap = vf_set(1.0 / x.softcap)
+    lines.cap, lines.slope = vf_set(x.softcap), vf_set(-head.slope)
+    lines.per_cap = vf_set(1.0 / x.softcap if soft else 0.0)
     for i in range(LANES):
         lane[i] = <float> i
     for j in range(panel.vectors):
-        low = vf_add(vf_load(lane), vf_set(relative(position + j * LANES - x.left)))
-        high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
-        place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
+        lines.low = vf_add(vf_load(lane), vf_set(relative(position + j * LANES - x.left)))
+        lines.high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
+        lines.place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
         rows = min(<Py_ssize_t> LANES, panel.rows - j * LANES)
         highest = vf_set(-INFINITY)
         c = begin
@@ -136,22 +172,20 @@ cdef void change_scores(
                 if masked:
                     mask = head.mask + (panel.row + j * LANES) * x.mask_stride[2] + (block + c) * x.mask_stride[3]
                 load_addend(addend, bias, x.bias_stride + 2, mask, x.mask_stride + 2, rows, n)
-                if far:
-                    prefetch_bias(x, head, panel, bias, block + c, rows)
-            for i in range(n):
-                score = s + (c + i) * PANEL + j * LANES
-                y = vf_load(score)
-                key = vf_set(<float> (c + i))
-                if soft:
-                    y = vf_mul(cap, tanhv(vf_mul(y, per_cap)))
-                if x.slopes != NULL:
-                    y = vf_fma(slope, vf_abs(vf_sub(place, key)), y)
-                if added:
-                    y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
-                if edges:
-                    y = vf_inside(y, key, low, high)
-                highest = vf_max(highest, y)
-                vf_store(score, y)
+                if far_bias:
+                    prefetch_later(
+                        x, panel, <const char*> bias, x.bias_stride[2] * sizeof(float), sizeof(float), block + c, rows,
+                    )
+                if far_mask and c % CACHE_LINE == 0:
+                    prefetch_later(x, panel, <const char*> mask, x.mask_stride[2], 1, block + c, rows)
+            score = s + c * PANEL + j * LANES
+            # what masks and causal need alone, without the rest of it in the loop
+            if added and not (soft or edges or x.slopes != NULL):
+                highest = change_keys(score, c, n, addend, &lines, highest, False, False, True, False)
+            elif edges and not (soft or added or x.slopes != NULL):
+                highest = change_keys(score, c, n, addend, &lines, highest, False, False, False, True)
+            else:
+                highest = change_keys(score, c, n, addend, &lines, highest, soft, x.slopes != NULL, added, edges)
             c += n
         vf_store(top + j * LANES, highest)
 
