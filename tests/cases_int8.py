@@ -60,11 +60,11 @@ def with_mean(k, v, **arguments):
 
 
 def check_mean(k, mean):
-    """Raise unless float32 can make no better mean: within two roundings of the sum's size."""
+    """Raise unless the mean is as good as float32 sums of some hundred rows can be, whose roundings mostly cancel."""
     assert mean.dtype == np.float32 and mean.shape == (*k.shape[:-2], 1, k.shape[-1])
     if k.shape[-2]:
         exact, size = (x.mean(axis=-2, keepdims=True, dtype=np.float64) for x in (k, np.abs(k)))
-        assert (np.abs(mean - exact) <= 2.0**-20 * size + 2.0**-126).all()
+        assert (np.abs(mean - exact) <= 2.0**-18 * size + 2.0**-126).all()
 
 
 def rows_of(x):
