@@ -248,7 +248,7 @@ def float_operands(q, k, v, settings):
     """(q, k, v) in float32 with four axes: of k and v at least the rows of fp32_sinks; codes of q are dequantised."""
     codes = memory_of(q)
     if codes.dtype == np.int8:
-        q = codes * settings.scales["q"]
+        q = QuantizedTensor(codes, settings.scales["q"]).dequantize()
     floats = (q, _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
     for name, x in zip("qkv", floats, strict=True):
         _require_finite(name, x)
@@ -286,7 +286,7 @@ def _values(v, settings, build, threads, room):
         return np.ones((1, 1, 1, 1), np.float32), None
     codes, scale, _ = _codes("v", v, settings, build, threads, room)
     if settings.pv == "fp32":
-        values = codes * scale
+        values = QuantizedTensor(codes, scale).dequantize()
         n = settings.fp32_sinks
         if n:
             values[:, :, :n] = arrays.four_axes(_float_rows(v, n))[:, :, :n]

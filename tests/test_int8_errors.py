@@ -253,6 +253,31 @@ def test_out_over_codes():
         flash_attention_int8(**FLOATS, out=zero_codes(B, H, Lq, D))
 
 
+@pytest.mark.parametrize("part", ["mean", "fp32_rows"])
+def test_out_over_what_a_tensor_was_made_of(part):
+    """No error, as a QuantizedTensor keeps a copy, and no other result: later heads do not read what former wrote."""
+    q, k, v = cases.arrays(1, 4, 1, 300, 300, 16)
+    k, v = quantize(k, smooth=True, fp32_sinks=300), quantize(v, fp32_sinks=300)
+    if part == "mean":
+        k, v = (QuantizedTensor(x.data, 0.02, x.mean) for x in (k, v))
+    expected = flash_attention_int8(q, k, v)
+    memory = np.zeros(expected.shape, F32)
+    x = memory[:, :1, : getattr(k, part).shape[2]]
+    x[...] = getattr(k, part)
+    k = QuantizedTensor(k.data, k.scale, **({"mean": k.mean, "fp32_rows": k.fp32_rows} | {part: x}))
+    cases.assert_same_bits([flash_attention_int8(q, k, v, out=memory, num_threads=1)], [expected])
+
+
+def test_codes_beyond_float32():
+    """Where codes are decoded, what is beyond float32 becomes its largest: no warning, no error about the floats."""
+    lowest = {"q": np.full((1, 2, D), -128, np.int8), "q_scale": 1e37, "k": np.zeros((1, 5, D), F32)}
+    out = flash_attention_int8(**lowest, v=FLOATS["v"][0, :1, :5], fp32_sinks=2)
+    assert np.isfinite(out).all()
+    v = {"v": np.full((1, 1, D), 127, np.int8), "v_scale": float(np.finfo(F32).max)}
+    out = flash_attention_int8(FLOATS["q"][0], np.zeros((1, 1, D), F32), **v, pv="fp32")
+    assert (out == np.finfo(F32).max).all()
+
+
 def test_every_build_refuses_the_same(build):
     for change in (cast("q", "f8"), {"k_scale": 0.0}, coded("v", None), {"k": K, "v": V3}):
         with pytest.raises((TypeError, ValueError), match=r"expected|fp32_sinks"):
