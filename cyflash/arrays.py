@@ -31,13 +31,13 @@ def require_float32(name, x, ndim=None):
     require_array(name, x, ndim)
     if x.dtype != FLOAT32:
         raise TypeError(
-            f"{name}: expected float32, got {_dtype_name(x.dtype)}; write {name}.astype(np.float32), "
+            f"{name}: expected float32, got {dtype_name(x.dtype)}; write {name}.astype(np.float32), "
             "or use cyflash.reference.attention"
         )
     return x
 
 
-def _dtype_name(dtype):
+def dtype_name(dtype):
     return dtype.name if dtype.isnative else f"{dtype.name} in foreign byte order ({dtype.str})"
 
 

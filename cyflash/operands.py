@@ -51,7 +51,12 @@ def require_operand(name, x):
             raise ValueError(f"{name}: expected 2 or 3 or 4 dimensions, got {x.ndim} with shape {x.shape}")
         return x
     arrays.require_array(name, x, (2, 3, 4))
-    return x if x.dtype == np.int8 else arrays.require_float32(name, x)
+    if x.dtype not in (np.float32, np.int8):
+        raise TypeError(
+            f"{name}: expected float32, int8 or a QuantizedTensor, got {arrays.dtype_name(x.dtype)}; write "
+            f"{name}.astype(np.float32), or use cyflash.reference.attention"
+        )
+    return x
 
 
 def memory_of(x):
@@ -85,7 +90,7 @@ def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=Non
         pv = "int8" if quant is None else quant.pv
     if not isinstance(pv, str) or pv not in PRODUCTS:
         raise ValueError(f"pv: expected one of 'int8', 'bf16', 'fp32', got {pv!r}")
-    return Settings(scales, _granularity(granularity), smooth, k_mean, _sinks(q, k, v, fp32_sinks, quant), pv)
+    return Settings(scales, _granularity(granularity), smooth, k_mean, _sinks(q, k, v, fp32_sinks, quant), str(pv))
 
 
 def _scale(name, x, scale, of_quant):
@@ -102,8 +107,9 @@ def _scale(name, x, scale, of_quant):
         return own
     if scale is None:
         if x.dtype == np.int8:
+            given = f"LayerScales({name}_scale=...)" if of_quant else f"{name}_scale=..."
             raise ValueError(
-                f"{argument}: expected the scale of the int8 array {name}, got None; write {name}_scale=..., "
+                f"{argument}: expected the scale of the int8 array {name}, got None; write {given}, "
                 f"or pass {name} in float32 or as a QuantizedTensor"
             )
         return None
@@ -169,17 +175,14 @@ def _sinks(q, k, v, fp32_sinks, quant):
         n = quant.fp32_sinks
     if isinstance(q, QuantizedTensor) and q.fp32_rows is not None:
         raise ValueError("q: expected a QuantizedTensor without fp32_rows (they are for k and v)")
-    for name, x in (("k", k), ("v", v)):
-        if isinstance(x, QuantizedTensor):
-            rows = 0 if x.fp32_rows is None else x.fp32_rows.shape[-2]
-            if n is None and rows:
-                n = rows
-            if (n or 0) != rows:
-                raise ValueError(
-                    f"fp32_sinks: {name} was quantised with fp32_sinks={rows}, got {n or 0} of this call (or of the "
-                    f"other operand); quantise k and v with the same number"
-                )
-    n = int(n or 0)
+    rows = {name: _rows_of(x) for name, x in (("k", k), ("v", v)) if isinstance(x, QuantizedTensor)}
+    n = int(max(rows.values(), default=0) if n is None else n)
+    for name, count in rows.items():
+        if count != n:
+            raise ValueError(
+                f"fp32_sinks: {name} was quantised with fp32_sinks={count}, got {n} of this call (or of the other "
+                f"operand); quantise k and v with the same number"
+            )
     if n > k.shape[-2]:
         raise ValueError(f"fp32_sinks: expected at most the {k.shape[-2]} keys of k {k.shape}, got {n}")
     for name, x in (("k", k), ("v", v)):
@@ -189,6 +192,11 @@ def _sinks(q, k, v, fp32_sinks, quant):
                 f"cyflash.quantize({name}, fp32_sinks={n}) or {name} in float32"
             )
     return n
+
+
+def _rows_of(x):
+    """How many rows in float32 a QuantizedTensor carries."""
+    return 0 if x.fp32_rows is None else x.fp32_rows.shape[-2]
 
 
 # Codes
@@ -240,7 +248,7 @@ def float_operands(q, k, v, settings):
     """(q, k, v) in float32 with four axes: of k and v at least the rows of fp32_sinks; codes of q are dequantised."""
     codes = memory_of(q)
     if codes.dtype == np.int8:
-        q = codes * settings.scales["q"]
+        q = QuantizedTensor(codes, settings.scales["q"]).dequantize()
     floats = (q, _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
     for name, x in zip("qkv", floats, strict=True):
         _require_finite(name, x)
@@ -278,7 +286,7 @@ def _values(v, settings, build, threads, room):
         return np.ones((1, 1, 1, 1), np.float32), None
     codes, scale, _ = _codes("v", v, settings, build, threads, room)
     if settings.pv == "fp32":
-        values = codes * scale
+        values = QuantizedTensor(codes, scale).dequantize()
         n = settings.fp32_sinks
         if n:
             values[:, :, :n] = arrays.four_axes(_float_rows(v, n))[:, :, :n]

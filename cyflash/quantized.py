@@ -111,7 +111,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
         data,
         scale,
         None if mean is None else mean.reshape(*x.shape[:-2], 1, x.shape[-1]),
-        np.array(x[..., :skip, :], order="C") if skip else None,
+        x[..., :skip, :] if skip else None,
         granularity,
     )
 
@@ -225,7 +225,7 @@ class QuantizedTensor:
     scale : float or array-like of float
         Broadcasts to data's shape, constant along the last axis. Kept as float32.
     mean : ndarray of float32, shape data.shape[:-2] + (1, D), optional
-        What was subtracted before quantising.
+        What was subtracted before quantising. Copied, as scale and fp32_rows are.
     fp32_rows : ndarray of float32, shape data.shape[:-2] + (n, D), optional
         The first n tokens, unquantised, mean included.
     granularity : {"tensor", "head", "token"}, optional
@@ -274,17 +274,19 @@ class QuantizedTensor:
         object.__setattr__(self, "granularity", _checked_against(scale, granularity, self.shape))
         heads, L, D = self.shape[:-2], *self.shape[-2:]
         if self.mean is not None:
-            self._check("mean", self.mean, (*heads, 1, D))
+            self._keep("mean", self.mean, (*heads, 1, D))
         if self.fp32_rows is not None:
             rows = self.fp32_rows.shape[-2] if getattr(self.fp32_rows, "ndim", 0) >= 2 else 0
-            self._check("fp32_rows", self.fp32_rows, (*heads, min(rows, L), D))
+            self._keep("fp32_rows", self.fp32_rows, (*heads, min(rows, L), D))
 
-    def _check(self, name, x, shape):
+    def _keep(self, name, x, shape):
+        """A copy of x, after checking it: an output written over the caller's array does not change it."""
         arrays.require_float32(name, x)
         if x.shape != shape:
             raise ValueError(f"{name}: expected shape {shape} beside data {self.shape}, got {x.shape}")
         if not np.isfinite(x).all():
             raise ValueError(_not_finite(name, arrays.four_axes(x), x.ndim))
+        object.__setattr__(self, name, np.array(x, order="C", subok=False))
 
     def __repr__(self):
         mean = "" if self.mean is None else ", with mean"

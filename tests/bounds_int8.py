@@ -5,8 +5,8 @@ Integers are exact, so only float32 roundings differ. With eps = 2^-23, the erro
     delta_j = 4 eps |scale s_q s_k (q8 . k8)| + D eps |scale| sum_d |q_d mean_d|
             + 4 eps (|s_j| + |bias_j| + |alibi_j| + |s_j - max s|)
 
-(of a key in float32 the first line is D eps |scale| sum_d |q_d k_jd|). Delta = max_j delta_j over the keys that a row
-has met bounds the error of its running maximum. One block of keys adds
+(of a key in float32 the first term is D eps |scale| sum_d |q_d k_jd|; it is lowered by q . mean, as the others are).
+Delta = max_j delta_j over the keys that a row has met bounds the error of its running maximum. One block of keys adds
 
     f_b sum_j p_j v8_j,   f_b = e^(t_b - lse) omega_b / 255
 
@@ -152,7 +152,8 @@ def _score_error(part, fp32_sinks):
     if fp32_sinks:
         rows = head.k[:fp32_sinks].T
         score[:, :fp32_sinks] = head.scale * (head.q @ rows)
-        error[:, :fp32_sinks] = EPS * abs(head.scale) * (len(rows) + 2) * (np.abs(head.q) @ np.abs(rows))
+        size = (len(rows) + 2) * (np.abs(head.q) @ np.abs(rows))
+        error[:, :fp32_sinks] = EPS * abs(head.scale) * (size + of_means)
     return bounds.changed_error(head, score, error)
 
 

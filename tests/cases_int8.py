@@ -40,7 +40,8 @@ def case(q, k, v, *, block_size, **arguments):
 def with_mean(k, v, **arguments):
     """The arguments with the mean that the call finds and subtracts from k as one that is given.
 
-    Its float32 sum depends on the order, and in its bits the codes of K may depend on it: so it is compared here.
+    Its float32 sum depends on the order (so also on fp32_sinks, whose rows are summed apart), and in its bits the codes
+    of K may depend on it: so it is compared here.
     """
     quant = arguments.get("quant") or SimpleNamespace(
         **{name: arguments.get(name) for name in ("q_scale", "k_scale", "v_scale", "pv")}, k_mean=None,
@@ -50,7 +51,7 @@ def with_mean(k, v, **arguments):
     floats = isinstance(k, np.ndarray) and k.dtype == np.float32
     if not floats or quant.k_mean is not None or not (quant.k_scale is None if smooth is None else smooth):
         return arguments
-    mean = quantize(k, "token", smooth=True).mean
+    mean = quantize(k, "token", smooth=True, fp32_sinks=quant.fp32_sinks).mean
     check_mean(k, mean)
     names = ("q_scale", "k_scale", "v_scale", "fp32_sinks", "pv")
     settings = SimpleNamespace(**{name: getattr(quant, name) for name in names}, k_mean=mean)
@@ -59,11 +60,11 @@ def with_mean(k, v, **arguments):
 
 
 def check_mean(k, mean):
-    """Raise unless float32 can make no better mean: within two roundings of the sum's size."""
+    """Raise unless the mean is as good as float32 sums of some hundred rows can be, whose roundings mostly cancel."""
     assert mean.dtype == np.float32 and mean.shape == (*k.shape[:-2], 1, k.shape[-1])
     if k.shape[-2]:
         exact, size = (x.mean(axis=-2, keepdims=True, dtype=np.float64) for x in (k, np.abs(k)))
-        assert (np.abs(mean - exact) <= 2.0**-20 * size + 2.0**-126).all()
+        assert (np.abs(mean - exact) <= 2.0**-18 * size + 2.0**-126).all()
 
 
 def rows_of(x):

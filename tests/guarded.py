@@ -3,14 +3,17 @@
 Run as `python guarded.py SCENARIO BUILD` by test_skipping.py, in a process of its own because it may die.
 """
 import ctypes
+import itertools
 import mmap
 import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import cases
 import numpy as np
 
 import cyflash
-from cyflash import FlashAttentionConfig, flash_attention
+from cyflash import FlashAttentionConfig, arrays, flash_attention, flash_attention_int8, operands, quantize
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_ALL = 0, mmap.PROT_READ | mmap.PROT_WRITE
@@ -162,6 +165,66 @@ def beyond_the_ends():
                         cases.assert_same_bits(result, expected)
 
 
+def beyond_the_ends_int8():
+    """The same for codes and scales; nor is what a call makes of them touched outside: codes, packed groups, scales."""
+    call_fences, made_fences = ([Fence(1 << 17) for _ in range(16)] for _ in range(2))
+    dims = [(1, 1), (3, 2), (7, 9), (15, 17), (16, 16), (17, 1), (33, 31), (64, 64), (65, 127), (1, 70), (130, 3)]
+    kinds = itertools.cycle(itertools.product(("float", "codes", "tensors"), ("int8", "bf16", "fp32"), (0, 1, 9)))
+    for D, Dv in dims:
+        for Lq in (1, 5, 16, 47, 49):
+            for Lk in (1, 7, 8, 9, 33, 66, 129):
+                for options in ({}, cases.all_options(1, 2, Lq, Lk)):
+                    kind, pv, n = next(kinds)
+                    call = _operands(kind, min(n, Lk), *(x[0] for x in cases.arrays(1, 2, 1, Lq, Lk, D, Dv)))
+                    options = {key: x[0] if key in ("bias", "mask") else x for key, x in options.items()}
+                    call |= options | {"pv": pv, "return_lse": True}
+                    expected = flash_attention_int8(**call)
+                    for at_end in (True, False):
+                        put = iter(call_fences)
+                        fenced = {key: _fenced(put, x, at_end) for key, x in call.items()}
+                        out = next(put).put(np.full_like(expected[0], np.nan), at_end)
+                        with _fencing_what_is_made(made_fences, at_end):
+                            result = flash_attention_int8(**fenced, out=out)
+                        cases.assert_same_bits(result, expected)
+
+
+def _operands(kind, n, q, k, v):
+    """Arguments of a call: operands of one kind, n keys in float32 where that can be."""
+    if kind == "codes":
+        tensors = dict(zip("qkv", (quantize(x, "token") for x in (q, k, v)), strict=True))
+        scales = {f"{name}_scale": x.scale for name, x in tensors.items()}
+        return {name: x.data for name, x in tensors.items()} | scales
+    if kind == "tensors":
+        k, v = quantize(k, "head", smooth=True, fp32_sinks=n), quantize(v, "token", fp32_sinks=n)
+    return {"q": q, "k": k, "v": v, "fp32_sinks": n}
+
+
+def _fenced(put, x, at_end):
+    """x, or a QuantizedTensor's arrays, each at a fence."""
+    if isinstance(x, np.ndarray):
+        return next(put).put(x, at_end)
+    if isinstance(x, cyflash.QuantizedTensor):
+        parts = (x.data, x.scale, x.mean, x.fp32_rows)
+        return cyflash.QuantizedTensor(*(None if part is None else _fenced(put, part, at_end) for part in parts))
+    return x
+
+
+@contextmanager
+def _fencing_what_is_made(fences, at_end):
+    """Inside, all arrays that a call of int8 attention makes for the kernels lie at fences."""
+    put, prepare = iter(fences), operands.prepare
+
+    def together(others, **wanted):
+        return {name: next(put).put(np.empty(*how), at_end) for name, how in wanted.items()}
+
+    def prepared(*arguments):
+        ready = prepare(*arguments)
+        return operands.Operands(*(_fenced(put, x, at_end) for x in ready))
+
+    with mock.patch.object(arrays, "together", together), mock.patch.object(operands, "prepare", prepared):
+        yield
+
+
 def quantising():
     """The passes that quantise: neither inputs nor outputs are touched outside, whatever the tails."""
     build = cyflash.cpu.active()
@@ -203,7 +266,7 @@ def control_skipping():
 
 SCENARIOS = (
     causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
-    bias_of_skipped_tiles, beyond_the_ends, quantising,
+    bias_of_skipped_tiles, beyond_the_ends, beyond_the_ends_int8, quantising,
 )
 CONTROLS = (control, control_fence, control_skipping)
 

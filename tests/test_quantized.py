@@ -322,6 +322,18 @@ def test_codes_from_elsewhere():
     assert "granularity='token'" in repr(t) and "(2, 2, 2)" in repr(t) and f"nbytes={t.nbytes}" in repr(t)
 
 
+def test_only_the_codes_are_the_callers_memory():
+    data, scale = np.zeros((2, 7, 4), np.int8), np.ones((2, 1, 1), F32)
+    mean, rows = random(2, 1, 4), random(2, 3, 4)
+    t = QuantizedTensor(data, scale, mean, rows)
+    kept = [x.copy() for x in (t.scale, t.mean, t.fp32_rows)]
+    for x in (scale, mean, rows):
+        x[...] = 7
+    for x, y in zip((t.scale, t.mean, t.fp32_rows), kept, strict=True):
+        assert np.array_equal(x, y)
+    assert t.data is data
+
+
 def test_dequantizing_stays_finite():
     x = np.array([[MAX, -MAX, 0.0]], F32)
     np.testing.assert_array_equal(quantize(x).dequantize(), x)
