@@ -1,2 +1,2 @@
-# The avx512 build of the kernels: the algorithm is in kernel.pxi and driver.pxi, its vocabulary in simd/avx512.h.
+# The avx512 build of the kernels: the algorithm is in kernel.pxi and driver.pxi, its words in simd/avx512.h.
 include "driver.pxi"

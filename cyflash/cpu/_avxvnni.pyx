@@ -1,2 +1,2 @@
-# The avxvnni build of the kernels: the algorithm is in kernel.pxi and driver.pxi, its vocabulary in simd/avxvnni.h.
+# The avxvnni build of the kernels: the algorithm is in kernel.pxi and driver.pxi, its words in simd/avxvnni.h.
 include "driver.pxi"

@@ -82,10 +82,10 @@ cdef inline void prefetch_later(
     const Problem* x, const Panel* panel, const char* now, Py_ssize_t row_bytes, Py_ssize_t key_bytes, Py_ssize_t key,
     Py_ssize_t rows
 ) noexcept nogil:
-    """Asks for what comes a block of keys after a tile of bias or mask of key `key`, or where that was the last block, for
-    the same rows of the next panel: a short piece of each of many long rows, which no hardware prefetcher foresees. Into
-    the second-level cache, since such rows often share the few places that the first one has for their addresses. Bit by
-    bit with the work of this block, for asked for at once they would have to queue."""
+    """Asks for what comes a block of keys after a tile of bias or mask of key `key`, or where that was the last block,
+    for the same rows of the next panel: a short piece of each of many long rows, which no hardware prefetcher foresees.
+    Into the second-level cache, since such rows often share the few places that the first one has for their addresses.
+    Bit by bit with the work of this block, for asked for at once they would have to queue."""
     cdef Py_ssize_t r
     cdef const char* later = now + x.Bc * key_bytes
     if key + x.Bc > panel.last_key:

@@ -1,8 +1,8 @@
-# Windows into the kernels for tests and benchmarks: sums of codes as the tiles compute them, and the rate of the products.
+# Windows into the kernels for tests and benchmarks: sums of codes as the tiles compute them, rates of the products.
 
 
 def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::1] k not None):
-    """float32 (Lq, Lk): the sums q k^T as scores_of_codes() makes them, exact below 2^24. At most PANEL queries a call."""
+    """float32 (Lq, Lk): the sums q k^T as scores_of_codes() makes them, exact below 2^24."""
     cdef Py_ssize_t Lq = q.shape[0], Lk = k.shape[0], r, c, rows = (Lk + ROWS - 1) // ROWS * ROWS
     cdef Problem x
     cdef Head head

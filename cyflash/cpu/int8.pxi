@@ -179,7 +179,7 @@ cdef void accumulate_codes(
 
 
 cdef inline void code_exponentials(vf* x, vf base, const int n) noexcept nogil:
-    """x[i] = 255 e^(x[i] - base) for i < n: exponentials() with a minimax polynomial of degree 4 (relative error 2.9e-6:
+    """x[i] = 255 e^(x[i] - base) for i < n: exponentials() by a minimax polynomial of degree 4 (relative error 2.9e-6,
     few codes in ten thousand are rounded the other way), which also brings the 255."""
     cdef int i
     cdef vf f[ROWS]

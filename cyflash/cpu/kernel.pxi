@@ -7,7 +7,7 @@
 #     product.pxi   S^T = K Q^T     scores()          register-tiled product; scores_of_codes() in int8.pxi
 #     change.pxi    S^T             change_scores()   softcap, bias, ALiBi, masks: the same for every precision
 #     softmax.pxi   P^T = e^(S-m)   softmax()         online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
-#     product.pxi   O^T = V^T P^T   accumulate()      the same register-tiled product; in int8.pxi also of codes, bfloat16
+#     product.pxi   O^T = V^T P^T   accumulate()      the same product; in int8.pxi also of codes and of bfloat16
 #
 # Scores are floats in natural units from the first product on, whatever it multiplied (in units of log2 the lowest
 # float, which many use as a mask, would be -inf).
@@ -30,7 +30,7 @@ cdef struct Codes:
     const int* k                # (B, Hk, Lk, 1 + groups of D), see pack_keys(); Lk rounded up to ROWS
     const float* k_scale        # (B, Hk, Lk) or (B, Hk, 1)
     const float* k_mean         # (B, Hk, D) or NULL
-    const int* v                # (B, Hk, groups of Lk, Dv), see pack_values(); Dv rounded up to ROWS; NULL for FLOAT32
+    const int* v                # (B, Hk, groups of Lk, Dv rounded up to ROWS), see pack_values(); NULL for FLOAT32
     const float* v_scale        # (B, Hk, Lk) or (B, Hk, 1); of v
     unsigned char* trace        # (B, H, Lq, Lk) or NULL: where to write the codes of P, for tests
     Product product             # of P and V
@@ -76,7 +76,7 @@ cdef struct Problem:
     float softcap               # 0 for none
     Py_ssize_t Br               # query rows of a task: a multiple of PANEL
     Py_ssize_t Bc               # keys of a block: a multiple of ROWS
-    Py_ssize_t precise          # keys before this one are computed in float32 from q, k and v: all of them without codes
+    Py_ssize_t precise          # keys before this one are computed in float32, from q, k and v; all are where no codes
     Codes codes                 # where precise < Lk
 
 
@@ -89,9 +89,10 @@ cdef struct Panel:
     Py_ssize_t last_key         # ... to its last row may see: [first_key, last_key]
     float* q                    # [D][PANEL] queries times scale, where keys are computed in float32
     int* codes                  # [groups of D][PANEL] codes of the queries, with ZERO_POINT
-    float* factor               # [PANEL] what makes a sum of products of codes a score: scale, that of q, that of a head of k
-    float* shift                # [PANEL] scale * q . mean, what the mean of the keys took from every score of a row: added
-    float* lift                 # [PANEL] to scores where softcap needs them whole, else only to their maximum, at the end
+    float* factor               # [PANEL] makes sums of products of codes scores: scale, q's, that of a head of k
+    # what subtracting the mean of the keys took from every score of a row, scale * q . mean, is in one of these two
+    float* shift                # [PANEL] added to each score, where softcap needs them whole
+    float* lift                 # [PANEL] added to the maximum in the end, so that it takes no precision from scores
     float* o                    # [Dv rounded up to LANES][PANEL] running output
     float* m                    # [PANEL] running maximum, -inf at first
     float* l                    # [PANEL] running denominator
@@ -143,50 +144,40 @@ cdef enum:
 
 
 cdef inline void prefetch_rows(
-    const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width, const bint far
+    const char* first, Py_ssize_t row_bytes, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t width
 ) noexcept nogil:
     """Asks for the first `width` bytes of rows begin <= r < end, which are row_bytes apart. Inline, since GCC takes a
     function of prefetches alone for one without effect and leaves its calls out."""
     cdef Py_ssize_t r, i
     for r in range(begin, end):
         for i in range((width + CACHE_LINE - 1) // CACHE_LINE):
-            if far:
-                prefetch_far(first + r * row_bytes + i * CACHE_LINE)
-            else:
-                prefetch(first + r * row_bytes + i * CACHE_LINE)
-
-
-cdef bint next_bias_is_far(const Problem* x, const Panel* panel, Py_ssize_t block) noexcept nogil:
-    """Whether the next block has a bias of its own for every row, in rows that can be prefetched."""
-    return x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1 and block + x.Bc <= panel.last_key
+            prefetch(first + r * row_bytes + i * CACHE_LINE)
 
 
 cdef inline void prefetch_slice(
     const Problem* x, const Head* head, const Panel* panel, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
     Py_ssize_t low, Py_ssize_t high
 ) noexcept nogil:
-    """Asks for the share [low, high) of [begin, end) of what comes after the first product of a block: the values, by the first panel of a head,
-    which finds them in no cache; the rows of the output and the queries of the next panel, with a panel's first block;
-    the bias of the next block, a short piece of each of many long rows, which no hardware prefetcher foresees. Asked
-    for all at once they would have to queue. Codes are a quarter as long, and were packed just now."""
+    """Asks for what comes after the first product of a block while it goes on, the share [low, high) of [begin, end):
+    the values, by the first panel of a head, which finds them in no cache, and with a panel's first block the rows
+    of its output and the queries of the next panel. Codes are a quarter as long, and were packed just now."""
     cdef bint floats = x.precise >= x.Lk
-    cdef Py_ssize_t next_block = block + x.Bc
     cdef Py_ssize_t first = (low - begin) * panel.rows // (end - begin)
     cdef Py_ssize_t last = (high - begin) * panel.rows // (end - begin)
     if panel.row == 0 and floats:
         prefetch_rows(
             <const char*> (head.v + (block + begin) * x.v_stride[2]), x.v_stride[2] * sizeof(float),
-            low - begin, high - begin, x.Dv * sizeof(float), False,
+            low - begin, high - begin, x.Dv * sizeof(float),
         )
     if block <= panel.first_key:
         prefetch_rows(
             <const char*> (head.out + panel.row * x.out_stride[2]), x.out_stride[2] * sizeof(float), first, last,
-            x.Dv * sizeof(float), False,
+            x.Dv * sizeof(float),
         )
     if block <= panel.first_key and floats:
         prefetch_rows(
             <const char*> (head.q + (panel.row + panel.rows) * x.q_stride[2]), x.q_stride[2] * sizeof(float),
-            first, last, x.D * sizeof(float), False,
+            first, last, x.D * sizeof(float),
         )
 
 

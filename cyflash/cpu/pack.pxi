@@ -7,7 +7,9 @@ cdef enum:
     PACK_KEYS = 64  # keys of a task: some microseconds of work
 
 
-cdef void pack_key_rows(int* packed, const signed char* k, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t D) noexcept nogil:
+cdef void pack_key_rows(
+    int* packed, const signed char* k, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t D
+) noexcept nogil:
     """n keys of D codes as rows [correction, groups...]; the correction takes ZERO_POINT times their sum back."""
     cdef Py_ssize_t key, d, groups = (D + GROUP - 1) // GROUP
     cdef int total
