@@ -232,3 +232,12 @@ def test_nan_and_infinity_in_the_input_raise(build, where, bad, pv):
                     {"fp32_sinks": 150}, {f"{where}_scale": 0.1}):
         with pytest.raises(ValueError, match=rf"^{where}: .*\(0, 1, 17, 5\)"):
             flash_attention_int8(**arrays, **options, pv=pv)
+
+
+def test_scales_that_meet_in_the_middle(build):
+    """Keys of 1e36 and queries of 1e-36 have ordinary scores: their scales are multiplied before anything else."""
+    q, k, v = cases.arrays(1, 2, 1, 40, 150, 16)
+    plain = flash_attention_int8(q, k, v)
+    for up in (1e30, 1e36):
+        out = flash_attention_int8(q / np.float32(up), k * np.float32(up), v)
+        np.testing.assert_allclose(out, plain, atol=5e-3)  # at 1e36 some scales of q are the smallest there is

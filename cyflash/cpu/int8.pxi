@@ -47,7 +47,7 @@ cdef inline void scores_of_codes_tile(
     cdef const int* b
     cdef const int* a
     cdef vi start
-    cdef vf highest
+    cdef vf x, highest
     cdef vi acc[ROWS * VECTORS]
     cdef vf y[ROWS * VECTORS]
     cdef vf factor[VECTORS]
@@ -72,16 +72,13 @@ cdef inline void scores_of_codes_tile(
         for i in range(ROWS):
             for j in range(vectors):
                 y[i * VECTORS + j] = vf_from_int(acc[i * VECTORS + j])
-        if scaled:
-            for i in range(ROWS):
-                for j in range(vectors):
-                    y[i * VECTORS + j] = vf_mul(y[i * VECTORS + j], vf_set(k_scale[c + i]))
         for j in range(vectors):
             factor[j] = vf_load(panel.factor + j * LANES)
             shift[j] = vf_load(panel.shift + j * LANES)
         for i in range(ROWS):
             for j in range(vectors):
-                y[i * VECTORS + j] = vf_fma(y[i * VECTORS + j], factor[j], shift[j])
+                x = vf_mul(factor[j], vf_set(k_scale[c + i])) if scaled else factor[j]
+                y[i * VECTORS + j] = vf_fma(y[i * VECTORS + j], x, shift[j])
         if c < begin or c + ROWS > end:
             for i in range(ROWS):
                 for j in range(vectors):
