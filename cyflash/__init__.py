@@ -11,7 +11,8 @@
          driver.pxi    cuts the call into tasks under prange
          kernel.pxi    the algorithm, written once in the words of simd/*.h
 
-    reference.py     the specification: float64 attention in plain NumPy
+    reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
+    schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work
     plain.py         attention in plain NumPy float32, to compare with
     capture.py       Q, K, V in .npz and .safetensors files

@@ -116,7 +116,7 @@ def flash_attention_int8(
     quant=None, causal=None, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
     alibi_slopes=None, sinks=None, return_lse=False, out=None, config=None, num_threads=None,
 ):
-    """Attention on int8 codes: both products in exact integer arithmetic, everything between them in float32.
+    """Attention on int8 codes: both products (by `pv`, only the first) in exact integers, all between them in float32.
 
     q, k and v are taken independently. A float array is quantised in the call (with a given scale: statically), int8
     arrays come with their scale, a `QuantizedTensor` brings it. Options are those of `flash_attention`.
@@ -135,7 +135,7 @@ def flash_attention_int8(
         static: what lies beyond 127 * scale saturates.
     granularity : {"tensor", "head", "token"} or a triple of them for (q, k, v), optional
         Of scales that are found in the call: one for each sequence, for each of its heads, or for each token.
-        Default: "token", the most accurate.
+        Default: "token", the most accurate. Of no effect on operands that bring a scale.
     smooth_k : bool, optional
         Subtract the mean of the keys over their tokens before quantising; the result is exactly compensated. Default:
         True for float keys without a given scale; else what the QuantizedTensor or quant carries.
@@ -143,12 +143,14 @@ def flash_attention_int8(
         Compute the first keys in float32 and leave them out of the scales: attention sinks often have outliers.
         Default: quant's, or that of the QuantizedTensors, else 0. It does not change what is visible.
     pv : {"int8", "bf16", "fp32"}, optional
-        Arithmetic of the second product. With "bf16" and "fp32" a float v without a given scale is used itself.
+        Arithmetic of the second product. With "bf16" and "fp32" a float v without a given scale is not quantised (but
+        rounded to bfloat16 by the former).
         Default: quant's, else "int8".
     quant : LayerScales, optional
         Scales, mean of the keys, fp32_sinks and pv of a calibrated layer.
     causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks, return_lse, out, config, num_threads
-        As in `flash_attention`.
+        As in `flash_attention`. A config's block_size_kv above 64 is rounded up to a multiple of 64; a smaller one
+        shortens the parts of the notes.
 
     Returns
     -------
@@ -158,6 +160,8 @@ def flash_attention_int8(
 
     Raises
     ------
+    NotImplementedError
+        For a config whose dropout_p is not 0.
     TypeError
         For a dtype.
     ValueError
@@ -168,10 +172,10 @@ def flash_attention_int8(
 
     Notes
     -----
-    Codes are symmetric, in [-127, 127], rounded half to even. The weights of each block of keys are rounded to 0..255
-    of that block's own greatest weight in the row, after the scales of V's tokens were multiplied in; the denominator
-    is summed from the weights before they are rounded. Subtracting the mean of the keys is from SageAttention (Zhang et
-    al. 2024, arXiv:2410.02367). `cyflash.reference.attention_int8` states the whole scheme.
+    Codes are symmetric, in [-127, 127], rounded half to even. The weights of each part of at most 64 keys are rounded
+    to 0..255 of that part's own greatest weight in the row, after the scales of V's tokens were multiplied in; the
+    denominator is summed from the weights before they are rounded. Subtracting the mean of the keys is from
+    SageAttention (Zhang et al. 2024, arXiv:2410.02367). `cyflash.reference.attention_int8` states the whole scheme.
 
     Examples
     --------
@@ -207,7 +211,8 @@ def attend_int8(
     q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None, pv=None,
     quant=None, config=None, codes=None, **options,
 ):
-    """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 (B, H, Lq, Lk), C order, to receive those of P."""
+    """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 zeros (B, H, Lq, Lk), C order, to receive those of
+    P with pv="int8"; where keys are skipped or in float32 they stay 0."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         operands.require_operand(name, x)
     call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, int8=True, **options)
@@ -215,6 +220,8 @@ def attend_int8(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
         fp32_sinks=fp32_sinks, pv=pv, quant=quant,
     )
+    if codes is not None and settings.pv != "int8":
+        raise ValueError(f"codes: expected None with pv={settings.pv!r}, which has no codes of P")
     if config is not None and config.dropout_p:
         checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes

@@ -47,8 +47,6 @@ class Operands(NamedTuple):
 def require_operand(name, x):
     """`x` if it is a float32 or int8 array or a QuantizedTensor of 2 to 4 dimensions, else an error that names it."""
     if isinstance(x, QuantizedTensor):
-        if x.ndim not in (2, 3, 4):
-            raise ValueError(f"{name}: expected 2 or 3 or 4 dimensions, got {x.ndim} with shape {x.shape}")
         return x
     arrays.require_array(name, x, (2, 3, 4))
     if x.dtype not in (np.float32, np.int8):
@@ -137,7 +135,7 @@ def _smoothing(k, k_scale, smooth_k, k_mean, of_quant):
         if smooth_k:
             raise ValueError(
                 "smooth_k: an int8 k says nothing of the mean that was subtracted; pass "
-                "cyflash.quantize(k, smooth=True), or k in float32"
+                "cyflash.quant.quantize(k, smooth=True), or k in float32"
             )
         return False, None
     return k_scale is None if smooth_k is None else bool(smooth_k), None
@@ -189,7 +187,7 @@ def _sinks(q, k, v, fp32_sinks, quant):
         if n and not isinstance(x, QuantizedTensor) and x.dtype == np.int8:
             raise ValueError(
                 f"fp32_sinks: the first {n} rows of {name} are needed in float32, got int8; pass "
-                f"cyflash.quantize({name}, fp32_sinks={n}) or {name} in float32"
+                f"cyflash.quant.quantize({name}, fp32_sinks={n}) or {name} in float32"
             )
     return n
 

@@ -169,7 +169,7 @@ def quantise_call(
 
 
 def _encode(name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip=0, threads, build, ndim):
-    """Write the codes of x (B, H, L, D); return (scale, mean), four axes each. The last axes of both are contiguous.
+    """Write the codes of x (B, H, L, D); return (scale, mean), four axes each. x and codes: last axes contiguous.
 
     pooled: the axes of (B, H) along which a dynamic scale is shared; None for a scale per token.
     """

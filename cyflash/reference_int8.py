@@ -16,8 +16,9 @@ __all__ = ["attention_int8"]
 
 F32 = np.finfo(np.float32)
 AXES = {"tensor": (1, 2, 3), "head": (2, 3), "token": (3,)}  # of (B, H, L, D), that share one scale
+BF16_MAX = float.fromhex("0x1.fep127")
 PART = 64  # keys, at most, whose codes of P share a row scale
-SMALLEST_WEIGHT = 256 / 255 * float(F32.tiny)  # so that 255 / omega is a normal float32
+SMALLEST_WEIGHT = 256 / 255 * float(F32.tiny)  # of w in floats: kernels divide 255 by 255 omega, which must be finite
 
 
 def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None,
@@ -27,7 +28,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
 
     With the codes ``q8, k8, v8`` of the operands, their scales ``s`` and K's mean (0 without smoothing)::
 
-        q_ij = s_q q8_ij                                                 the queries that the integers stand for
+        q_id = s_q[i] q8_id                                              the queries that the integers stand for
         s_ij = scale * (s_q[i] s_k[j] sum_d q8_id k8_jd + q_i . mean)
         s_ij = softcap, bias, ALiBi, masks of `attention`
 
@@ -35,10 +36,10 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
 
         t_i  = max_j s_ij,  m' = max(m, t)                               over the visible keys of the part
         e_ij = exp(s_ij - t_i), 0 where hidden
-        w_ij = e_ij s_v[j],  omega_i = max_j w_ij                        V's scale per token; else e_ij and 1
+        w_ij = e_ij s_v[j],  omega_i = max(max_j w_ij, 1.2e-38)          V's scale per token; else e_ij and 1
         p_ij = rint(255 w_ij / omega_i)                                  the codes of P: 0..255
         l    = l exp(m - m') + exp(t - m') sum_j e_ij                    from the unrounded weights
-        O    = O exp(m - m') + exp(t - m') omega_i / 255 sum_j p_ij v8_j
+        O    = O exp(m - m') + exp(t - m') omega_i / 255 sum_j p_ij v8_j   times s_v, where that is not per token
 
     Parameters
     ----------
@@ -301,7 +302,12 @@ def _settings(q, k, v, scales, smooth_k, fp32_sinks, pv, quant):
         if fp32_sinks not in (None, quant.fp32_sinks):
             raise ValueError(f"fp32_sinks: {fp32_sinks} contradicts quant, which has {quant.fp32_sinks}")
         fp32_sinks, pv = quant.fp32_sinks, quant.pv if pv is None else pv
-        given = zip((q, k, v), (quant.q_scale, quant.k_scale, quant.v_scale), strict=True)
+        given = list(zip((q, k, v), (quant.q_scale, quant.k_scale, quant.v_scale), strict=True))
+        for x, scale in given:
+            if _is_quantized(x) and scale is not None and not _same(x.scale, scale):
+                raise ValueError("quant: contradicts the scale that an operand was quantised with")
+        if _is_quantized(k) and quant.k_mean is not None and (k.mean is None or not _same(k.mean, quant.k_mean)):
+            raise ValueError("quant: contradicts the mean that k was quantised with")
         scales = tuple(None if _is_quantized(x) else scale for x, scale in given)
         if smooth_k and quant.k_mean is None and quant.k_scale is not None:
             raise ValueError("smooth_k: True contradicts quant, which has a k_scale and no k_mean")
@@ -315,9 +321,14 @@ def _settings(q, k, v, scales, smooth_k, fp32_sinks, pv, quant):
     return scales, k_mean, int(fp32_sinks), pv or "int8"
 
 
+def _same(a, b):
+    return np.array_equal(*np.broadcast_arrays(np.asarray(a, F32), np.asarray(b, F32)))
+
+
 def _granularities(granularity):
     """One for each of q, k, v."""
-    kinds = (granularity or "token",) * 3 if granularity is None or isinstance(granularity, str) else tuple(granularity)
+    granularity = "token" if granularity is None else granularity
+    kinds = (granularity,) * 3 if isinstance(granularity, str) else tuple(granularity)
     if len(kinds) != 3 or not set(kinds) <= set(AXES):
         raise ValueError(f"granularity: expected 'tensor', 'head', 'token' or three of them, got {granularity!r}")
     return kinds
@@ -376,9 +387,9 @@ def _made(codes, scale, mean):
 
 
 def _unquantised(x, pv):
-    """A float v as it is, or rounded to bfloat16."""
+    """A float v as it is, or rounded to bfloat16 (what is finite stays finite)."""
     values = x.astype(np.float64)
-    codes = _four(bf16(values) if pv == "bf16" else values)
+    codes = _four(bf16(np.clip(values, -BF16_MAX, BF16_MAX)) if pv == "bf16" else values)
     B, H, L, D = codes.shape
     return Operand(values, codes, np.ones((B, H, L, 1)), np.zeros((B, H, 1, D)), False)
 

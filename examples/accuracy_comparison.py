@@ -24,9 +24,9 @@ LADDER = {
     "a scale per head": {"granularity": "head", "smooth_k": True},
     "V per token": {"granularity": ("head", "head", "token"), "smooth_k": True},
     "all per token: the default": {},
-    "and the first 4 keys in fp32": {"fp32_sinks": 4},
-    "and P V in bf16 instead": {"pv": "bf16"},
-    "and P V in fp32 instead": {"pv": "fp32"},
+    "the default, 4 keys in fp32": {"fp32_sinks": 4},
+    "the default, P V in bf16": {"pv": "bf16"},
+    "the default, P V in fp32": {"pv": "fp32"},
 }
 
 
@@ -53,7 +53,7 @@ def main(capture=DATA, plot=None):
 
 
 def ladder(layer):
-    """With static scales from the layer itself, the best that they can be; real ones come from calibration data."""
+    """With static scales from the layer's own greatest values; real ones come from calibration data."""
     scales = LayerScales(*(float(np.abs(x).max()) / 127 for x in layer))
     return LADDER | {"static scales per tensor": {"quant": scales}}
 

@@ -1,4 +1,4 @@
-"""Calibration and accuracy tools of cyflash, installed as `cyflash.quant`."""
+"""Accuracy tools, and int8 arrays with their scales, installed as `cyflash.quant`."""
 
 from cyflash.quant.evaluation import evaluate
 from cyflash.quant.metrics import Comparison, compare

@@ -179,7 +179,7 @@ def test_num_heads_is_checked_by_forward_multi_head_only():
         FlashAttention(config).forward_multi_head(q, q, q)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (32, 128), (100, 100), (300, 16)])
+@pytest.mark.parametrize("sizes", [(1, 1), (32, 128), (100, 100), (300, 32)])
 def test_block_sizes_are_used_and_reported_as_rounded(sizes):
     q = random(700, 16)
     config = FlashAttentionConfig(head_dim=16, block_size_q=sizes[0], block_size_kv=sizes[1])

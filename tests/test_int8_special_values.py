@@ -241,3 +241,14 @@ def test_scales_that_meet_in_the_middle(build):
     for up in (1e30, 1e36):
         out = flash_attention_int8(q / np.float32(up), k * np.float32(up), v)
         np.testing.assert_allclose(out, plain, atol=5e-3)  # at 1e36 some scales of q are the smallest there is
+
+
+def test_the_largest_values_stay_finite_in_bfloat16(build):
+    """What is finite rounds to something finite, or a hidden value would leak: there is no 0 * inf."""
+    q, k, v = cases.arrays(1, 2, 1, 20, 30, 16)
+    v[:, :, 5] = np.finfo(np.float32).max
+    mask = np.arange(30) != 5
+    hidden = v.copy()
+    hidden[:, :, 5] = 0.0
+    got, expected = (flash_attention_int8(q, k, x, mask=mask, pv="bf16") for x in (v, hidden))
+    np.testing.assert_array_equal(got, expected)

@@ -2,7 +2,7 @@
 
     detect.pyx     what the CPU and the operating system can run (compiled for any CPU)
     threads.py     how many threads a call gets
-    simd/*.h       the vocabulary of each build; simd.h picks one
+    simd/*.h       the vocabulary of each build; simd.h picks one; vocabulary.pxi is how Cython sees it
     kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes product.pxi, softmax.pxi,
                    int8.pxi, change.pxi: a file for each step
     quantise.pxi   from floats to codes; pack.pxi: from codes to what the products read

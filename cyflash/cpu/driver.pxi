@@ -33,7 +33,7 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 #         m, l, factor, shift, lift  5 x PANEL
 #     panels            the Panel structures
 #
-# Every part but the last is a multiple of LANES floats, so all of them keep the alignment of the whole.
+# Every piece but the panels is a multiple of LANES floats, so all of them keep the alignment of the whole.
 
 cdef Py_ssize_t parts(const Problem* x) noexcept nogil:
     """Of a block of keys."""

@@ -1,12 +1,14 @@
 # Quantised attention: both products on codes of 8 bits (exact sums of 32 bits), or the second one on bfloat16.
 #
 #     S = (q8 . k8) s_q s_k scale              less what subtracting the mean of the keys took from the row, see Panel
-#     P = e^(S - top) s_v / omega              with the maximum `top` of a part's own scores, not the running one, and
-#                                              its own row scale omega, so that 255 codes serve every row of every part
+#     P = e^(S - top) s_v / omega              and p8 = round(255 P), with the maximum `top` of a part's own scores, not
+#                                              the running one, and its own row scale omega, so that 255 codes serve
+#                                              every row of every part
 #     O = alpha O + e^(top - m') omega / 255 (p8 . v8)
 #
-# The denominator is summed from the weights before they are rounded. Sums of codes stay within 2^24 for D <= 1024 and
-# Bc <= 512 (128 x 128 x 1024 and 255 x 128 x 512), so that they are exact as floats too.
+# Where V has one scale per head, s_v and omega are 1 in P, and s_v stands for omega in O. The denominator is summed
+# from the weights before they are rounded. Sums of codes stay within 2^24 for D <= 1024 (128 x 128 x 1024), those of a part
+# always do (255 x 128 x 64): they are exact as floats too.
 
 cdef enum:
     # Keys that share a row scale of P. Fewer are more accurate (relative L1 of the default call on real activations:
@@ -98,10 +100,11 @@ cdef void scores_of_codes(
     float* s, float* top, const Panel* panel, const int* k, const float* k_scale, Py_ssize_t groups,
     Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """scores() from codes: S^T[c][r] = factor[r] k_scale[c] (k8[c] . q8[r]) + shift[r].
+    """scores() from codes: S^T[c][r] = factor[r] k_scale[c] (k8[c] . q8[r]) + shift[r], and top[r] becomes
+    max(top[r], max_c S^T).
 
     k: packed key 0 of the block. k_scale: of its keys, or NULL where factor has it. groups: of the head dimension.
-    Whole groups of ROWS rows of s are written, and keys read, those outside [begin, end) as -inf.
+    Whole groups of ROWS keys are read, and as many rows of s written: -inf outside [begin, end).
     """
     if k_scale == NULL:
         if panel.vectors == 1:
@@ -200,13 +203,14 @@ cdef inline void code_exponentials(vf* x, vf base, const int n) noexcept nogil:
 cdef inline vf part_codes(
     float* s, int* p, vf top, vf* omega, const float* v_scale, Py_ssize_t begin, Py_ssize_t end, const bint tokens
 ) noexcept nogil:
-    """One vector of rows of one part: softmax_codes() on rows begin <= c < end. Returns 255 sum_c e^(S - top)."""
+    """One vector of rows of one part: softmax_codes() on rows begin <= c < end. Returns 255 sum_c e^(S - top); omega[0]
+    becomes what that is worth to the output, omega or the one v_scale."""
     cdef Py_ssize_t g
     cdef int i
     cdef float* rows
     cdef vf factor, sum = vf_set(0.0)
     cdef vf base = vf_hide(top, top, vf_set(0.0))
-    cdef vf highest = vf_set(256 * FLT_MIN)  # never 0, and far enough from it that 255 / omega is finite
+    cdef vf highest = vf_set(256 * FLT_MIN)  # 255 omega: never 0, and far enough from it that 255 / highest is finite
     cdef vf x[ROWS]
     cdef vf w[ROWS]
     for g in range(begin // ROWS, end // ROWS):
@@ -252,7 +256,7 @@ cdef void softmax_codes(
 
     p: groups [c // GROUP][r] of a block; groups of rows begin <= c < end (multiples of ROWS) are written. top: [part]
     [PANEL]. v_scale: one for each key, where `tokens`, else one alone, which is left out of w: omega is 1 then.
-    beta[part][r] = e^(top - m') omega / 255 (v_scale): 0 for a row that sees nothing there.
+    beta[part][r] = e^(top - m') / 255 times omega, or times that one scale; 0 for a row that sees nothing there.
     """
     cdef Py_ssize_t part, low, high, first = begin // PART_KEYS, last = (end - 1) // PART_KEYS
     cdef int j
@@ -364,7 +368,7 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
     cdef vi group
     for r in range(PANEL):
         factor = x.scale * scales[r * x.codes.q_scale_stride[2]] if r < panel.rows else 0.0
-        panel.lift[r] = <float> factor
+        panel.lift[r] = <float> factor  # below, times the product of the codes and the mean
         panel.factor[r] = <float> (factor if x.codes.k_tokens else factor * head.k_scale[0])
     for j in range(panel.vectors):
         row = j * LANES

@@ -23,18 +23,19 @@ cdef enum Product:
 
 
 cdef struct Codes:
-    # The operands of quantised attention: x ~ code * scale (+ mean, of keys). A scale is one for each token or, with
-    # stride 0, for each head. Packed arrays (pack.pxi) are contiguous, their scales too.
+    # The operands of quantised attention: x ~ code * scale (+ mean, of keys). A scale is one for each token or for
+    # each head: of q by a stride of 0, of k and v by a length of 1. Packed arrays (pack.pxi) and their scales are
+    # contiguous.
     const signed char* q        # (B, H, Lq, D), the last axis contiguous
     const float* q_scale        # (B, H, Lq)
     const int* k                # (B, Hk, Lk, 1 + groups of D), see pack_keys(); Lk rounded up to ROWS
-    const float* k_scale        # (B, Hk, Lk) or (B, Hk, 1)
+    const float* k_scale        # (B, Hk, Lk rounded up to ROWS) or (B, Hk, 1)
     const float* k_mean         # (B, Hk, D) or NULL
     const int* v                # (B, Hk, groups of Lk, Dv rounded up to ROWS), see pack_values(); NULL for FLOAT32
-    const float* v_scale        # (B, Hk, Lk) or (B, Hk, 1); of v
+    const float* v_scale        # (B, Hk, Lk rounded up to ROWS) or (B, Hk, 1)
     unsigned char* trace        # (B, H, Lq, Lk) or NULL: where to write the codes of P, for tests
-    Product product             # of P and V
-    Py_ssize_t k_scale_length   # of a head: at least Lk, or 1
+    Product product             # how P V is computed
+    Py_ssize_t k_scale_length   # scales of one head
     Py_ssize_t v_scale_length
     bint k_tokens               # whether it is one scale for each token
     bint v_tokens
@@ -124,9 +125,9 @@ cdef struct Scratch:
     float* s                    # [Bc][PANEL] scores, then weights
     float* hidden               # [Bc][PANEL] what is hidden from them; or
     int* p                      # the weights as codes or bfloat16, in groups of keys: the same memory
-    float* top                  # [PARTS][PANEL] the greatest score of each row, of each part where there are codes
+    float* top                  # [parts(x)][PANEL] the greatest score of each row, of each part where there are codes
     float* alpha                # [PANEL] e^(m - m')
-    float* beta                 # [PARTS][PANEL] what makes a sum of products of codes an output
+    float* beta                 # [parts(x)][PANEL] makes a part's sum of products of codes an output
 
 
 include "product.pxi"
@@ -229,7 +230,8 @@ cdef inline bint edges_inside(const Problem* x, const Panel* panel, Py_ssize_t b
 
 
 cdef void lower_scores(float* s, float* top, const Panel* panel, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    """Takes from scores in float32 what those of codes lack."""
+    """Takes panel.lift from scores in float32, which have q . mean in them, so that they stand beside those of codes,
+    which lack it until the end. top: of the whole block."""
     cdef Py_ssize_t c
     cdef int j
     cdef vf lift
@@ -245,7 +247,7 @@ cdef void fold_block(
     const Scratch* scratch, bint careful
 ) noexcept nogil:
     """Folds keys [block + begin, block + end) into the running state of a panel, on codes or, before key `precise`, in
-    float32. Nothing that no row can see is read.
+    float32. Nothing that no row can see is read, but for the rest of a group of packed keys.
 
     careful: values that are not finite may be hidden here.
     """

@@ -3,7 +3,7 @@
 cdef enum:
     # At most this many products are added one after another in a score; a longer sum is cut into equal parts, so that
     # its rounding error grows with their number. Head dimensions up to it, the usual ones, pay nothing.
-    PART = 128
+    LONGEST_SUM = 128
 
 
 cdef inline void multiply_step(
@@ -45,7 +45,7 @@ cdef inline void scores_tile(
     float* s, float* top, const float* q, const float* k, Py_ssize_t k_stride, Py_ssize_t D,
     Py_ssize_t begin, Py_ssize_t end, const int vectors
 ) noexcept nogil:
-    cdef Py_ssize_t c, g, key, d, part, longest = (D - 1) // ((D + PART - 1) // PART) + 1
+    cdef Py_ssize_t c, g, key, d, part, longest = (D - 1) // ((D + LONGEST_SUM - 1) // LONGEST_SUM) + 1
     cdef int i, j
     cdef float* row
     cdef vf highest

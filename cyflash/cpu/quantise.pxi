@@ -133,7 +133,7 @@ def find_range(
 ):
     """Writes top[b, h], the greatest |x - mean| of rows from `skip` on; returns whether every value of x is finite.
 
-    x: (B, H, L, D), none of them 0, the last axis contiguous. mean: (B, H, D), the last axis contiguous: written if
+    x: (B, H, L, D), no axis empty, the last one contiguous. mean: (B, H, D), the last axis contiguous: written if
     `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference is. Nothing written is of
     use where it returns False. May raise MemoryError before anything is written.
     """
@@ -314,7 +314,7 @@ def encode(
 ):
     """Writes the codes of x; returns whether every value of x is finite.
 
-    x, codes: (B, H, L, D), none of them 0, the last axes contiguous. mean: (B, H, D), the last axis contiguous, or None
+    x, codes: (B, H, L, D), no axis empty, the last ones contiguous. mean: (B, H, D), the last axis contiguous, or None
     for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to
     `found`, (B, H, L). Nothing written is of use where it returns False.
     """

@@ -1,6 +1,7 @@
 /* The vocabulary that the kernels are written in, for the build that CYFLASH_SIMD names.
  *
- * vf is a vector of LANES floats, vi one of LANES 32-bit integers or groups of GROUP codes. Every header defines the same words; kernel.pxi lists them.
+ * vf is a vector of LANES floats, vi one of LANES 32-bit integers or groups of GROUP codes. Every header defines the
+ * same words; vocabulary.pxi and quantise.pxi list them.
  * A product tile is ROWS x VECTORS vectors of accumulators; each header shows that it fits the registers.
  */
 #ifndef CYFLASH_SIMD_H
@@ -24,10 +25,12 @@ enum { CACHE_LINE = 64 };
 /* Query rows of a full panel: one in each lane of VECTORS vectors. */
 enum { PANEL = LANES * VECTORS };
 
-/* A float's bfloat16, rounded half to even, as its upper 16 bits. */
+/* A float's bfloat16, rounded half to even, as its upper 16 bits; what is finite stays finite. */
 WORD uint32_t bf16_bits(float x) {
-    uint32_t u;
+    uint32_t u, size;
     memcpy(&u, &x, sizeof u);
+    size = u & 0x7fffffff;
+    if (size > 0x7f7f7fff && size < 0x7f800000) return (u >> 31 << 15) | 0x7f7f;
     return (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 
