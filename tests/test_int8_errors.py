@@ -165,7 +165,8 @@ def float_rows():
     yield "against quant", ValueError, contradicted, ["fp32_sinks: expected quant's 2 or None, got 3"]
     yield "against quant's default", ValueError, {"quant": LayerScales(), "fp32_sinks": 1}, ["quant's 0 or None, got 1"]
     for x, carrying in (("k", K3), ("v", V3)):
-        needed = [f"fp32_sinks: the first 3 rows of {x}", "float32", "int8", f"cyflash.quant.quantize({x}, fp32_sinks=3)"]
+        way_out = f"cyflash.quant.quantize({x}, fp32_sinks=3)"
+        needed = [f"fp32_sinks: the first 3 rows of {x}", "float32", "int8", way_out]
         yield f"{x} int8", ValueError, coded(x) | {"fp32_sinks": 3}, needed
         quant = LayerScales(**{f"{x}_scale": 0.1}, fp32_sinks=3)
         yield f"{x} int8, quant", ValueError, coded(x, None) | {"quant": quant}, needed

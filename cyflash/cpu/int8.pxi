@@ -7,8 +7,8 @@
 #     O = alpha O + e^(top - m') omega / 255 (p8 . v8)
 #
 # Where V has one scale per head, s_v and omega are 1 in P, and s_v stands for omega in O. The denominator is summed
-# from the weights before they are rounded. Sums of codes stay within 2^24 for D <= 1024 (128 x 128 x 1024), those of a part
-# always do (255 x 128 x 64): they are exact as floats too.
+# from the weights before they are rounded. Sums of codes stay within 2^24 for D <= 1024 (128 x 128 x 1024), those of a
+# part always do (255 x 128 x 64): they are exact as floats too.
 
 cdef enum:
     # Keys that share a row scale of P. Fewer are more accurate (relative L1 of the default call on real activations:
