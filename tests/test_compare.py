@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from broken_schemes import ONE_NAN
 
 import cyflash
 from cyflash import compare, measure, report, schemes
@@ -357,17 +358,11 @@ def test_float64_is_rounded_and_said(capsys, tmp_path):
 
 
 def test_nan_where_the_reference_has_none_fails_the_comparison(capsys, capture, monkeypatch):
-    monkeypatch.setitem(schemes.SCHEMES, "int8 token", schemes.Scheme(broken))
+    monkeypatch.setitem(schemes.SCHEMES, "int8 token", ONE_NAN)
     status, out, _ = run(capsys, capture)
     assert status == 1
     assert "a, int8 token: output: expected NaN" in out
     assert out.count("output: expected NaN") == 2
-
-
-def broken(*layer, num_threads, **options):
-    output = cyflash.flash_attention(*layer, **options)
-    output[0, 3] = np.nan
-    return output
 
 
 def test_what_int8_refuses_is_said_and_the_others_are_measured(capsys, tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from broken_schemes import ONE_NAN
 
 import cyflash
 from cyflash import measure, schemes
@@ -128,15 +129,9 @@ def test_bad_arrays_are_named(qkv):
 
 
 def test_nan_where_the_reference_has_none_raises(qkv, monkeypatch):
-    monkeypatch.setitem(schemes.SCHEMES, "int8 token", schemes.Scheme(broken))
+    monkeypatch.setitem(schemes.SCHEMES, "int8 token", ONE_NAN)
     with pytest.raises(ValueError, match=r"^int8 token: output: expected NaN and infinities exactly where"):
         evaluate(*qkv)
-
-
-def broken(*layer, num_threads, **options):
-    output = cyflash.flash_attention(*layer, **options)
-    output[0, 3] = np.nan
-    return output
 
 
 def test_nan_that_int8_refuses_raises_and_fp32_may_have_it(qkv):
