@@ -1,6 +1,6 @@
 """`cyflash compare`: what attention in int8 and fp32 loses and gains, layer by layer, on captured activations.
 
-    files -> captures -> one row per layer and scheme (cyflash.quant.evaluation) -> report.py: tables, --json, --plot
+    files -> captures -> one row per layer and scheme (cyflash.quant.evaluation) -> comparison.py: tables, plot
 """
 
 import argparse
@@ -14,10 +14,10 @@ import numpy as np
 import cyflash
 from cyflash import schemes
 from cyflash.capture import LAYOUTS, load_capture
+from cyflash.comparison import draw, show, summarise
 from cyflash.measure import blas_threads
 from cyflash.output import check_files
 from cyflash.quant.evaluation import call_threads, measure_layer
-from cyflash.report import draw, show, summarise
 
 
 class Settings(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 from broken_schemes import ONE_NAN
 
 import cyflash
-from cyflash import compare, measure, report, schemes
+from cyflash import compare, comparison, measure, schemes
 from cyflash.capture import load_capture, save_capture
 from cyflash.cli import main
 from cyflash.quant import evaluation
@@ -194,7 +194,7 @@ def test_the_plot_is_a_picture_with_something_in_it(capsys, capture, tmp_path):
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 500
     height, width = pixels.shape[:2]
-    seen = [colours.to_rgb(report._colour(name)) for name in NAMES]
+    seen = [colours.to_rgb(comparison._colour(name)) for name in NAMES]
     assert len(set(seen)) == len(NAMES)
     for part in (pixels[:, : width // 2], pixels[: height // 2, width // 2 :]):  # by layer; accuracy against speed
         drawn = [(abs(part[..., :3] - rgb).max(axis=-1) < 0.02).sum() for rgb in seen]
@@ -211,9 +211,9 @@ def test_a_reference_of_zeros_is_no_obstacle(capsys, tmp_path):
     errors = [row["error"]["rel_l1"] for row in json.loads((tmp_path / "x.json").read_text())["layers"]]
     assert errors[len(NAMES) :] == [0.0] * len(NAMES)
     infinite = {"label": "a", "scheme": "int8 token", "speedup_over_fp32": 2.0, "seconds": None, "memory": None}
-    infinite["error"] = dict.fromkeys(report.ERRORS, np.inf)
+    infinite["error"] = dict.fromkeys(comparison.ERRORS, np.inf)
     about = {"cyflash": "1", "numpy": "2", "machine": {"cpu": "x", "implementation": "x"}, "settings": {"threads": 1}}
-    report.draw(about | {"layers": [infinite]}, tmp_path / "infinite.png")
+    comparison.draw(about | {"layers": [infinite]}, tmp_path / "infinite.png")
     assert (tmp_path / "infinite.png").stat().st_size > 1000
 
 
@@ -231,7 +231,7 @@ def test_the_tables_fit_the_terminal(capsys, monkeypatch, layer, width):
 
     terminal = partial(rich.console.Console, width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr(rich.console, "Console", lambda **options: terminal(**options))
-    error = dict.fromkeys(report.ERRORS, 1.23e-7) | {"cosine": 0.5}
+    error = dict.fromkeys(comparison.ERRORS, 1.23e-7) | {"cosine": 0.5}
     ratios = {"speedup": 12.34, "speedup_over_fp32": 2.9, "memory_ratio": 0.34}
     row = {"label": f"{layer}0", "error": error, "seconds": 0.123, "seconds_by_round": [[1.0]], **ratios}
     rows = [row | {"scheme": name, "memory": {"extra": 1.23e6}} for name in NAMES]
@@ -239,7 +239,7 @@ def test_the_tables_fit_the_terminal(capsys, monkeypatch, layer, width):
     settings = {"files": {}, "threads": 2, "numpy_blas_threads": 2}
     machine = {"cpu": "x", "cores": 2, "implementation": "avx2"}
     about = {"cyflash": "1", "numpy": "2", "machine": machine, "settings": settings, "baseline": schemes.NUMPY}
-    report.show(about | {"layers": rows, "summary": report.summarise(rows), "notes": []})
+    comparison.show(about | {"layers": rows, "summary": comparison.summarise(rows), "notes": []})
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= width
