@@ -6,6 +6,7 @@
          |   validates, plans (plan.py), allocates, routes      tile sizes, the engine and what it reports
          |   arrays.py: views of the caller's memory
          |   operands.py: what flash_attention_int8 is given, as codes (quantized.py)
+         |   parts.py: heads of a layer that differ, each part a call of its own
          v
        cpu/          picks a SIMD build and a number of threads
          driver.pxi    cuts the call into tasks under prange

@@ -1,10 +1,11 @@
 """The public attention functions: validate -> plan -> allocate -> route to a kernel."""
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import arrays, cpu, operands
+from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
 from cyflash.plan import UNBOUNDED, Plan, checked_dropout, make_plan
@@ -147,7 +148,8 @@ def flash_attention_int8(
         rounded to bfloat16 by the former).
         Default: quant's, else "int8".
     quant : LayerScales, optional
-        Scales, mean of the keys, fp32_sinks and pv of a calibrated layer.
+        Scales, mean of the keys, fp32_sinks and pv of a calibrated layer. A planned one (`LayerScales.parts`) is run
+        part by part: q, k and v must be float32 arrays then, and no other argument may say how to quantise them.
     causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks, return_lse, out, config, num_threads
         As in `flash_attention`. A config's block_size_kv above 64 is rounded up to a multiple of 64; a smaller one
         shortens the parts of the notes.
@@ -213,6 +215,10 @@ def attend_int8(
 ):
     """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 zeros (B, H, Lq, Lk), C order, to receive those of
     P with pv="int8"; where keys are skipped or in float32 they stay 0."""
+    if parts.are_in(quant):
+        how = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "granularity": granularity}
+        how |= {"smooth_k": smooth_k, "fp32_sinks": fp32_sinks, "pv": pv, "codes": codes}
+        return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         operands.require_operand(name, x)
     call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, int8=True, **options)
@@ -230,6 +236,23 @@ def attend_int8(
     others = call.out.nbytes + call.threads * call.tile_bytes(*keys)
     ready = operands.prepare(q, k, v, settings, call.build, call.threads, others)
     return _run(call, call.build.forward_codes, *ready, codes, keys=keys)
+
+
+def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
+    """`attend_int8` of a planned layer: a call for each part, on its heads, into its heads of out and lse."""
+    parts.require_alone(q, k, v, how)
+    call = _describe(q, k, v, (q, k, v), config, int8=True, num_threads=num_threads, **options)
+    if config is not None and config.dropout_p:
+        checked_dropout(config.dropout_p, None)
+    works = []
+    for part in parts.split(quant, q, k, v, call.out, call.lse, call.plan, options):
+        run = attend if part.quant is None else partial(attend_int8, quant=part.quant)
+        with part.named_in_errors():
+            out, lse, work = run(*part.qkv, **part.options, config=config, num_threads=num_threads)
+        part.write(out, lse)
+        works.append(work)
+    flops, *largest, builds = zip(*works, strict=True)
+    return call.out, call.lse, Work(sum(flops), *map(max, largest), builds[0])
 
 
 class _Call(NamedTuple):

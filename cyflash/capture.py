@@ -174,18 +174,28 @@ def _layers(path, entries):
         name, _, part = entry.rpartition(".")
         if part not in ("q", "k", "v"):
             raise ValueError(
-                f"{path}: unexpected entry {entry!r}: a capture holds q, k, v, or <layer>.q, <layer>.k, <layer>.v"
+                f"{path}: unexpected entry {entry!r}: a capture holds q, k, v, or <layer>.q, <layer>.k, <layer>.v; "
+                f"{_found(entries)}"
             )
         found.setdefault(name, {})[part] = entry
     if not found:
-        raise ValueError(f"{path}: no layer: expected entries q, k, v, or <layer>.q, <layer>.k, <layer>.v")
+        raise ValueError(f"{path}: no layer: expected q, k, v, or <layer>.q, <layer>.k, <layer>.v; {_found(entries)}")
     if "" in found and len(found) > 1:
         raise ValueError(f"{path}: mixes q, k, v without a layer and with one ({max(found)!r}): give each a layer")
     for name, parts in found.items():
         if missing := [part for part in "qkv" if part not in parts]:
             label = f"layer {name!r}" if name else "the layer"
-            raise ValueError(f"{path}: {label} has no {' and no '.join(missing)}: expected q, k and v")
+            lacking = " and no ".join(missing)
+            raise ValueError(f"{path}: {label} has no {lacking}: expected q, k and v; {_found(entries)}")
     return {name or path.stem: tuple(found[name][part] for part in "qkv") for name in sorted(found, key=_natural)}
+
+
+def _found(entries):
+    """The names of the entries, shortened: found a, b, c and 5 more."""
+    names = sorted(map(str, entries), key=_natural)
+    shown = 8 if len(names) > 9 else len(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"found {', '.join(names[:shown]) or 'no entries'}{more}"
 
 
 def _natural(name):

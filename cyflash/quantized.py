@@ -10,7 +10,8 @@ half to even: nothing saturates unless a scale is given.
 import math
 import numbers
 import operator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -415,17 +416,35 @@ class LayerScales:
         So many of the first keys and values are used in float32.
     pv : {"int8", "bf16", "fp32"}, default "int8"
         The arithmetic of the second product.
+    parts : sequence of (kv_heads, LayerScales or None), optional
+        A planned layer, whose heads differ in more than numbers: each kv head, with its group of query heads, is in
+        exactly one part. kv_heads are integers in ascending order, from 0 to the layer's last over all parts. None runs
+        these heads as `flash_attention` does. Scales and means of a part have the shapes of its own heads, so (n, 1, 1)
+        for n kv heads and (n * group, 1, 1) for their query heads. Beside parts all other fields stay at their
+        defaults, the arrays of the call must be float32, and a part has no parts.
 
     Raises
     ------
     TypeError, ValueError
-        For what is no finite positive number, and for other values. Shapes are checked against the arrays by the call.
+        For what is no finite positive number, and for other values; for parts that do not hold each kv head once.
+        Shapes are checked against the arrays by the call.
+
+    Notes
+    -----
+    A planned layer is one call of the kernels for each part. Heads that are evenly spaced are used in place, others
+    are copied. The result has the bits of a call of its own for each part.
 
     Examples
     --------
     >>> from cyflash.quant import LayerScales
     >>> LayerScales(0.02, 0.03, 0.01, fp32_sinks=4).k_scale
     array(0.03, dtype=float32)
+
+    Four kv heads, of which the third is run in float32:
+
+    >>> planned = LayerScales(parts=[([0, 1, 3], LayerScales(0.02, 0.03, 0.01)), ([2], None)])
+    >>> planned.parts[1]
+    ((2,), None)
     """
 
     q_scale: np.ndarray | None = None
@@ -435,6 +454,7 @@ class LayerScales:
     k_mean: np.ndarray | None = None
     fp32_sinks: int = 0
     pv: str = "int8"
+    parts: tuple | None = None
 
     def __post_init__(self):
         for name in ("q_scale", "k_scale", "v_scale"):
@@ -445,6 +465,11 @@ class LayerScales:
         object.__setattr__(self, "fp32_sinks", _checked_sinks(self.fp32_sinks))
         if not isinstance(self.pv, str) or self.pv not in PRODUCTS:
             raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))}, got {self.pv!r}")
+        if self.parts is not None:
+            for field in fields(self):
+                if field.name != "parts" and not np.array_equal(getattr(self, field.name), field.default):
+                    raise ValueError(f"{field.name}: expected its default beside parts, each of which has its own")
+            object.__setattr__(self, "parts", _checked_parts(self.parts))
 
 
 # Checks
@@ -553,6 +578,54 @@ def _checked_sinks(value, shape=None):
     if shape is not None and n > shape[-2]:
         raise ValueError(f"fp32_sinks: expected at most the {shape[-2]} tokens of the array {shape}, got {n}")
     return n
+
+
+def _checked_parts(parts):
+    """`parts` as a tuple of ((kv head, ...), LayerScales or None), after checking that they hold each kv head once."""
+    expected = "parts: expected a sequence of (kv_heads, LayerScales or None)"
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise TypeError(f"{expected}, got {parts!r}")
+    checked, seen = [], {}
+    for i, part in enumerate(parts):
+        if not isinstance(part, (list, tuple)) or len(part) != 2:
+            raise TypeError(f"{expected}, got {part!r} as parts[{i}]")
+        heads, layer = _checked_heads(f"parts[{i}]", part[0]), part[1]
+        if layer is not None and not isinstance(layer, LayerScales):
+            raise TypeError(f"parts[{i}]: expected a LayerScales or None for kv heads {heads}, got {layer!r}")
+        for head in heads:
+            if (first := seen.setdefault(head, i)) != i:
+                raise ValueError(f"parts[{i}]: expected each kv head in one part, got {head} also in parts[{first}]")
+        if layer is not None:
+            _check_part(f"parts[{i}]", layer, len(heads))
+        checked.append((heads, layer))
+    if missing := [head for head in range(max(seen)) if head not in seen]:
+        raise ValueError(f"parts: expected every kv head from 0 to {max(seen)}, got none with {missing[0]}")
+    return tuple(checked)
+
+
+def _checked_heads(name, heads):
+    """kv heads as a tuple of int: ascending, at least one."""
+    expected = f"{name}: expected kv heads as integers of at least 0 in ascending order"
+    if not isinstance(heads, (list, tuple, range, np.ndarray)):
+        raise TypeError(f"{expected}, got {heads!r}")
+    if any(isinstance(head, (bool, np.bool_)) or not isinstance(head, (int, np.integer)) for head in heads):
+        raise TypeError(f"{expected}, got {heads!r}")
+    heads = tuple(map(int, heads))
+    if not heads or heads[0] < 0 or any(a >= b for a, b in pairwise(heads)):
+        raise ValueError(f"{expected}, got {heads}")
+    return heads
+
+
+def _check_part(name, layer, n):
+    """Raise unless `layer` can be that of n kv heads."""
+    if layer.parts is not None:
+        raise ValueError(f"{name}: expected a LayerScales without parts of its own")
+    for field in ("q_scale", "k_scale", "v_scale", "k_mean"):
+        array = getattr(layer, field)
+        heads = 1 if array is None or array.ndim < 3 else array.shape[-3]
+        if heads != 1 and (heads % n if field == "q_scale" else heads != n):
+            kind = f"a multiple of {n} query heads" if field == "q_scale" else f"{n} kv heads"
+            raise ValueError(f"{name}: expected a {field} of this part's heads, for {kind}, got shape {array.shape}")
 
 
 def _checked_mean(name, mean):

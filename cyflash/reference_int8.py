@@ -62,7 +62,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
         The product of weights and values: as above; weights (and a float v) rounded to bfloat16; or not rounded. The
         latter two take a float v without a scale as it is. Default: `quant`'s, or "int8".
     quant : object with q_scale, k_scale, v_scale, k_mean, fp32_sinks and pv, optional
-        A `cyflash.quant.LayerScales`; a scale of None there is dynamic.
+        A `cyflash.quant.LayerScales` without parts; a scale of None there is dynamic.
     block_size : int, default 256
         Keys of a block: parts do not reach across its end.
     return_lse : bool, default False
@@ -88,6 +88,8 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
         As `attention`; NaN or infinity to be quantised; an int8 array without its scale; a scale that is not finite or
         below 1.18e-38, that does not broadcast, or that an operand already has; smoothing or float32 rows that an int8
         operand lacks; arguments that contradict `quant`.
+    NotImplementedError
+        For a planned layer: simulate each part with its own heads.
 
     Notes
     -----
@@ -297,6 +299,8 @@ def _settings(q, k, v, scales, smooth_k, fp32_sinks, pv, quant):
     """scales of (q, k, v), K's given mean, fp32_sinks and pv, with what `quant` and the operands say about them."""
     k_mean = None
     if quant is not None:
+        if getattr(quant, "parts", None) is not None:
+            raise NotImplementedError("quant: a planned layer (parts) is one call for each part, on its own heads")
         if any(scale is not None for scale in scales):
             raise ValueError("q_scale, k_scale, v_scale: quant has the scales; give one or the other")
         if fp32_sinks not in (None, quant.fp32_sinks):

@@ -1,7 +1,12 @@
 """Accuracy tools, and int8 arrays with their scales, installed as `cyflash.quant`."""
 
+from cyflash.capture import load_capture, save_capture
+from cyflash.quant import fixtures
 from cyflash.quant.evaluation import evaluate
 from cyflash.quant.metrics import Comparison, compare
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
-__all__ = ["Comparison", "LayerScales", "QuantizedTensor", "compare", "evaluate", "quantize"]
+__all__ = [
+    "Comparison", "LayerScales", "QuantizedTensor", "compare", "evaluate", "fixtures", "load_capture", "quantize",
+    "save_capture",
+]

@@ -10,12 +10,11 @@ import functools
 import json
 from pathlib import Path
 
-import distributions
 import numpy as np
 
 import cyflash
 from cyflash.capture import load_capture
-from cyflash.quant import compare
+from cyflash.quant import compare, fixtures
 
 SCHEMES = {  # the names of `cyflash compare`
     "int8 tensor": {"granularity": "tensor", "smooth_k": False},
@@ -39,7 +38,7 @@ def activations():
 @functools.cache
 def synthetic(name, seed=0):
     """(q, k, v), options, float64 output of one distribution."""
-    qkv = distributions.draw(name, seed, H=1, Lk=1024)
+    qkv = fixtures.draw(name, seed, H=1, Lk=1024)
     return qkv, {}, cyflash.reference.attention(*qkv)
 
 
@@ -60,7 +59,7 @@ def _row(scheme, build):
     return {
         "mean": float(np.mean([c.rel_l1 for c in real])),
         "worst head": max(c.worst_head for c in real),
-        **{name: error(synthetic(name), scheme).rel_l1 for name in distributions.ALL},
+        **{name: error(synthetic(name), scheme).rel_l1 for name in fixtures.ALL},
     }
 
 
@@ -75,7 +74,7 @@ def show(table, before):
     grid = Table("relative L1", *table, title=f"int8 accuracy, build {cyflash.cpu_info()['implementation']}")
     for column in next(iter(table.values())):
         cells = [f"{100 * r[column]:.3f} %" for r in table.values()]
-        old = [f" ({100 * before[s][column]:.3f})" if s in before else "" for s in table]
+        old = [f" ({100 * before[s][column]:.3f})" if column in before.get(s, {}) else "" for s in table]
         grid.add_row(column, *(a + b for a, b in zip(cells, old, strict=True)))
     Console(width=150).print(grid)
 

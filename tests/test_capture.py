@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 import cyflash.capture
+from cyflash import quant
 from cyflash.capture import load_capture, save_capture
 
 SUFFIXES = (".npz", ".safetensors")
@@ -170,6 +171,29 @@ def test_missing_and_unknown_entries_are_named(tmp_path, suffix, entries, messag
     path = write(tmp_path / f"x{suffix}", {name: np.zeros((3, 4), np.float32) for name in entries.split()})
     with pytest.raises(ValueError, match=message):
         load_capture(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        ([], "found no entries"),
+        (["query", "key"], "found key, query"),
+        (["a.q", "a.v"], "found a.q, a.v"),
+        ([f"l{i}.weight" for i in range(9)], "found l0.weight, l1.weight, .*, l8.weight"),
+        ([f"l{i}.weight" for i in range(40)], "found l0.weight, l1.weight, .*, l7.weight and 32 more"),
+        ([f"l{i}.q" for i in range(40)], "found l0.q, l1.q, .*, l7.q and 32 more"),
+    ],
+)
+def test_a_file_without_q_k_v_says_what_was_found(tmp_path, suffix, entries, found):
+    path = write(tmp_path / f"x{suffix}", {name: np.zeros((3, 4), np.float32) for name in entries})
+    with pytest.raises(ValueError, match=f"{found}$"):
+        load_capture(path)
+
+
+def test_captures_are_saved_and_loaded_from_the_toolkit():
+    assert quant.save_capture is save_capture and quant.load_capture is load_capture
+    assert {"save_capture", "load_capture"} <= set(quant.__all__)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -4,14 +4,13 @@ The table is made by int8_accuracy.py (`python tests/int8_accuracy.py --write` r
 """
 import secrets
 
-import distributions
 import int8_accuracy
 import numpy as np
 import pytest
 from int8_accuracy import SCHEMES
 
 from cyflash import flash_attention_int8, reference
-from cyflash.quant import compare
+from cyflash.quant import compare, fixtures
 
 PROMISED = {  # scheme: mean relative L1 over the layers of the shipped activations, that of the worst head
     "int8 tensor": (0.024, 0.055),
@@ -47,7 +46,7 @@ def test_promised_on_real_activations(build, scheme):
 @pytest.mark.parametrize(("scheme", "name", "promised"), SYNTHETIC)
 def test_promised_on_fresh_draws(build, scheme, name, promised):
     seed = secrets.randbits(32)
-    qkv = distributions.draw(name, seed, Lq=64, Lk=1024)
+    qkv = fixtures.draw(name, seed, Lq=64, Lk=1024)
     error = compare(flash_attention_int8(*qkv, **SCHEMES[scheme]), reference.attention(*qkv)).rel_l1
     assert error <= promised, f"seed {seed}"
 

@@ -2,9 +2,10 @@
 import bounds_int8
 import cases
 import cases_int8
-import distributions
 import numpy as np
 import pytest
+
+from cyflash.quant import fixtures
 
 SHAPE = (1, 2, 1, 130, 500, 40, 24)  # B, H, Hk, Lq, Lk, D, Dv
 
@@ -23,9 +24,9 @@ def test_few_codes_differ_each_by_one(build, granularity, name):
     assert (codes == 255).any(axis=-1).any() and len(np.unique(codes)) == 256
 
 
-@pytest.mark.parametrize("name", distributions.ALL)
+@pytest.mark.parametrize("name", fixtures.ALL)
 def test_distributions(build, name):
-    q, k, v = distributions.draw(name, Lq=40, Lk=300)
+    q, k, v = fixtures.draw(name, Lq=40, Lk=300)
     assert cases_int8.verify(q, k, v).flipped <= bounds_int8.FLIPPED
 
 

@@ -3,12 +3,11 @@ import math
 from types import SimpleNamespace
 
 import cases
-import distributions
 import numpy as np
 import pytest
 
 from cyflash import reference_int8
-from cyflash.quant import compare
+from cyflash.quant import compare, fixtures
 from cyflash.reference import attention, attention_int8
 from cyflash.reference_int8 import bf16, quantise
 
@@ -41,17 +40,17 @@ def smoothed(k, rows=0):
 # Its accuracy
 
 
-@pytest.mark.parametrize("name", distributions.ALL)
+@pytest.mark.parametrize("name", fixtures.ALL)
 def test_accuracy_of_the_default_call(name):
     """Beside the aims: what each distribution costs, so that a change of the scheme shows."""
     aim = {"normal": 0.015, "sink6": 0.025, "sink9": 0.025, "llm_like": 0.025, "uniform": 0.001, "diffuse": 0.01,
-           "k_channel_bias": 0.015, "fa3_outlier": 0.04, "peaky": 0.025}[name]
-    q, k, v = distributions.draw(name)
+           "k_channel_bias": 0.015, "fa3_outlier": 0.04, "peaky": 0.025, "student_t": 0.03, "laplace": 0.02}[name]
+    q, k, v = fixtures.draw(name)
     assert compare(attention_int8(q, k, v), attention(q, k, v)).rel_l1 <= aim
 
 
 def test_accuracy_of_bf16_weights():
-    q, k, v = distributions.draw("normal")
+    q, k, v = fixtures.draw("normal")
     assert compare(attention_int8(q, k, v, pv="bf16"), attention(q, k, v)).rel_l1 <= 0.013
 
 
@@ -59,7 +58,7 @@ def test_what_each_choice_is_for(monkeypatch):
     """Each part of the scheme helps the distribution that it was made for."""
 
     def error(name, **options):
-        q, k, v = distributions.draw(name)
+        q, k, v = fixtures.draw(name)
         return compare(attention_int8(q, k, v, **options), attention(q, k, v)).rel_l1
 
     assert error("k_channel_bias", smooth_k=False) > 2 * error("k_channel_bias")

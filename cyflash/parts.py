@@ -1,0 +1,115 @@
+"""Planned layers: parts of the heads that differ in how they are computed, each a call of attention of its own.
+
+    quant.parts -> split(): Part -> its heads of q, k, v and the options -> a call -> its heads of out and lse
+
+Heads that are evenly spaced are views of the caller's arrays, others are copied.
+"""
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from cyflash import arrays
+from cyflash.quantized import LayerScales
+
+
+def are_in(quant):
+    """Whether `quant` is a planned layer."""
+    return isinstance(quant, LayerScales) and quant.parts is not None
+
+
+def require_alone(q, k, v, how):
+    """Raise unless q, k and v are float32 and nothing of `how`, the arguments that say how to quantise, is given."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, np.ndarray) or x.dtype != arrays.FLOAT32:
+            got = arrays.dtype_name(x.dtype) if isinstance(x, np.ndarray) else type(x).__name__
+            raise TypeError(f"{name}: expected a float32 array beside a planned layer (quant.parts), got {got}")
+        arrays.require_float32(name, x, (2, 3, 4))
+    for name, value in how.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None beside a planned layer, whose quant.parts say how to compute their heads"
+            )
+
+
+class Part(NamedTuple):
+    """One call: what it computes, and where that belongs."""
+
+    name: str
+    quant: LayerScales | None  # None: in float32
+    qkv: tuple
+    options: dict
+    heads: tuple[int, ...]  # of the whole call's query heads
+    out: np.ndarray  # of all heads, as is lse
+    lse: np.ndarray | None
+
+    def write(self, out, lse):
+        """Put the call's results where they belong, unless they are there."""
+        if self.options["out"] is None:
+            _put(self.out, self.heads, out)
+        if self.lse is not None:
+            _put(self.lse[..., None], self.heads, lse[..., None])
+
+    @contextmanager
+    def named_in_errors(self):
+        """Errors within say which part they are of."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (in {self.name}; its heads are counted from 0)") from None
+
+
+def split(quant, q, k, v, out, lse, plan, options):
+    """The `Part`s of a call that was checked: its plan, the arrays it writes, and its options as they were given."""
+    planned = sum(len(kv_heads) for kv_heads, _ in quant.parts)
+    if planned != plan.Hk:
+        raise ValueError(f"quant.parts: expected the {plan.Hk} kv heads of k {k.shape}, got a plan of {planned}")
+    group = plan.H // plan.Hk
+    q, k, v, out = (x if x.ndim > 2 else x[None] for x in (q, k, v, out))
+    lse = lse if lse is None or lse.ndim > 1 else lse[None]
+    for i, (kv_heads, layer) in enumerate(quant.parts):
+        heads = tuple(head for kv in kv_heads for head in range(kv * group, (kv + 1) * group))
+        yield Part(
+            f"quant.parts[{i}], kv heads {', '.join(map(str, kv_heads))}",
+            layer,
+            (_take(q, heads), _take(k, kv_heads), _take(v, kv_heads)),
+            options | {
+                "bias": _of_heads(options.get("bias"), heads),
+                "mask": _of_heads(options.get("mask"), heads),
+                "alibi_slopes": None if plan.alibi_slopes is None else plan.alibi_slopes[:, list(heads)],
+                "sinks": None if plan.sinks is None else plan.sinks[list(heads)],
+                "out": None if _spacing(heads) is None else out[..., _spacing(heads), :, :],
+            },
+            heads,
+            out,
+            lse,
+        )
+
+
+def _of_heads(x, heads):
+    """These heads of a bias or a mask: all of it where it is the same for all."""
+    return x if x is None or x.ndim < 3 or x.shape[-3] == 1 else _take(x, heads)
+
+
+def _take(x, heads):
+    """x[..., heads, :, :]: a view of evenly spaced heads, else a copy in which what is broadcast stays so."""
+    where = _spacing(heads)
+    if where is None and x.strides[-3] == 0:
+        where = slice(len(heads))
+    if where is not None:
+        return x[..., where, :, :]
+    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+    copy = np.stack([once[..., head, :, :] for head in heads], axis=-3)
+    return np.broadcast_to(copy, (*x.shape[:-3], len(heads), *x.shape[-2:]))
+
+
+def _put(x, heads, values):
+    """x[..., heads, :, :] = values"""
+    x[..., list(heads), :, :] = values
+
+
+def _spacing(heads):
+    """The slice that selects `heads`, or None where they are not evenly spaced."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    evenly = tuple(range(heads[0], heads[-1] + 1, step)) == heads
+    return slice(heads[0], heads[-1] + 1, step) if evenly else None
