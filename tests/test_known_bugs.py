@@ -74,8 +74,8 @@ def test_values_that_are_not_finite_are_an_error_or_counted_but_never_a_scale(me
     assert calibrator.histogram("layer", "v").count == 3 * good[0][2].size - 1
 
 
-# pytorch-quantization, ONNX Runtime: the first batch fixes the width of the bins, and later ones are appended, 3 084 703
-# of them, or 25 GiB; torch 122659 (out of memory) likewise; TensorRT: ranges double and depend on the order.
+# pytorch-quantization, ONNX Runtime: the first batch fixes the width of the bins, and more are appended: 3 084 703, or
+# 25 GiB of them; torch 122659 (out of memory) likewise; TensorRT: ranges double and depend on the order.
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", ["1e-3 N(0, 1) first", "1e-5 and one value of 50"])
 def test_a_tiny_first_batch_decides_nothing(tmp_path, method, case):

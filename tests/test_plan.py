@@ -1,4 +1,4 @@
-"""Calibrator.plan: each kv head in the cheapest arithmetic that keeps to an error; saved and run as any other scales."""
+"""Calibrator.plan: each kv head in the cheapest arithmetic that keeps to an error; saved and run as other scales."""
 import json
 
 import numpy as np
