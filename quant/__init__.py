@@ -4,9 +4,10 @@ from cyflash.capture import load_capture, save_capture
 from cyflash.quant import fixtures
 from cyflash.quant.evaluation import evaluate
 from cyflash.quant.metrics import Comparison, compare
+from cyflash.quant.scales import Scales
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
 __all__ = [
-    "Comparison", "LayerScales", "QuantizedTensor", "compare", "evaluate", "fixtures", "load_capture", "quantize",
-    "save_capture",
+    "Comparison", "LayerScales", "QuantizedTensor", "Scales", "compare", "evaluate", "fixtures", "load_capture",
+    "quantize", "save_capture",
 ]
