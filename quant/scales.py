@@ -28,6 +28,7 @@ import safetensors
 import cyflash
 from cyflash.capture import _natural
 from cyflash.files import write_safetensors
+from cyflash.quant import vllm
 from cyflash.quantized import LayerScales
 
 __all__ = ["Scales"]
@@ -171,6 +172,70 @@ class Scales(Mapping):
             return _decoded(cls, *_read(path))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+    def to_vllm(self, directory):
+        """Write the scales into a model's directory in the form of compressed-tensors, which vLLM reads.
+
+        Parameters
+        ----------
+        directory : str or path
+            A checkpoint, or a new directory beside one. The names of the layers must be those of its attention modules,
+            such as "model.layers.0.self_attn".
+
+        Returns
+        -------
+        Path
+            The file `kv_cache_scales.safetensors`, with <layer>.k_scale and .v_scale, and .q_scale of the layers that
+            have one. config.json gets a quantization_config.kv_cache_scheme, and keeps what it has; so does the index
+            of a checkpoint in several files.
+
+        Raises
+        ------
+        ValueError
+            For what this form cannot say, with the layer and the reason: smoothed keys (k_mean), fp32_sinks, planned
+            layers, a k or v without a scale, scales per token. For a directory that has another quantization_config or
+            kv_cache_scheme, or scales of the same names in another file.
+
+        Notes
+        -----
+        int8 scales are absmax / 127.5 there, for codes from -128 to 127: they are converted. Where a scale of any layer
+        is per head, all are written per head (strategy "attn_head"); the numbers of heads are those in `about`
+        ("heads", "kv_heads"), or what other scales of the layer show. `pv`, `settings` and `about` are not kept: the
+        form has no place for them.
+
+        compressed-tensors writes a q_scale only where the attention itself is quantised, and vLLM uses one where it
+        quantises queries: per head, the greatest of each group. Layers with a dynamic q have none, and vLLM then takes
+        1.0. Its own kernels for caches with static scales are of fp8 at the time of writing, so check that yours has
+        int8 ones.
+        """
+        return vllm.write(self, directory)
+
+    @classmethod
+    def from_vllm(cls, directory):
+        """Read static int8 scales from a model's directory in the form of compressed-tensors.
+
+        Parameters
+        ----------
+        directory : str or path
+            With a config.json whose quantization_config.kv_cache_scheme is symmetric static int8, of strategy "tensor"
+            or "attn_head", and .safetensors files with <layer>.k_scale and <layer>.v_scale in float32, float64,
+            float16 or bfloat16.
+
+        Returns
+        -------
+        Scales
+            Converted to absmax / 127, with shape () or (heads, 1, 1). A layer without q_scale has a dynamic q.
+
+        Raises
+        ------
+        FileNotFoundError
+            No config.json, or a file missing that the index lists.
+        ValueError
+            For another scheme, such as fp8; for k_scale or v_scale missing, NaN, infinite, zero or negative (vLLM's
+            mark of a missing one): never 1.0. The message names the file and the tensor.
+        """
+        layers, settings = vllm.read(directory)
+        return cls(layers, settings=settings)
 
     def _tensors(self):
         tensors = {}
