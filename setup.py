@@ -92,20 +92,24 @@ class BuildExt(build_ext):
                 return False
 
 
-detect = Extension(
-    "cyflash.cpu.detect",
-    [f"{CPU}/detect.pyx"],
-    include_dirs=[f"{CPU}/simd"],
-    extra_compile_args=FLAGS.copy(),
-    depends=[OPENMP],
-)
+# What every CPU runs: finding out what this one is, and the integers of calibration.
+plain = [
+    Extension(
+        f"cyflash.cpu.{name}",
+        [f"{CPU}/{name}.pyx"],
+        include_dirs=[f"{CPU}/simd"],
+        extra_compile_args=FLAGS.copy(),
+        depends=[OPENMP],
+    )
+    for name in ("detect", "observe")
+]
 
 setup(
     packages=["cyflash", "cyflash.bench", "cyflash.cpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={"cyflash": ["py.typed"]},
     ext_modules=cythonize(
-        [detect, *(simd_extension(name, flags) for name, flags in SIMD_BUILDS.items())],
+        [*plain, *(simd_extension(name, flags) for name, flags in SIMD_BUILDS.items())],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,

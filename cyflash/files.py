@@ -1,4 +1,5 @@
 """Files that appear only when they are complete."""
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,3 +15,25 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write {name: C-contiguous array} and {key: text} to `path`: the same contents, in any order, as the same bytes.
+
+    The library orders tensors, but its metadata come in an order that changes from call to call.
+    """
+    import safetensors.numpy
+
+    with replacing(path) as temporary:
+        try:
+            safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from None
+        with open(temporary, "r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            assert len(text) <= size  # the same entries in another order
+            file.seek(8)
+            file.write(text.ljust(size))

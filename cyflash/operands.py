@@ -170,7 +170,7 @@ def _sinks(q, k, v, fp32_sinks, quant):
     if quant is not None:
         if n is not None and n != quant.fp32_sinks:
             raise ValueError(f"fp32_sinks: expected quant's {quant.fp32_sinks} or None, got {n}")
-        n = quant.fp32_sinks
+        n = min(quant.fp32_sinks, k.shape[-2])  # made for sequences of any length
     if isinstance(q, QuantizedTensor) and q.fp32_rows is not None:
         raise ValueError("q: expected a QuantizedTensor without fp32_rows (they are for k and v)")
     rows = {name: _rows_of(x) for name, x in (("k", k), ("v", v)) if isinstance(x, QuantizedTensor)}

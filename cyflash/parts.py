@@ -5,6 +5,7 @@
 Heads that are evenly spaced are views of the caller's arrays, others are copied.
 """
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -45,10 +46,10 @@ class Part(NamedTuple):
 
     def write(self, out, lse):
         """Put the call's results where they belong, unless they are there."""
-        if self.options["out"] is None:
-            _put(self.out, self.heads, out)
+        if _spacing(self.heads) is None:
+            self.out[..., list(self.heads), :, :] = out
         if self.lse is not None:
-            _put(self.lse[..., None], self.heads, lse[..., None])
+            self.lse[..., list(self.heads), :] = lse
 
     @contextmanager
     def named_in_errors(self):
@@ -60,25 +61,30 @@ class Part(NamedTuple):
 
 
 def split(quant, q, k, v, out, lse, plan, options):
-    """The `Part`s of a call that was checked: its plan, the arrays it writes, and its options as they were given."""
+    """The `Part`s of a call that was checked: its plan, the arrays it writes, and its options as they were given.
+
+    They share the memory for what they have to copy: each is done with before the next is asked for.
+    """
     planned = sum(len(kv_heads) for kv_heads, _ in quant.parts)
     if planned != plan.Hk:
         raise ValueError(f"quant.parts: expected the {plan.Hk} kv heads of k {k.shape}, got a plan of {planned}")
     group = plan.H // plan.Hk
     q, k, v, out = (x if x.ndim > 2 else x[None] for x in (q, k, v, out))
     lse = lse if lse is None or lse.ndim > 1 else lse[None]
+    heads_of = [tuple(range(kv * group, (kv + 1) * group)) for kv in range(plan.Hk)]
+    room = _room(quant.parts, heads_of, q=q, k=k, v=v, out=out)
     for i, (kv_heads, layer) in enumerate(quant.parts):
-        heads = tuple(head for kv in kv_heads for head in range(kv * group, (kv + 1) * group))
+        heads = tuple(chain.from_iterable(heads_of[kv] for kv in kv_heads))
         yield Part(
             f"quant.parts[{i}], kv heads {', '.join(map(str, kv_heads))}",
             layer,
-            (_take(q, heads), _take(k, kv_heads), _take(v, kv_heads)),
+            (_gathered(q, heads, room["q"]), _gathered(k, kv_heads, room["k"]), _gathered(v, kv_heads, room["v"])),
             options | {
                 "bias": _of_heads(options.get("bias"), heads),
                 "mask": _of_heads(options.get("mask"), heads),
                 "alibi_slopes": None if plan.alibi_slopes is None else plan.alibi_slopes[:, list(heads)],
                 "sinks": None if plan.sinks is None else plan.sinks[list(heads)],
-                "out": None if _spacing(heads) is None else out[..., _spacing(heads), :, :],
+                "out": _placed(out, heads, room["out"]),
             },
             heads,
             out,
@@ -86,26 +92,41 @@ def split(quant, q, k, v, out, lse, plan, options):
         )
 
 
-def _of_heads(x, heads):
-    """These heads of a bias or a mask: all of it where it is the same for all."""
-    return x if x is None or x.ndim < 3 or x.shape[-3] == 1 else _take(x, heads)
+def _room(parts, heads_of, **arrays_of_all):
+    """{name: memory for the largest part whose heads are copied}, in one piece for the reason in `arrays.together`."""
+    copied = [kv_heads for kv_heads, _ in parts if _spacing(tuple(chain(*(heads_of[kv] for kv in kv_heads)))) is None]
+    share = max(map(len, copied), default=0) / len(heads_of)
+    return arrays.together(0, **{
+        name: ((*x.shape[:-3], round(share * x.shape[-3]), *x.shape[-2:]), np.float32)
+        for name, x in arrays_of_all.items()
+    })
 
 
-def _take(x, heads):
-    """x[..., heads, :, :]: a view of evenly spaced heads, else a copy in which what is broadcast stays so."""
+def _placed(x, heads, room):
+    """x[..., heads, :, :] to write to: a view, or `room` for heads that are not evenly spaced."""
     where = _spacing(heads)
-    if where is None and x.strides[-3] == 0:
-        where = slice(len(heads))
+    return room[..., : len(heads), :, :] if where is None else x[..., where, :, :]
+
+
+def _gathered(x, heads, room):
+    """x[..., heads, :, :] to read: a view, or a copy in `room`."""
+    placed = _placed(x, heads, room)
+    if _spacing(heads) is None:
+        for i, head in enumerate(heads):
+            placed[..., i, :, :] = x[..., head, :, :]
+    return placed
+
+
+def _of_heads(x, heads):
+    """These heads of a bias or a mask: a view if they are evenly spaced, else a copy. What is broadcast stays so."""
+    if x is None or x.ndim < 3 or x.shape[-3] == 1:
+        return x
+    where = slice(len(heads)) if x.strides[-3] == 0 else _spacing(heads)
     if where is not None:
         return x[..., where, :, :]
     once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
     copy = np.stack([once[..., head, :, :] for head in heads], axis=-3)
     return np.broadcast_to(copy, (*x.shape[:-3], len(heads), *x.shape[-2:]))
-
-
-def _put(x, heads, values):
-    """x[..., heads, :, :] = values"""
-    x[..., list(heads), :, :] = values
 
 
 def _spacing(heads):

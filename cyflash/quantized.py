@@ -187,7 +187,7 @@ def _encode(name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip
         if x.size:
             finite = build.find_range(x, skip, smooth, centre, top, threads)
         if scale is None and not by_token:
-            scale = _scale_of(top.max(pooled, keepdims=True, initial=0.0))[:, :, None, None]
+            scale = scale_of(top.max(pooled, keepdims=True, initial=0.0))[:, :, None, None]
     if by_token:
         scale = np.empty((B, H, L, 1), np.float32)
     if x.size and finite:
@@ -199,7 +199,7 @@ def _encode(name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip
     return scale, mean
 
 
-def _scale_of(top):
+def scale_of(top):
     return np.maximum(np.minimum(top, FLOAT32_MAX) / LARGEST_CODE, SMALLEST_SCALE)
 
 
@@ -413,7 +413,7 @@ class LayerScales:
     k_mean : array-like of float, optional
         Subtracted from the keys before they are quantised; broadcasts to k.shape[:-2] + (1, D). Kept as float32.
     fp32_sinks : int, default 0
-        So many of the first keys and values are used in float32.
+        So many of the first keys and values are used in float32; all, where there are fewer.
     pv : {"int8", "bf16", "fp32"}, default "int8"
         The arithmetic of the second product.
     parts : sequence of (kv_heads, LayerScales or None), optional

@@ -2,11 +2,13 @@
 
 from cyflash.capture import load_capture, save_capture
 from cyflash.quant import fixtures
+from cyflash.quant.calibrator import Calibrator
 from cyflash.quant.evaluation import evaluate
 from cyflash.quant.metrics import Comparison, compare
+from cyflash.quant.scales import Scales
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
 __all__ = [
-    "Comparison", "LayerScales", "QuantizedTensor", "compare", "evaluate", "fixtures", "load_capture", "quantize",
-    "save_capture",
-]
+    "Calibrator", "Comparison", "LayerScales", "QuantizedTensor", "Scales", "compare", "evaluate", "fixtures",
+    "load_capture", "quantize", "save_capture",
+]  # fmt: skip

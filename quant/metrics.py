@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "pooled"]
 
 
 class Comparison(NamedTuple):
@@ -78,26 +78,40 @@ def compare(output, reference):
     >>> compare(reference + [[0.0, 0.0], [0.5, 0.0]], reference).rel_l1
     0.125
     """
+    return pooled([(output, reference)])
+
+
+def pooled(pairs):
+    """`compare` over several (output, reference), as if all were heads and rows of one: sums and maxima of all."""
+    sums, worst_head, worst_row = [], 0.0, 0.0
+    for output, reference in pairs:
+        output, reference = _checked(output, reference)
+        difference, magnitude = np.abs(output - reference), np.abs(reference)
+        rows, row_size = difference.sum(axis=-1), magnitude.sum(axis=-1)
+        heads, head_size = rows.sum(axis=-1), row_size.sum(axis=-1)
+        mean_row_size = head_size / max(rows.shape[-1], 1)
+        worst_head = max(worst_head, _worst_ratio(heads, head_size))
+        worst_row = max(worst_row, _worst_ratio(rows, np.maximum(row_size, mean_row_size[..., None])))
+        sums.append((heads.sum(), head_size.sum(), difference, output, reference))
+    errors, sizes, differences, outputs, references = zip(*sums, strict=True)
+    difference = np.concatenate([x.ravel() for x in differences])
+    return Comparison(
+        rel_l1=_worst_ratio(sum(errors), sum(sizes)),
+        cosine=_cosine(*(np.concatenate([x.ravel() for x in arrays]) for arrays in (outputs, references))),
+        rmse=_root_mean_square(difference),
+        max_abs=float(difference.max(initial=0.0)),
+        worst_head=worst_head,
+        worst_row=worst_row,
+    )
+
+
+def _checked(output, reference):
     output, reference = _as_float64("output", output), _as_float64("reference", reference)
     if output.shape != reference.shape:
         raise ValueError(f"output: expected the reference's shape {reference.shape}, got {output.shape}")
     if output.ndim < 2:
         raise ValueError(f"output: expected (L, D), (H, L, D) or (B, H, L, D), got {output.shape}; write x[None]")
-    output, reference = _leave_out_equal_nonfinite(output, reference)
-
-    difference = np.abs(output - reference)
-    magnitude = np.abs(reference)
-    rows, row_size = difference.sum(axis=-1), magnitude.sum(axis=-1)
-    heads, head_size = rows.sum(axis=-1), row_size.sum(axis=-1)
-    mean_row_size = head_size / max(rows.shape[-1], 1)
-    return Comparison(
-        rel_l1=_worst_ratio(heads.sum(), head_size.sum()),
-        cosine=_cosine(output.ravel(), reference.ravel()),
-        rmse=_root_mean_square(difference),
-        max_abs=float(difference.max(initial=0.0)),
-        worst_head=_worst_ratio(heads, head_size),
-        worst_row=_worst_ratio(rows, np.maximum(row_size, mean_row_size[..., None])),
-    )
+    return _leave_out_equal_nonfinite(output, reference)
 
 
 def _as_float64(name, x):

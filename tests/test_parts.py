@@ -6,7 +6,7 @@ import pytest
 import cyflash
 from cyflash import FlashAttentionConfig, LayerScales, flash_attention, flash_attention_int8
 from cyflash.attention import attend, attend_int8
-from cyflash.parts import _take
+from cyflash.parts import _gathered, _of_heads
 
 B, HK, GROUP, LQ, LK, D, DV = 2, 5, 2, 37, 70, 24, 17
 H = HK * GROUP
@@ -150,20 +150,20 @@ def test_work_is_that_of_all_parts():
 
 
 def test_evenly_spaced_heads_are_views():
-    x = np.arange(2 * 6 * 4 * 3, dtype=np.float32).reshape(2, 6, 4, 3)
+    x, room = np.arange(2 * 6 * 4 * 3, dtype=np.float32).reshape(2, 6, 4, 3), np.empty((2, 6, 4, 3), np.float32)
     for heads in ((0,), (5,), (1, 2, 3), (0, 2, 4), (1, 5), tuple(range(6))):
-        assert np.shares_memory(_take(x, heads), x), heads
-        assert np.array_equal(_take(x, heads), x[:, list(heads)])
-    uneven = _take(x, (0, 1, 3))
-    assert not np.shares_memory(uneven, x) and np.array_equal(uneven, x[:, [0, 1, 3]])
+        for taken in (_gathered(x, heads, room), _of_heads(x, heads)):
+            assert np.shares_memory(taken, x) and np.array_equal(taken, x[:, list(heads)]), heads
+    for taken in (_gathered(x, (0, 1, 3), room), _of_heads(x, (0, 1, 3))):
+        assert not np.shares_memory(taken, x) and np.array_equal(taken, x[:, [0, 1, 3]])
 
 
-def test_what_is_broadcast_is_not_expanded():
+def test_masks_that_are_broadcast_are_not_expanded():
     row = np.arange(6 * 3, dtype=np.float32).reshape(6, 1, 3)
     x = np.broadcast_to(row, (2, 6, 1000, 3))
-    uneven = _take(x, (0, 1, 3))
+    uneven = _of_heads(x, (0, 1, 3))
     assert np.array_equal(uneven, x[:, [0, 1, 3]]) and uneven.strides[0] == uneven.strides[2] == 0
-    same = _take(np.broadcast_to(row[:1], (6, 5, 3)), (0, 1, 3))
+    same = _of_heads(np.broadcast_to(row[:1], (6, 5, 3)), (0, 1, 3))
     assert same.shape == (3, 5, 3) and same.strides[0] == same.strides[1] == 0
 
 

@@ -1,0 +1,219 @@
+"""What a calibrator keeps of one attention layer: integers, greatest values, and a few tiles.
+
+    Layer.observed(...)  one sequence -> a Layer of its own      ┐ sums of integers, greatest values, smallest hashes:
+    Layer.add(other)     and adding it to what was seen before   ┘ no order and no split of the work shows in the result
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from cyflash.cpu import observe
+from cyflash.cpu.threads import for_call
+from cyflash.quant.histogram import INVALID, Counts
+from cyflash.quant.tiles import Reservoir, tile_of
+from cyflash.quant.visibility import seen
+
+__all__ = ["LADDER_SINKS", "OPERANDS", "PARTS", "Layer", "Shape", "as_arguments", "shared_options"]
+
+OPERANDS = ("q", "k", "v")
+PARTS = ("q", "k", "k_centred", "v")
+LADDER_SINKS = 4  # keys that a plan may compute in fp32
+VALUES_PER_THREAD = 1 << 18
+UNIT = 2.0 ** observe.LAYOUT["fraction_bits"]
+MOST_ROWS = 1 << 23  # of one sequence: their sum in fixed point fits
+LARGEST_SUM = 1 << 62
+
+
+class Shape(NamedTuple):
+    """What all observations of a layer have in common."""
+
+    H: int
+    Hk: int
+    D: int
+    Dv: int
+
+    def __str__(self):
+        return f"{self.H} heads of q, {self.Hk} of k and v, head_dim {self.D} and {self.Dv} of v"
+
+
+def shared_options(plan, b, options):
+    """The options of a call that its layer shares, in one form for each meaning; JSON holds them as they are."""
+    window = options["window"]
+    return {
+        "causal": bool(options["causal"]),
+        "causal_align": str(options["causal_align"]),
+        "scale": plan.scale,
+        "window": None if window is None or tuple(window) == (-1, -1) else [int(side) for side in window],
+        "softcap": plan.softcap,
+        "alibi_slopes": None if plan.alibi_slopes is None else plan.alibi_slopes[b].tolist(),
+        "sinks": None if plan.sinks is None else plan.sinks.tolist(),
+    }
+
+
+def as_arguments(options):
+    """Shared options as keyword arguments of `flash_attention`."""
+    convert = {"window": tuple, "alibi_slopes": np.float32, "sinks": np.float32}
+    return {
+        name: convert[name](value) if name in convert else value for name, value in options.items() if value is not None
+    }
+
+
+class Layer:
+    """Statistics of one layer.
+
+    Attributes
+    ----------
+    shape : Shape
+    options : dict
+        As `shared_options` gives them.
+    counts : dict of str to Counts
+        Histograms of "q" (H heads), "k", "k_centred" (minus the mean of its own sequence) and "v" (Hk heads each).
+        Without the first `fp32_sinks` keys, and without what nothing sees.
+    rest : dict of str to ndarray of float32, shape (Hk,)
+        Greatest values of keys from LADDER_SINKS on.
+    k_sum, k_tokens : ndarray of int64, shapes (Hk, D) and (Hk,)
+        Sums of the keys in fixed point, all keys that are seen, and how many.
+    observations : int
+    nonfinite, all_zero : dict of str to int
+        Values and tensors that were left out.
+    reservoir : Reservoir
+    """
+
+    def __init__(self, shape, options, fp32_sinks, reservoir_bytes):
+        self.shape, self.options, self.fp32_sinks = shape, options, fp32_sinks
+        self.counts = {part: Counts.zeros(shape.H if part == "q" else shape.Hk) for part in PARTS}
+        self.rest = {part: np.zeros(shape.Hk, np.float32) for part in PARTS[1:]}
+        self.k_sum = np.zeros((shape.Hk, shape.D), np.int64)
+        self.k_tokens = np.zeros(shape.Hk, np.int64)
+        self.observations = 0
+        self.nonfinite = dict.fromkeys(OPERANDS, 0)
+        self.all_zero = dict.fromkeys(OPERANDS, 0)
+        self.reservoir = Reservoir(reservoir_bytes)
+
+    @classmethod
+    def observed(cls, q, k, v, plan, b, options, *, fp32_sinks, reservoir_bytes, seed, ignore):
+        """The Layer of one sequence; q, k, v: float32, (H, L, D), last axes contiguous."""
+        new = cls(Shape(plan.H, plan.Hk, plan.D, plan.Dv), options, fp32_sinks, reservoir_bytes)
+        new.observations = 1
+        rows, keys = seen(plan, b)
+        new._count("q", q, rows)
+        new._count("k", k, keys)
+        new._count("v", v, keys)
+        usable = new._settle({"q": (q, rows), "k": (k, keys), "v": (v, keys)}, ignore)
+        if new.counts["k"].counts.any():
+            new._centre(k, keys)
+        if usable:
+            new._keep_tile(q, k, v, plan, b, (rows, keys), seed)
+        return new
+
+    def add(self, other):
+        """Take in what another Layer of the same shape and options has seen."""
+        for part in PARTS:
+            self.counts[part].add(other.counts[part])
+        for part, top in self.rest.items():
+            np.maximum(top, other.rest[part], out=top)
+        self.k_sum += other.k_sum
+        self.k_tokens += other.k_tokens
+        if np.abs(self.k_sum).max(initial=0) > LARGEST_SUM:
+            raise OverflowError("k: the sum of a channel of the keys no longer fits 63 bits; split the calibration")
+        self.observations += other.observations
+        for mine, its in ((self.nonfinite, other.nonfinite), (self.all_zero, other.all_zero)):
+            for operand in OPERANDS:
+                mine[operand] += its[operand]
+        self.reservoir.add(other.reservoir.tiles)
+
+    def empty(self):
+        """A Layer of the same kind that has seen nothing."""
+        return Layer(self.shape, self.options, self.fp32_sinks, self.reservoir.limit)
+
+    @property
+    def k_mean(self):
+        """Mean of each channel of the keys, float32 (Hk, 1, D)."""
+        tokens = np.maximum(self.k_tokens, 1)[:, None].astype(np.float64)
+        return (self.k_sum / UNIT / tokens).astype(np.float32)[:, None]
+
+    @property
+    def nbytes(self):
+        """Of the statistics; the reservoir has its own limit."""
+        held = (self.k_sum, self.k_tokens, *self.rest.values(), *(x for counts in self.counts.values() for x in counts))
+        return sum(x.nbytes for x in held)
+
+    # One sequence
+
+    def _count(self, part, x, visible, mean=None):
+        counts = self.counts[part]
+        if part == "q":
+            return counts.observe(x, mean, visible, _threads(x))
+        first = self.fp32_sinks or LADDER_SINKS
+        later = None if visible is None else visible[:, first:]
+        counts._replace(top=self.rest[part]).observe(x[:, first:], mean, later, _threads(x))
+        if not self.fp32_sinks:
+            earlier = None if visible is None else visible[:, :first]
+            counts.observe(x[:, :first], mean, earlier, _threads(x))
+        np.maximum(counts.top, self.rest[part], out=counts.top)
+
+    def _settle(self, operands, ignore):
+        """Raise for what is not finite or all zero, or count it and leave it out; whether there is a tile to keep."""
+        usable = True
+        for name, (x, visible) in operands.items():
+            counts = self.counts[name]
+            invalid = int(counts.counts[:, INVALID].sum())
+            usable &= bool(counts.counts.any())
+            if invalid:
+                if not ignore:
+                    raise ValueError(_not_finite(name, x, visible))
+                self.nonfinite[name] = invalid
+                counts.counts[:, INVALID] = 0
+                usable = False
+            elif counts.counts.any() and not counts.top.any():
+                if not ignore:
+                    raise ValueError(
+                        f"{name}: expected values other than 0, got a tensor of zeros {x.shape} (of what is seen); "
+                        'Calibrator(nonfinite="ignore") counts such tensors and leaves them out'
+                    )
+                self.all_zero[name] = 1
+                counts.counts[...] = 0
+                usable = False
+        return usable
+
+    def _centre(self, k, visible):
+        if k.shape[1] > MOST_ROWS:
+            raise ValueError(f"k: expected at most {MOST_ROWS} keys in one sequence, got {k.shape[1]}; observe parts")
+        finite = np.where(np.isfinite(k), k, np.float32(0)) if self.nonfinite["k"] else k
+        flags = None if visible is None else visible.view(np.uint8)
+        observe.sum_channels(finite, flags, self.k_sum, _threads(k))
+        self.k_tokens[:] = k.shape[1] if visible is None else visible.sum(axis=1)
+        self._count("k_centred", k, visible, np.ascontiguousarray(self.k_mean[:, 0]))
+        self.counts["k_centred"].counts[:, INVALID] = 0
+
+    def _keep_tile(self, q, k, v, plan, b, visible, seed):
+        digest = hashlib.blake2b(repr((seed, self.shape, q.shape, k.shape)).encode(), digest_size=16)
+        for x, shown in ((q, visible[0]), (k, visible[1]), (v, visible[1])):
+            prints = np.zeros(len(x), np.uint64)
+            observe.fingerprints(x, None if shown is None else shown.view(np.uint8), prints, _threads(x))
+            digest.update(prints)
+        for x in (plan.bias, plan.mask):
+            if x is not None:
+                x = x[b]
+                once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+                digest.update(np.array(once, order="C"))
+        number = int.from_bytes(digest.digest()[:8], "little")
+        tile = tile_of(q, k, v, plan, b, as_arguments(self.options), visible, number, self.reservoir.tile_limit)
+        self.reservoir.add({digest.hexdigest(): tile})
+
+
+def _threads(x):
+    return for_call(1 + x.size // VALUES_PER_THREAD)
+
+
+def _not_finite(name, x, visible):
+    wrong = ~np.isfinite(x)
+    if visible is not None:
+        wrong &= visible[..., None]
+    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return (
+        f"{name}: expected finite values where they are seen, got {x[place]} at {place} (head, token, channel), "
+        f'{int(wrong.sum())} in all; Calibrator(nonfinite="ignore") counts such values and leaves them out'
+    )

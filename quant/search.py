@@ -1,0 +1,283 @@
+"""Static scales of one layer: from its histograms alone, or searched for the least error of the attention's output.
+
+    clipped_scales(layer, ...)   clip each tensor where a method of clipping.py says
+    output_scales(layer, ...)    coordinate descent on the training tiles, every candidate run by the kernel itself
+    error(tiles, scales)         what `flash_attention_int8` loses on tiles, against attention in float64
+
+A *unit* is what shares one scale: all heads of a layer, or one head of q, or one of k and v with its group of q's.
+Units of one operand partition the heads, so one call of the kernel tries a step for all of them.
+"""
+
+import numpy as np
+
+from cyflash import reference
+from cyflash.attention import flash_attention, flash_attention_int8
+from cyflash.quant.clipping import clip, square_error
+from cyflash.quant.metrics import pooled
+from cyflash.quantized import LayerScales, scale_of
+
+__all__ = ["OBJECTIVES", "check_objective", "clipped_scales", "error", "output_scales", "require_halves", "searched"]
+
+STEPS = 8  # per octave: the finest step of the search is 2^(1/8)
+COARSE = tuple(range(-4 * STEPS, STEPS // 2 + 1, STEPS // 2))  # from a 16th of the greatest value to 1.4 times it
+FINE = ((-2, 2), (-1, 1))
+SWEEPS = 3
+GAIN = 0.01  # a step must make the error at least so much smaller: less does not carry over to other data
+MOST_WORK = 4e9  # FLOPs of one candidate: about 40 ms; a search has up to 150
+
+
+# From histograms
+
+
+def clipped_scales(layer, granularity, smooth_k, method, percentile):
+    """(LayerScales, {}) by a method of clipping.py."""
+    clips = {
+        part: _units(layer, part, by, lambda histogram: clip(method, histogram, percentile))
+        for part, by in _parts(granularity).items()
+    }
+    smooth = np.zeros(1, bool)
+    if clips["k"] is not None:
+        smooth = _smooth_units(layer, granularity[1], smooth_k, clips)
+        clips["k"] = np.where(smooth, clips["k_centred"], clips["k"])
+    return _layer_scales(layer, clips, smooth, layer.fp32_sinks), {}
+
+
+def _parts(granularity):
+    q, k, v = granularity
+    return {"q": q, "k": k, "k_centred": k, "v": v}
+
+
+def _units(layer, part, by, clip_of):
+    """The clip of each unit: (1,) or (heads,); None where the operand is quantised in the call."""
+    if by == "token":
+        return None
+    counts = layer.counts[part]
+    whole = clip_of(counts.histogram())
+    if whole == 0.0 and part != "k_centred":  # keys that are all alike are zero without their mean
+        raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
+    if by == "tensor":
+        return np.array([whole])
+    own = np.array([clip_of(counts.histogram(head)) for head in range(len(counts.top))])
+    return np.where(own > 0.0, own, whole)  # a head that was 0 so far need not stay so
+
+
+def _smooth_units(layer, by, smooth_k, clips):
+    if smooth_k != "auto":
+        return np.full(len(clips["k"]), smooth_k)
+    heads = [None] if by == "tensor" else range(layer.shape.Hk)
+    return np.array([
+        _rounding(layer, "k_centred", head, clips["k_centred"][i]) < _rounding(layer, "k", head, clips["k"][i])
+        for i, head in enumerate(heads)
+    ])  # fmt: skip
+
+
+def _rounding(layer, part, head, clip):
+    return square_error(layer.counts[part].histogram(head), clip) if clip > 0.0 else 0.0
+
+
+def _layer_scales(layer, clips, smooth, fp32_sinks, pv="int8"):
+    """LayerScales from the clip of each unit; smooth: for each unit of k, or for each kv head."""
+    scales = {}
+    for operand in "qkv":
+        units = clips[operand]
+        scale = None if units is None else scale_of(units.astype(np.float32))
+        one = scale is not None and len(scale) == 1
+        scales[f"{operand}_scale"] = scale[0] if one else None if scale is None else scale[:, None, None]
+    k_mean = None
+    if clips["k"] is not None and smooth.any():
+        k_mean = np.where(smooth[:, None, None], layer.k_mean, np.float32(0))
+    return LayerScales(**scales, k_mean=k_mean, fp32_sinks=fp32_sinks, pv=pv)
+
+
+# Measured on tiles
+
+
+def check_objective(objective):
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
+
+
+def require_halves(layer):
+    """(training, held-out) tiles of a layer; ValueError if one of them is empty."""
+    training, held_out = layer.reservoir.halves()
+    if not held_out:
+        few = len(training)
+        raise ValueError(
+            f"expected at least two different observations, one to search on and one to judge by, got {few} with "
+            f"finite values that fit reservoir_mb={layer.reservoir.limit / 1e6:g} (of {layer.observations} observed); "
+            "observe more, or use a method that needs no tiles, such as 'max'"
+        )
+    return training, held_out
+
+
+def output_scales(layer, granularity, smooth_k, objective):
+    """(LayerScales, {}) that make the error of the output least on the training tiles."""
+    training, _ = require_halves(layer)
+    trials = Trials(training, layer.shape, objective)
+    options = [False, True] if smooth_k == "auto" and granularity[1] != "token" else [smooth_k is True]
+    found = [searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options]
+    if len(found) == 1 or "tensor" in granularity:  # heads share a scale: one choice for all
+        return min(found, key=lambda x: x.loss("tensor")[0]).scales(), {}
+    return _by_head(*found).scales(), {}
+
+
+class Searched:
+    """A point of the search: the clips of each operand's units, what is smoothed, and the error of each unit."""
+
+    def __init__(self, layer, trials, granularity, clips, smooth, fp32_sinks):
+        self.layer, self.trials, self.granularity = layer, trials, dict(zip("qkv", granularity, strict=True))
+        self.clips, self.smooth, self.fp32_sinks = clips, smooth, fp32_sinks
+        self.parts = trials.parts(self.scales())
+
+    def scales(self, pv="int8"):
+        return _layer_scales(self.layer, self.clips, self.smooth, self.fp32_sinks, pv)
+
+    def shares(self, by, operand="k"):
+        """What each tile and head adds to the error of each unit of an operand: (units, n)."""
+        return self.trials.shares(self.parts, by, operand)
+
+    def loss(self, by, operand="k"):
+        """The error of each unit of an operand."""
+        return self.shares(by, operand).sum(axis=1)
+
+    def moved(self, operand, steps):
+        clips = self.clips | {operand: self.clips[operand] * 2.0 ** (steps / STEPS)}
+        return Searched(self.layer, self.trials, self.granularity.values(), clips, self.smooth, self.fp32_sinks)
+
+
+def searched(layer, trials, granularity, smooth, fp32_sinks):
+    """Coordinate descent from the greatest values on: the `Searched` where no step helps."""
+    start = {part: _tops(layer, part, by, fp32_sinks) for part, by in _parts(granularity).items()}
+    start["k"] = start.pop("k_centred") if smooth else start["k"]
+    start.pop("k_centred", None)
+    point = Searched(layer, trials, granularity, start, np.full(layer.shape.Hk, smooth), fp32_sinks)
+    operands = [operand for operand in "kqv" if start[operand] is not None]
+    for sweep in range(SWEEPS):
+        before = point
+        for operand in operands:
+            for moves in (COARSE if sweep == 0 else (-4, 4), *FINE):
+                point = _best_step(point, operand, [move for move in moves if move])
+        if point is before:
+            break
+    return point
+
+
+def _best_step(point, operand, moves):
+    """The point after the best of `moves` for each unit of an operand; the same one where none helps.
+
+    What a move gains counts less its standard error over tiles and heads: a rare outlier that happens not to matter
+    where it was measured is no reason to clip.
+    """
+    by = point.granularity[operand]
+    now = point.shares(by, operand)
+    best, steps = -GAIN * now.sum(axis=1), np.zeros(len(now), int)
+    for move in moves:
+        change = point.moved(operand, np.full(len(now), move)).shares(by, operand) - now
+        score = change.sum(axis=1) + _standard_error(change)
+        steps = np.where(score < best, move, steps)
+        best = np.minimum(score, best)
+    return point.moved(operand, steps) if steps.any() else point
+
+
+def _standard_error(x):
+    """Of the sums of rows; 0 where there is nothing to tell it from."""
+    n = x.shape[1]
+    return x.std(axis=1, ddof=1) * np.sqrt(n) if n > 1 else np.zeros(len(x))
+
+
+def _tops(layer, part, by, fp32_sinks):
+    """The greatest value of each unit, without the keys that are in fp32."""
+    if by == "token":
+        return None
+    own = layer.counts[part].top if part == "q" or fp32_sinks == layer.fp32_sinks else layer.rest[part]
+    own = own.astype(np.float64)
+    whole = own.max(initial=0.0)
+    if whole == 0.0 and part != "k_centred":
+        raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
+    return np.array([whole]) if by == "tensor" else np.where(own > 0.0, own, whole)
+
+
+def _by_head(a, b):
+    """The better of two points for each kv head."""
+    first = a.loss("head") <= b.loss("head")
+    group = a.layer.shape.H // a.layer.shape.Hk
+    choice = {"q": np.repeat(first, group), "k": first, "v": first}
+    clips = {
+        operand: None if x is None else np.where(choice[operand], x, b.clips[operand]) for operand, x in a.clips.items()
+    }
+    smooth = np.where(first, a.smooth, b.smooth)
+    return Searched(a.layer, a.trials, a.granularity.values(), clips, smooth, a.fp32_sinks)
+
+
+class Trials:
+    """Tiles with their exact outputs: runs candidates on them."""
+
+    def __init__(self, tiles, shape, objective="rel_l1"):
+        self.shape, self.objective = shape, objective
+        self.tiles = _affordable(tiles)
+        self.exact = [flash_attention(*tile[:3], **tile.options) for tile in self.tiles]
+
+    def parts(self, scales):
+        """What the errors of units are put together from: (tiles, 2, H), error and size of each head."""
+        outputs = (run(tile, scales) for tile in self.tiles)
+        measure = OBJECTIVES[self.objective][0]
+        return np.array([[*measure(*pair)] for pair in zip(outputs, self.exact, strict=True)])
+
+    def shares(self, parts, by, operand):
+        """(units, n): for units of all heads, of the heads of q, or of the groups of kv heads."""
+        units = 1 if by == "tensor" else self.shape.H if operand == "q" else self.shape.Hk
+        parts = parts.transpose(1, 2, 0).reshape(2, units, -1)
+        return OBJECTIVES[self.objective][1](*parts)
+
+
+def run(tile, scales):
+    """The output of int8 attention on a tile."""
+    return flash_attention_int8(*tile[:3], quant=scales, **tile.options)
+
+
+def error(tiles, scales):
+    """A Comparison, as a dict, of int8 attention on all tiles with attention in float64; None without tiles."""
+    if not tiles:
+        return None
+    return pooled((run(tile, scales), reference.attention(*tile[:3], **tile.options)) for tile in tiles)._asdict()
+
+
+def _affordable(tiles):
+    """The first tiles, at least one, whose work together is affordable for each candidate."""
+    work = np.cumsum([tile.work for tile in tiles])
+    return tiles[: max(1, int(np.searchsorted(work, MOST_WORK, "right")))]
+
+
+# Objectives: (error and size of each head of one tile, what these add to the error of a unit). For "rmse" errors are
+# mean squares, which are least where their root is.
+
+
+def _l1(output, exact):
+    return (np.abs(x).sum(axis=(1, 2), dtype=np.float64) for x in (output - exact, exact))
+
+
+def _squares(output, exact):
+    difference = (output - exact).astype(np.float64)
+    return np.square(difference).sum(axis=(1, 2)), np.full(len(exact), float(exact[0].size))
+
+
+def _worst_row(output, exact):
+    rows, sizes = (np.abs(x).sum(axis=2, dtype=np.float64) for x in (output - exact, exact))
+    sizes = np.maximum(sizes, sizes.mean(axis=1, keepdims=True))
+    return (rows / np.where(sizes > 0.0, sizes, 1.0)).max(axis=1, initial=0.0), np.ones(len(exact))
+
+
+def _part_of_whole(error, size):
+    whole = size.sum(axis=1, keepdims=True)
+    return error / np.where(whole > 0.0, whole, 1.0)
+
+
+def _greatest(error, size):
+    return error.max(axis=1, keepdims=True)
+
+
+OBJECTIVES = {
+    "rel_l1": (_l1, _part_of_whole),
+    "rmse": (_squares, _part_of_whole),
+    "worst_row": (_worst_row, _greatest),
+}

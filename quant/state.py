@@ -1,0 +1,150 @@
+"""A calibrator's observations in one .safetensors file: Calibrator.save and Calibrator.load.
+
+    tensor                                   holds
+    `<layer>/<part>/counts`, `/sums`         the columns of the histograms from the first to the last that is not empty
+    `<layer>/<part>/top`, `/rest`            greatest values of all keys, and of those after the first few
+    `<layer>/k_sum`, `<layer>/k_tokens`      fixed-point sums of the keys
+    `<layer>/tile/<hash>/q`, `/k`, ...       tiles, with their mask and bias
+
+    metadata "calibrator"                    JSON: schema, settings; per layer its shape, options, counters and hashes
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from cyflash.files import write_safetensors
+from cyflash.quant.layer import PARTS, Layer, Shape, as_arguments
+from cyflash.quant.tiles import Tile
+
+__all__ = ["load", "save"]
+
+FORMAT = "cyflash.Calibrator"
+SCHEMA = 1
+COUNTERS = ("observations", "nonfinite", "all_zero")
+
+
+def save(path, settings, layers):
+    """Write {name: Layer}; the same observations give the same bytes."""
+    path = _checked_path(path)
+    tensors, about = {}, {}
+    for name, layer in layers.items():
+        first = {}
+        for part in PARTS:
+            counts = layer.counts[part]
+            for kind, x in (("counts", counts.counts), ("sums", counts.sums)):
+                begin, end = _filled(x)
+                first[f"{part}/{kind}"] = begin
+                tensors[f"{name}/{part}/{kind}"] = x[:, begin:end]
+            tensors[f"{name}/{part}/top"] = counts.top
+            if part in layer.rest:
+                tensors[f"{name}/{part}/rest"] = layer.rest[part]
+        tensors |= {f"{name}/k_sum": layer.k_sum, f"{name}/k_tokens": layer.k_tokens}
+        tiles = {}
+        for key, tile in layer.reservoir.tiles.items():
+            arrays = {"q": tile.q, "k": tile.k, "v": tile.v}
+            arrays |= {option: tile.options[option] for option in ("bias", "mask") if option in tile.options}
+            tensors |= {f"{name}/tile/{key}/{part}": x for part, x in arrays.items()}
+            tiles[key] = tile.options["causal_align"]
+        about[name] = {
+            "shape": list(layer.shape), "options": layer.options, "first": first, "tiles": tiles,
+            **{counter: getattr(layer, counter) for counter in COUNTERS},
+        }  # fmt: skip
+    text = json.dumps({"schema": SCHEMA, "settings": settings, "layers": about}, sort_keys=True)
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    write_safetensors(path, tensors, {"format": FORMAT, "calibrator": text})
+    return path
+
+
+def load(path):
+    """(settings, {name: Layer}) of a file that `save` wrote; ValueError for any other."""
+    path = _checked_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path}: expected a file that Calibrator.save wrote, got another one")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    try:
+        about = json.loads(metadata.get("calibrator", ""))
+        schema = about["schema"]
+        if schema != SCHEMA:
+            newer = "; it is of a newer cyflash" if isinstance(schema, int) and schema > SCHEMA else ""
+            raise ValueError(f"expected schema {SCHEMA}, got {schema!r}{newer}")
+        settings = about["settings"]
+        layers = {name: _layer(name, one, settings, tensors) for name, one in about["layers"].items()}
+        if tensors:
+            raise ValueError(f"unknown tensor {min(tensors)!r}")
+        return settings, layers
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _checked_path(path):
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path}: expected a file that ends in .safetensors")
+    return path
+
+
+def _filled(x):
+    """(first, end) of the columns that are not all 0."""
+    filled = np.flatnonzero(x.any(axis=0))
+    return (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
+
+
+def _layer(name, about, settings, tensors):
+    """A Layer from its metadata and its tensors, which are taken out of `tensors`."""
+    layer = Layer(Shape(*about["shape"]), about["options"], settings["fp32_sinks"], settings["reservoir_mb"] * 1e6)
+    for counter in COUNTERS:
+        setattr(layer, counter, about[counter])
+    for part in PARTS:
+        counts = layer.counts[part]
+        for kind, x in (("counts", counts.counts), ("sums", counts.sums)):
+            key = f"{name}/{part}/{kind}"
+            begin = about["first"][f"{part}/{kind}"]
+            columns = tensors[key].shape[-1]
+            if not 0 <= begin <= begin + columns <= x.shape[1]:
+                raise ValueError(f"{key}: expected columns within {x.shape[1]}, got {begin} to {begin + columns}")
+            _take(tensors, key, x[:, begin : begin + columns])
+            if (x < 0).any():
+                raise ValueError(f"{key}: expected counts of at least 0")
+        _take(tensors, f"{name}/{part}/top", counts.top)
+        if part in layer.rest:
+            _take(tensors, f"{name}/{part}/rest", layer.rest[part])
+        if not (np.isfinite(counts.top) & (counts.top >= 0)).all():
+            raise ValueError(f"{name}/{part}/top: expected finite values of at least 0")
+    _take(tensors, f"{name}/k_sum", layer.k_sum)
+    _take(tensors, f"{name}/k_tokens", layer.k_tokens)
+    tiles = {key: _tile(f"{name}/tile/{key}", align, layer, tensors) for key, align in about["tiles"].items()}
+    layer.reservoir.add(tiles)
+    return layer
+
+
+def _take(tensors, key, out):
+    x = tensors.pop(key)
+    if x.shape != out.shape or x.dtype != out.dtype:
+        raise ValueError(f"{key}: expected {out.dtype} {out.shape}, got {x.dtype} {x.shape}")
+    out[...] = x
+
+
+def _tile(prefix, align, layer, tensors):
+    q, k, v = (tensors.pop(f"{prefix}/{part}") for part in "qkv")
+    H, Hk, D, Dv = layer.shape
+    expected = ((H, *q.shape[1:2], D), (Hk, *k.shape[1:2], D), (Hk, *k.shape[1:2], Dv))
+    for part, x, shape in zip("qkv", (q, k, v), expected, strict=True):
+        if x.shape != shape or x.dtype != np.float32 or not np.isfinite(x).all():
+            raise ValueError(f"{prefix}/{part}: expected finite float32 {shape}, got {x.dtype} {x.shape}")
+    options = as_arguments(layer.options) | {"causal_align": align}
+    options |= {
+        name: tensors.pop(f"{prefix}/{name}") for name in ("bias", "mask") if f"{prefix}/{name}" in tensors
+    }  # fmt: skip
+    return Tile(q, k, v, options)
