@@ -186,15 +186,14 @@ def _layer(name, scales, calibrator, max_rel_l1, num_threads):
     layer, about = scales[name], scales.about.get(name) or {}
     training, held_out = calibrator.tiles(name)
     tiles = held_out or training
-    heads, rungs, error = [], [], None
+    heads, rungs, parts, error = [], [], None, None
     if tiles:
         exact = exact_outputs(tiles)
         diagnosis = diagnose(tiles, layer, exact=exact, num_threads=num_threads)
         error, heads = diagnosis["error"], diagnosis["heads"]
         rungs = measure(tiles, alternatives(layer, training or tiles), exact=exact, num_threads=num_threads)
-        settings = _settings_of_heads(layer, about, len(heads), tiles[0].k.shape[0])
-        for head, setting in zip(heads, settings, strict=True):
-            head["setting"] = setting
+        parts = _plan(layer, about, heads)
+        for head in heads:
             head["fix"] = _fix(rungs, head, max_rel_l1)
     return {
         "layer": name,
@@ -204,7 +203,7 @@ def _layer(name, scales, calibrator, max_rel_l1, num_threads):
         "error": error,
         "heads": heads,
         "rungs": rungs,
-        "parts": _parts(layer, about, heads),
+        "parts": parts,
         "histograms": _histograms(name, layer, calibrator, about, tiles),
     }
 
@@ -232,43 +231,36 @@ def setting(layer):
     return ", ".join(words)
 
 
-def _rungs_of_parts(layer, about):
-    """What each part of a plan is called: as the plan says, else by what it does."""
-    said = about.get("parts") or []
-    if len(said) == len(layer.parts):
-        return [part.get("rung") or setting(own) for part, (_, own) in zip(said, layer.parts, strict=True)]
-    return [setting(own) for _, own in layer.parts]
+def _rungs_of_parts(layer, about, Hk):
+    """[(kv heads, what their rung is called, its time or None), ...]: as the plan says, else by what it does."""
+    parts, said = parts_of(layer, Hk), about.get("parts") or []
+    if len(said) != len(parts):
+        said = [{}] * len(parts)
+    return [
+        (kv_heads, promised.get("rung") or setting(own), promised.get("time"))
+        for (kv_heads, own), promised in zip(parts, said, strict=True)
+    ]
 
 
-def _settings_of_heads(layer, about, H, Hk):
-    if layer.parts is None:
-        return [setting(layer)] * H
-    of_kv_head = {}
-    for rung, (kv_heads, _) in zip(_rungs_of_parts(layer, about), layer.parts, strict=True):
-        of_kv_head |= dict.fromkeys(kv_heads, rung)
-    return [of_kv_head[head // (H // Hk)] for head in range(H)]
-
-
-def _parts(layer, about, heads):
-    """The plan of a layer: a dict for each part, with the errors of its heads as measured; None without a plan."""
-    if layer.parts is None:
-        return None
-    said = about.get("parts") or []
-    said = said if len(said) == len(layer.parts) else [{}] * len(layer.parts)
-    rows = []
-    for (kv_heads, _), rung, promised in zip(layer.parts, _rungs_of_parts(layer, about), said, strict=True):
+def _plan(layer, about, heads):
+    """Write the setting of each head, and return the plan of the layer: a dict for each part with the errors of its
+    heads as measured; None without a plan."""
+    parts = []
+    for kv_heads, rung, cost in _rungs_of_parts(layer, about, heads[-1]["kv_head"] + 1):
         own = [head for head in heads if head["kv_head"] in kv_heads]
-        rows.append(
+        for head in own:
+            head["setting"] = rung
+        parts.append(
             {
                 "rung": rung,
                 "kv_heads": list(kv_heads),
                 "heads": [head["head"] for head in own],
-                "rel_l1": max((head["rel_l1"] for head in own), default=None),
-                "worst_row": max((head["worst_row"] for head in own), default=None),
-                "time": promised.get("time"),
+                "rel_l1": max(head["rel_l1"] for head in own),
+                "worst_row": max(head["worst_row"] for head in own),
+                "time": cost,
             }
         )
-    return rows
+    return parts if layer.parts is not None or about.get("parts") else None
 
 
 # The histograms
@@ -290,6 +282,7 @@ def _histograms(name, layer, calibrator, about, tiles):
             "operand": operand,
             "count": whole.count,
             "max": whole.max,
+            "quantised": "static" if scales else "dynamic" if Hk and _is_dynamic(layer, operand, Hk) else "no",
             "scale": [min(scales.values()), max(scales.values())] if scales else None,
             "saturated": saturated / count if count else None,
             "edges": edges.tolist(),
@@ -303,14 +296,31 @@ def static_scales(layer, part, H, Hk):
     operand, scales = HISTOGRAMS[part], {}
     for kv_heads, own in parts_of(layer, Hk):
         scale = None if own is None else getattr(own, f"{operand}_scale")
-        if scale is None or (operand == "k" and (own.k_mean is not None) != (part == "k_centred")):
+        if scale is None:
             continue
         group = H // Hk if operand == "q" else 1
         heads = [head * group + n for head in kv_heads for n in range(group)]
-        scale = np.asarray(scale)
-        by_head = np.full(len(heads), scale.max()) if scale.ndim < 3 else scale.max(axis=(-2, -1))
-        scales |= zip(heads, map(float, np.broadcast_to(by_head.reshape(-1), len(heads))), strict=True)
+        own_scales = _by_head(scale, len(heads), np.max)
+        if operand == "k":
+            centred = _by_head(0 if own.k_mean is None else own.k_mean, len(heads), np.any)  # 0: not smoothed
+            kept = centred == (part == "k_centred")
+        else:
+            kept = np.ones(len(heads), bool)
+        scales |= {head: float(x) for head, x, keep in zip(heads, own_scales, kept, strict=True) if keep}
     return scales
+
+
+def _is_dynamic(layer, operand, Hk):
+    """Whether any head finds the scale of this operand in the call."""
+    layers = [own for _, own in parts_of(layer, Hk) if own is not None]
+    return any(getattr(own, f"{operand}_scale") is None and (operand != "v" or own.pv == "int8") for own in layers)
+
+
+def _by_head(x, heads, of):
+    """One value for each head: of(its part of x), which is common to all or (heads, ...)."""
+    x = np.asarray(x)
+    values = of(x.reshape(x.shape[0], -1), axis=1) if x.ndim == 3 else of(x)
+    return np.broadcast_to(values, heads)
 
 
 def drawn_bins(histogram):
@@ -352,7 +362,7 @@ def _verdict(heads, max_rel_l1):
         return "Nothing could be measured: the observations keep no tiles of these layers."
     over = sum(head["rel_l1"] > max_rel_l1 for _, head in heads)
     (name, worst), *_ = _worst(heads)
-    place = f"{name}, head {worst['head']}, has {100 * worst['rel_l1']:.2f} %, most of it from {_cause(worst)}"
+    place = f"{name}, head {worst['head']}, has {100 * worst['rel_l1']:.2f} %, mainly from {_cause(worst)}"
     if not over:
         return f"All {len(heads)} heads are within {100 * max_rel_l1:g} % relative L1 error: the worst, {place}."
     are = "1 head is" if over == 1 else f"{over} of {len(heads)} heads are"

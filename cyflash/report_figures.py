@@ -18,11 +18,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cyflash.quant.diagnosis import CAUSES, FP32
 
-__all__ = ["CAUSE_COLOURS", "RUNG_COLOURS", "cause_map", "error_map", "front", "histograms", "plan_map"]
+__all__ = ["CAUSE_COLOURS", "cause_map", "clipped", "error_map", "front", "histograms", "plan_map", "rung_colour", "share"]
 
 # Of Okabe and Ito: apart for all kinds of colour vision.
 CAUSE_COLOURS = {"qk": "#0072b2", "p": "#e69f00", "v": "#009e73", None: "#8a8f98"}
-RUNG_COLOURS = ("#56b4e9", "#f0e442", "#009e73", "#e69f00", "#cc79a7", "#0072b2", "#d55e00", "#8a8f98")
+RUNG_COLOURS = ("#56b4e9", "#f0e442", "#009e73", "#e69f00", "#cc79a7", "#0072b2", "#d55e00", "#ddcc77", "#882255",
+                "#44aa99", "#332288", "#8a8f98")  # fmt: skip
 CAUSE_NAMES = {"qk": "QK", "p": "P", "v": "V", None: "-"}
 INK, PAPER = "#010203", "#fdfcfb"  # stand for the page's colours until the figure is text
 STYLE = {
@@ -74,19 +75,24 @@ def _axes(figure, left, top, width, height):
 
 
 def error_map(layers, key, limit, text):
-    """Relative errors in percent, one cell per layer and head; the colour that `limit` has is marked in the bar."""
+    """Relative errors in percent, one cell per layer and head; `limit`, unless it is None, is marked in the bar."""
     values = _cells(layers, lambda head: head[key])
     finite = values[np.isfinite(values)]
-    top = max(limit, finite.max(initial=0.0))
+    top = max(limit or 1e-6, finite.max(initial=0.0))
     colours = matplotlib.colormaps["cividis"]
 
     def bar(figure, left, top_, width):
         axis = _axes(figure, left, top_, width, 9)
         axis.pcolormesh(np.linspace(0, top, 65), (0, 1), np.arange(64)[None], cmap=colours, rasterized=True)
-        axis.axvline(limit, color=INK, linewidth=1.2, ymax=1.7, clip_on=False)
         axis.set(yticks=[], xlim=(0, top))
-        ticks = [0, top] if 0.2 < limit / top < 0.8 else [0] if limit > 0.5 * top else [0, top]
-        axis.set_xticks([*ticks, limit], [f"{100 * x:.2g}" for x in [*ticks, limit]])
+        ticks = {0.0: "left", top: "right"}
+        if limit:
+            axis.axvline(limit, color=INK, linewidth=1.2, ymax=1.7, clip_on=False)
+            ticks = {x: side for x, side in ticks.items() if abs(x - limit) > 0.12 * top}
+            ticks[limit] = "right" if limit > 0.95 * top else "center"
+        axis.set_xticks(list(ticks), [f"{100 * x:.2g}" for x in ticks])
+        for label, side in zip(axis.get_xticklabels(), ticks.values(), strict=True):
+            label.set_horizontalalignment(side)
         axis.tick_params(length=2, pad=1, labelsize=7)
         axis.spines[:].set_visible(False)
 
@@ -129,7 +135,7 @@ def _map(layers, values, colour, word, text, bar=None):
     with_words = values.size <= MOST_NUMBERS
     width, height = CELL if with_words else SMALL_CELL
     labels = short_labels([layer["layer"] for layer in layers])
-    left = 24 + 5.2 * max(map(len, labels))
+    left = 8 + 5.2 * max(5, *map(len, labels))
     top, below = 32, 30 if bar else 6
     inner = columns * width
 
@@ -158,7 +164,7 @@ def _map(layers, values, colour, word, text, bar=None):
         axis.tick_params(length=0, pad=2)
         axis.set_xlabel("head", fontsize=7, labelpad=2)
         axis.xaxis.set_label_position("top")
-        axis.text(-left / width + 0.3, 0, "layer", fontsize=7, rotation=90, ha="left", va="top")
+        axis.annotate("layer", (0, 1), (-2, 2), "axes fraction", "offset points", fontsize=7, ha="right", va="bottom")
         axis.spines[:].set_visible(False)
         if bar:
             bar(figure, left, top + rows * height + 8, inner)
@@ -171,6 +177,8 @@ def _percent(value):
     x = 100 * value
     if not np.isfinite(x) or x >= 999.5:
         return "big"
+    if x < 0.005:
+        return "0"
     return f"{x:.2f}".lstrip("0") if x < 0.095 else f"{x:.1f}" if x < 9.95 else f"{x:.0f}"
 
 
@@ -201,7 +209,7 @@ def short_labels(names):
 
 PANELS = {"q": "|q|", "k": "|k|", "k_centred": "|k - mean|", "v": "|v|"}
 FILL, CLIP = "#56a0d3", "#d55e00"
-PANEL = (148, 78)
+PANEL = (153, 78)
 
 
 def histograms(layer, text):
@@ -219,7 +227,7 @@ def histograms(layer, text):
 def _histogram(axis, values, title):
     edges, counts = np.array(values["edges"]), np.array(values["counts"], float)
     axis.set_title(title, fontsize=8, loc="left", pad=3)
-    axis.set_title(_clipped(values), fontsize=7, loc="right", pad=3)
+    axis.set_title(clipped(values), fontsize=7, loc="right", pad=3)
     axis.spines[["top", "right", "left"]].set_visible(False)
     if not counts.size:
         axis.set(xticks=[], yticks=[])
@@ -244,9 +252,10 @@ def _histogram(axis, values, title):
     axis.tick_params(length=2, pad=2, labelsize=7)
 
 
-def _clipped(values):
-    if values["scale"] is None:
-        return "no static scale"
+def clipped(values):
+    """How these values are quantised, in two words."""
+    if values["quantised"] != "static":
+        return {"dynamic": "scale per token", "no": "not quantised"}[values["quantised"]]
     return "none clipped" if not values["saturated"] else f"{share(values['saturated'])} clipped"
 
 
@@ -254,7 +263,7 @@ def share(x):
     """A share, also a very small one."""
     if x is None:
         return "-"
-    return "0" if x == 0 else f"{100 * x:.2f} %" if x >= 1e-4 else f"{1e6 * x:.2g} ppm"
+    return "0" if x == 0 else f"{100 * x:.2f}\u00a0%" if x >= 1e-4 else f"{1e6 * x:.2g}\u00a0ppm"
 
 
 # Error against speed

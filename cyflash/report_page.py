@@ -5,11 +5,13 @@
 
 import re
 import statistics
+from collections import Counter
 from html import escape
 from pathlib import Path
 from string import Template
 
 from cyflash import report_figures as figures
+from cyflash.quant.diagnosis import FP32
 from cyflash.report_figures import CAUSE_COLOURS, CAUSE_NAMES, share
 
 __all__ = ["page"]
@@ -104,11 +106,11 @@ def _terms(terms):
 def _percent(x):
     if x is None:
         return "-"
-    return f"{100 * x:.2f} %" if x == 0 or x >= 5e-5 else "< 0.01 %"
+    return f"{100 * x:.2f}\u00a0%" if x == 0 or x >= 5e-5 else "< 0.01\u00a0%"
 
 
 def _limit(report):
-    return f"{100 * report['max_rel_l1']:g} %"
+    return f"{100 * report['max_rel_l1']:g}\u00a0%"
 
 
 def _error(x, limit=None):
@@ -157,7 +159,8 @@ def _numbers(report):
 
 
 def _maps(report, layers):
-    limit = report["max_rel_l1"]
+    limit, worst = report["max_rel_l1"], report["settings"].get("target", {}).get("worst")
+    mark = f"The mark, {100 * worst:g}\u00a0%, is the plan's target." if worst else "Of the query that fares worst."
     keys = " &nbsp;".join(
         _key(CAUSE_COLOURS[cause], f"{CAUSE_NAMES[cause]}: {text}")
         for cause, text in (("qk", "codes of Q and K"), ("p", "codes of P"), ("v", "codes of V"), (None, "in float32"))
@@ -170,8 +173,8 @@ def _maps(report, layers):
                 f"<b>Relative L1 error, %.</b> The mark in the bar is {_limit(report)}.",
             ),
             _figure(
-                figures.error_map(layers, "worst_row", limit, _in_words(layers, "worst_row", "error of the worst row")),
-                "<b>Worst row, %.</b> The relative L1 error of the query that fares worst.",
+                figures.error_map(layers, "worst_row", worst, _in_words(layers, "worst_row", "error of the worst row")),
+                f"<b>Worst row, %.</b> {mark}",
             ),
             _figure(figures.cause_map(layers, _causes_in_words(report)), f"<b>What causes it.</b> {keys}"),
         )
@@ -198,14 +201,15 @@ def _all_heads(layers):
     heads = [(layer, head) for layer in layers for head in layer["heads"]]
     if len(heads) > MOST_HEADS:
         return '<p class="faint">The table of all heads is long: write it to a file with <code>--csv</code>.</p>'
-    headers = dict.fromkeys(("layer", "setting", "cause", "fixed by"), "text")
-    names = ("layer", "head", "setting", "relative L1", "worst row", "1 - cosine", "RMSE", "QK", "P", "V", "cause",
-             "q clipped", "k clipped", "v clipped")  # fmt: skip
+    headers = dict.fromkeys(("layer", "runs in", "cause", "fixed by"), "text")
+    names = ("layer", "head", "runs in", "relative L1", "worst row", "1 - cosine", "RMSE", "QK", "P", "V", "cause",
+             "q clipped", "k clipped", "v clipped", "fixed by")  # fmt: skip
     rows = [
         (
             layer["layer"], str(head["head"]), head["setting"], _percent(head["rel_l1"]), _percent(head["worst_row"]),
             f"{1 - head['cosine']:.1e}", f"{head['rmse']:.1e}", *(_percent(head[cause]) for cause in ("qk", "p", "v")),
             CAUSE_NAMES[head["cause"]], *(share(head["saturated"][name]) for name in "qkv"),
+            head["fix"]["rung"] if head["fix"] else "nothing measured",
         )
         for layer, head in heads
     ]  # fmt: skip
@@ -215,15 +219,16 @@ def _all_heads(layers):
 
 def _worst(report):
     limit = report["max_rel_l1"]
-    headers = {"layer": "text", "head": "", "relative L1": "", "worst row": "", "QK": "", "P": "", "V": "",
-               "cause": "text", "q, k, v clipped": "text", "fixed by": "text", "then": "", "time": ""}  # fmt: skip
+    headers = {"layer": "text", "head": "", "runs in": "text", "relative L1": "", "worst row": "", "QK": "", "P": "",
+               "V": "", "cause": "text", "q, k, v clipped": "text", "fixed by": "text", "then": "", "time": ""}  # fmt: skip
     rows = []
     for head in report["worst"]:
         fix = head["fix"]
         needs = fix is not None and head["rel_l1"] > limit
         rows.append(
             (
-                head["layer"], str(head["head"]), _error(head["rel_l1"], limit), _percent(head["worst_row"]),
+                head["layer"], str(head["head"]), head["setting"],
+                _error(head["rel_l1"], limit), _percent(head["worst_row"]),
                 *(_percent(head[cause]) for cause in ("qk", "p", "v")), CAUSE_NAMES[head["cause"]],
                 ", ".join(share(head["saturated"][name]) for name in "qkv"),
                 fix["rung"] if needs else "needs nothing" if fix else "nothing measured",
@@ -234,11 +239,11 @@ def _worst(report):
 
 
 def _plan(layers):
-    rungs = list(dict.fromkeys(head["setting"] for layer in layers for head in layer["heads"]))
-    counts = {rung: sum(head["setting"] == rung for layer in layers for head in layer["heads"]) for rung in rungs}
-    said = "; ".join(f"{rung}: {count} heads" for rung, count in counts.items())
+    counts = Counter(head["setting"] for layer in layers for head in layer["heads"])
+    rungs = sorted(counts, key=lambda rung: (rung == FP32, -counts[rung], rung))
+    said = "; ".join(f"{rung}: {_heads(counts[rung])}" for rung in rungs)
     keys = "<br>".join(
-        _key(figures.rung_colour(rungs, n), f"{n + 1}: {rung} ({counts[rung]} heads)")
+        _key(figures.rung_colour(rungs, n), f"{n + 1}: {rung} ({_heads(counts[rung])})")
         for n, rung in enumerate(rungs)
     )
     svg = figures.plan_map(layers, rungs, f"Map of the rung of each head by layer. {said}.")
@@ -252,6 +257,10 @@ def _plan(layers):
         for layer in layers for part in layer["parts"] or []
     ]  # fmt: skip
     return f'<div class="side">\n{_figure(svg, keys)}\n{_table(headers, rows)}\n</div>'
+
+
+def _heads(count):
+    return "1 head" if count == 1 else f"{count} heads"
 
 
 def _front(report, layers):
@@ -280,11 +289,11 @@ def _values(report):
         f"<figure><h3>{escape(layer['layer'])}</h3>{figures.histograms(layer, _values_in_words(layer))}</figure>"
         for layer in shown
     ]
-    headers = {"layer": "text", "of": "text", "values": "", "largest": "", "scale": "", "clip": "", "clipped": ""}
+    headers = {"layer": "text", "of": "text", "values": "", "largest": "", "scale": "", "clip": "", "clipped": "text"}
     rows = [
         (
             layer["layer"], figures.PANELS[part], _count(values["count"]), f"{values['max']:.4g}",
-            _scales(values["scale"], 1), _scales(values["scale"], 127.5), share(values["saturated"]),
+            _scales(values["scale"], 1), _scales(values["scale"], 127.5), figures.clipped(values),
         )
         for layer in layers for part, values in layer["histograms"].items()
     ]  # fmt: skip
@@ -299,8 +308,7 @@ def _values(report):
 
 def _values_in_words(layer):
     said = [
-        f"{figures.PANELS[part]} up to {values['max']:.4g}, "
-        + ("no static scale" if values["scale"] is None else f"{share(values['saturated'])} clipped")
+        f"{figures.PANELS[part]} up to {values['max']:.4g}, {figures.clipped(values)}"
         for part, values in layer["histograms"].items()
     ]
     return f"Histograms of {layer['layer']}: {'; '.join(said)}."
@@ -321,7 +329,7 @@ def _settings(report):
         "Calibrated with": ", ".join(f"{name} {_plain(x)}" for name, x in report["settings"].items()) or "not recorded",
         "Limit": f"{_limit(report)} relative L1 of a head",
         "Measured by": f"cyflash {report['cyflash']} ({machine['implementation']} build), NumPy {report['numpy']}, "
-        f"{machine['cpu']}, {machine['threads']} threads",
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}",
     }
     if options := _options(report["layers"]):
         settings["Attention options"] = options
@@ -341,4 +349,9 @@ def _options(layers):
 
 
 def _plain(x):
+    if isinstance(x, dict):
+        return " and ".join(f"{name} {_plain(value)}" for name, value in x.items())
+    if isinstance(x, list):
+        words = [_plain(value) for value in x]
+        return words[0] if len(set(words)) == 1 else f"({', '.join(words)})"
     return "none" if x is None else f"{x:g}" if isinstance(x, float) else str(x)

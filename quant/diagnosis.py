@@ -15,7 +15,8 @@ import numpy as np
 
 from cyflash import reference
 from cyflash.attention import flash_attention, flash_attention_int8
-from cyflash.quant.metrics import compare
+from cyflash.quant.layer import LADDER_SINKS as SINKS
+from cyflash.quant.metrics import pooled
 from cyflash.quantized import LayerScales, quantize
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
 
 CAUSES = ("qk", "p", "v")
 AS_IT_IS, FP32 = "as it is", "fp32"
-SINKS = 4
 # The rungs of `alternatives`, and what they are.
 RUNGS = {
     AS_IT_IS: "the scales as the file has them",
@@ -46,6 +46,7 @@ RUNGS = {
     FP32: "no quantisation",
 }
 LARGEST_CODE = 127
+LEAST_CALLS = 3
 PER_HEAD_OPTIONS = {"alibi_slopes": -1, "sinks": -1, "bias": -3, "mask": -3}  # the axis of query heads
 
 
@@ -74,11 +75,11 @@ def diagnose(tiles, layer, *, exact=None, num_threads=None):
     Returns
     -------
     dict
-        - error: `compare` of all rows of all tiles, as a dict
+        - error: `compare` of all tiles together, as a dict
         - heads: one dict per query head:
 
           - head, kv_head
-          - rel_l1, cosine, rmse, max_abs, worst_row: `compare` of the head's rows in all tiles
+          - rel_l1, cosine, rmse, max_abs, worst_row: `compare` of the head, all tiles together
           - qk, p, v: relative L1 error that remains when only the codes of Q and K are used (V exact, P in float32),
             only those of P (the difference that rounding P makes, on the same codes of the others), only those of V
           - cause: the largest of the three, "qk", "p" or "v"; None for a head that runs in fp32
@@ -136,8 +137,7 @@ def diagnose(tiles, layer, *, exact=None, num_threads=None):
 
 def parts_of(layer, Hk):
     """((kv heads, LayerScales or None for fp32), ...): those of a planned layer; else one of all heads."""
-    parts = None if layer is None else layer.parts
-    return ((tuple(range(Hk)), layer),) if parts is None else parts
+    return ((tuple(range(Hk)), layer),) if layer.parts is None else layer.parts
 
 
 def _query_heads(kv_heads, group):
@@ -184,7 +184,7 @@ def _differences(tile, layer, exact, num_threads):
     v = tile.v
     if layer.pv == "int8" or layer.v_scale is not None:
         v = _codes_of_v(tile, layer)
-        differences["v"] = flash_attention(tile.q, tile.k, v.dequantize(), **tile.options) - exact
+        differences["v"] = _attend(tile, None, num_threads, v.dequantize()) - exact
     if layer.pv != "fp32":
         exactly_p = _attend(tile, scores_only, num_threads, v)
         differences["p"] = _attend(tile, replace(layer, v_scale=None), num_threads, v) - exactly_p
@@ -224,8 +224,7 @@ def _of_head(outputs, exact, n):
 
 
 def _pooled(outputs, exact):
-    """`compare` of all rows of all tiles."""
-    return compare(np.concatenate(outputs, axis=-2), np.concatenate(exact, axis=-2))
+    return pooled(zip(outputs, exact, strict=True))
 
 
 # What else could be done
@@ -323,14 +322,14 @@ def measure(tiles, rungs, *, exact=None, num_threads=None, rounds=7, seconds=0.0
     Returns
     -------
     list of dict
-        One per rung: rung (its name), error (`compare` of all rows, as a dict), heads (a list of {"rel_l1",
+        One per rung: rung (its name), error (`compare` of all tiles together, as a dict), heads (a list of {"rel_l1",
         "worst_row"}, one per query head), seconds (of one call, all heads of the largest tile; quantisation included),
         time (these seconds over those of fp32).
     """
     if not tiles:
         raise ValueError("tiles: expected at least one, got none")
     exact = exact_outputs(tiles) if exact is None else exact
-    largest = max(tiles, key=lambda tile: tile.q.shape[1] * tile.k.shape[1])
+    largest = max(tiles, key=lambda tile: tile.work)
     once = {id(layer): layer for layer in [*rungs.values(), None]}  # rungs that are the same are measured once
     calls = {key: lambda layer=layer: _attend(largest, layer, num_threads) for key, layer in once.items()}
     seconds_of = _interleaved(calls, rounds, seconds)
@@ -373,11 +372,10 @@ def _interleaved(calls, rounds, seconds):
 
 
 def _shortest(call, seconds):
-    shortest, start = float("inf"), time.perf_counter()
-    while True:
+    """Of the calls of a turn, at least LEAST_CALLS: most of them are not interrupted, even on a busy machine."""
+    times, start = [], time.perf_counter()
+    while len(times) < LEAST_CALLS or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
         call()
-        end = time.perf_counter()
-        shortest = min(shortest, end - begin)
-        if end - start >= seconds:
-            return shortest
+        times.append(time.perf_counter() - begin)
+    return min(times)
