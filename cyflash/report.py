@@ -3,6 +3,7 @@
     scales, observations -> describe(): every number (--json, --csv) -> report_page.py: HTML, with report_figures.py
 """
 
+import argparse
 import csv
 import json
 import statistics
@@ -53,6 +54,8 @@ def add_arguments(parser):
 
 
 def run(args):
+    if args.output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{args.output}: expected a name that ends in .html")
     for path in (args.output, args.json, args.csv):
         check_files(path)
     figure_class("cyflash report")
@@ -96,15 +99,15 @@ def _write(path, text):
 
 def _positive(text):
     number = float(text)
-    if not number > 0:
-        raise ValueError(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return number
 
 
 def _threads(text):
     number = int(text)
     if number < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return number
 
 

@@ -18,7 +18,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cyflash.quant.diagnosis import CAUSES, FP32
 
-__all__ = ["CAUSE_COLOURS", "cause_map", "clipped", "error_map", "front", "histograms", "plan_map", "rung_colour", "share"]
+__all__ = [
+    "CAUSE_COLOURS",
+    "CAUSE_NAMES",
+    "PANELS",
+    "cause_map",
+    "clipped",
+    "error_map",
+    "front",
+    "histograms",
+    "plan_map",
+    "rung_colour",
+    "share",
+]
 
 # Of Okabe and Ito: apart for all kinds of colour vision.
 CAUSE_COLOURS = {"qk": "#0072b2", "p": "#e69f00", "v": "#009e73", None: "#8a8f98"}

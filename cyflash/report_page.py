@@ -18,6 +18,7 @@ __all__ = ["page"]
 
 MOST_HISTOGRAMS = 6  # layers, unless there are hardly more
 MOST_HEADS = 2000  # in the table of all
+WORDS = ("layer", "runs in", "cause", "fixed by", "q, k, v clipped", "rung", "kv heads", "query heads", "of", "clipped")
 
 
 def page(report):
@@ -79,6 +80,11 @@ def _table(headers, rows, caption=""):
         f'<div class="scroll" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _headers(names):
+    """Columns of words are set to the left, those of numbers to the right."""
+    return {name: "text" if name in WORDS else "" for name in names}
 
 
 def _row(row, kinds):
@@ -201,7 +207,6 @@ def _all_heads(layers):
     heads = [(layer, head) for layer in layers for head in layer["heads"]]
     if len(heads) > MOST_HEADS:
         return '<p class="faint">The table of all heads is long: write it to a file with <code>--csv</code>.</p>'
-    headers = dict.fromkeys(("layer", "runs in", "cause", "fixed by"), "text")
     names = ("layer", "head", "runs in", "relative L1", "worst row", "1 - cosine", "RMSE", "QK", "P", "V", "cause",
              "q clipped", "k clipped", "v clipped", "fixed by")  # fmt: skip
     rows = [
@@ -213,14 +218,14 @@ def _all_heads(layers):
         )
         for layer, head in heads
     ]  # fmt: skip
-    table = _table({name: headers.get(name, "") for name in names}, rows)
+    table = _table(_headers(names), rows)
     return f"<details><summary>All {len(heads)} heads as a table</summary>{table}</details>"
 
 
 def _worst(report):
     limit = report["max_rel_l1"]
-    headers = {"layer": "text", "head": "", "runs in": "text", "relative L1": "", "worst row": "", "QK": "", "P": "",
-               "V": "", "cause": "text", "q, k, v clipped": "text", "fixed by": "text", "then": "", "time": ""}  # fmt: skip
+    names = ("layer", "head", "runs in", "relative L1", "worst row", "QK", "P", "V", "cause", "q, k, v clipped",
+             "fixed by", "then", "time")  # fmt: skip
     rows = []
     for head in report["worst"]:
         fix = head["fix"]
@@ -235,7 +240,7 @@ def _worst(report):
                 _percent(fix["rel_l1"]) if needs else "", _ratio(fix["time"]) if needs else "",
             )
         )  # fmt: skip
-    return _table(headers, rows)
+    return _table(_headers(names), rows)
 
 
 def _plan(layers):
@@ -247,8 +252,7 @@ def _plan(layers):
         for n, rung in enumerate(rungs)
     )
     svg = figures.plan_map(layers, rungs, f"Map of the rung of each head by layer. {said}.")
-    headers = {"layer": "text", "rung": "text", "kv heads": "text", "query heads": "text", "relative L1": "",
-               "worst row": "", "time": ""}  # fmt: skip
+    headers = _headers(("layer", "rung", "kv heads", "query heads", "relative L1", "worst row", "time"))
     rows = [
         (
             layer["layer"], part["rung"], _ranges(part["kv_heads"]), _ranges(part["heads"]), _percent(part["rel_l1"]),
@@ -267,7 +271,7 @@ def _front(report, layers):
     rows = report["front"]
     said = "; ".join(f"{row['rung']}: error {_percent(row['rel_l1'])}, speed {1 / row['time']:.2f}" for row in rows)
     svg = figures.front(rows, layers, f"Relative L1 error against speed of {len(rows)} rungs. {said}.")
-    headers = {"": "", "rung": "text", "relative L1": "", "worst head": "", "worst row": "", "time": "", "speed": ""}
+    headers = _headers(("", "rung", "relative L1", "worst head", "worst row", "time", "speed"))
     cells = [
         (
             str(n), row["rung"], *(_percent(row[name]) for name in ("rel_l1", "worst_head", "worst_row")),
@@ -289,7 +293,7 @@ def _values(report):
         f"<figure><h3>{escape(layer['layer'])}</h3>{figures.histograms(layer, _values_in_words(layer))}</figure>"
         for layer in shown
     ]
-    headers = {"layer": "text", "of": "text", "values": "", "largest": "", "scale": "", "clip": "", "clipped": "text"}
+    headers = _headers(("layer", "of", "values", "largest", "scale", "clip", "clipped"))
     rows = [
         (
             layer["layer"], figures.PANELS[part], _count(values["count"]), f"{values['max']:.4g}",
