@@ -66,7 +66,8 @@ def _svg(draw, width, height, text):
     svg = re.sub(r'\bid="', f'id="{own}', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)
     svg = re.sub(r"<svg[^>]*>", "", svg, count=1)
-    svg = re.sub(r"font: ([^;\"']*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 var(--font)", svg)
+    svg = re.sub(r'font-family: [^;"]*', "font-family: var(--font)", svg)
+    svg = re.sub(r'font: ([^;"\']*px) [^;"]*', r"font: \1 var(--font)", svg)  # as other versions of matplotlib write it
     svg = svg.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     box = f"0 0 {width * 0.75:g} {height * 0.75:g}"
     return (

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+import cyflash
 from cyflash import report as r
 from cyflash.cli import main
 from cyflash.quant import LayerScales
@@ -37,6 +38,14 @@ def observed(observations=4, names=NAMES, **settings):
         for seed in range(observations):
             calibrator.observe(name, *arrays(100 * n + seed), causal=True)
     return calibrator
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Of everything here: calls are too small for more."""
+    cyflash.set_num_threads(1)
+    yield
+    cyflash.set_num_threads(None)
 
 
 @pytest.fixture(scope="module")
