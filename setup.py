@@ -107,7 +107,7 @@ plain = [
 setup(
     packages=["cyflash", "cyflash.bench", "cyflash.cpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
-    package_data={"cyflash": ["py.typed"]},
+    package_data={"cyflash": ["py.typed", "report_page.html"]},
     ext_modules=cythonize(
         [*plain, *(simd_extension(name, flags) for name, flags in SIMD_BUILDS.items())],
         compiler_directives={

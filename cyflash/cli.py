@@ -1,4 +1,4 @@
-"""The command line: `cyflash compare`, `cyflash bench`, `cyflash info`; one module each, imported when asked for."""
+"""The command line: `cyflash compare`, `report`, `bench`, `info`; one module each, imported when asked for."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ import sys
 # name -> what it does. Each is a module of this package with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "compare": "error, time and memory of int8 and fp32 beside plain NumPy attention, on captured activations",
+    "report": "one HTML page of what calibrated scales do to each head, where the error comes from, what would help",
     "bench": "speed beside NumPy, torch, onnxruntime and openvino, in fp32 and int8",
     "info": "what was built, what runs here, and on how many threads",
 }

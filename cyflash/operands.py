@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import arrays
+from cyflash import arrays, quantized
 from cyflash.quantized import LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
 
 PRODUCTS = ("int8", "bf16", "fp32")
@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     k_mean: np.ndarray | None  # subtract, or was subtracted, this one
     fp32_sinks: int
     pv: str
+    quant: LayerScales | None
 
 
 class Operands(NamedTuple):
@@ -88,7 +89,8 @@ def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=Non
         pv = "int8" if quant is None else quant.pv
     if not isinstance(pv, str) or pv not in PRODUCTS:
         raise ValueError(f"pv: expected one of 'int8', 'bf16', 'fp32', got {pv!r}")
-    return Settings(scales, _granularity(granularity), smooth, k_mean, _sinks(q, k, v, fp32_sinks, quant), str(pv))
+    sinks = _sinks(q, k, v, fp32_sinks, quant)
+    return Settings(scales, _granularity(granularity), smooth, k_mean, sinks, str(pv), quant)
 
 
 def _scale(name, x, scale, of_quant):
@@ -215,10 +217,14 @@ def prepare(q, k, v, settings, build, threads, others=0):
         wanted["v"] = ((B, Hk, -(-Lk // (group if settings.pv == "int8" else bf16_group)), columns), np.int32)
     room = arrays.together(others, **wanted)
 
-    q_codes, q_scale, _ = _codes("q", q, settings, build, threads, room)
-    k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads, room)
+    watchers = quantized.watched.get(settings.quant, ())
+    counts = {} if watchers else None
+    q_codes, q_scale, _ = _codes("q", q, settings, build, threads, room, counts)
+    k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads, room, counts)
     build.pack_keys(k_codes, room["k"], threads)
-    v_scale, float_v = _values(v, settings, build, threads, room)
+    v_scale, float_v = _values(v, settings, build, threads, room, counts)
+    for tell in watchers:
+        tell(counts)
     floats = float_operands(q, k, v, settings) if settings.fp32_sinks else (None, None, None)
     return Operands(
         q=q_codes,
@@ -259,21 +265,27 @@ def _float_rows(x, n):
     return x.fp32_rows if n else np.zeros((*x.shape[:-2], 0, x.shape[-1]), np.float32)
 
 
-def _codes(name, x, settings, build, threads, room):
-    """(codes, scale, mean) of one operand, each with four axes."""
+def _codes(name, x, settings, build, threads, room, counts):
+    """(codes, scale, mean) of one operand, each with four axes; what saturates goes into the counts, if there are any.
+    """
     scale, mean = settings.scales[name], settings.k_mean if name == "k" else None
     scale, mean = (None if y is None else arrays.four_axes(y) for y in (scale, mean))
     codes = memory_of(x)
     if codes.dtype == np.int8:
         return arrays.four_axes(arrays.rows_in_place(codes)), scale, mean
-    return quantise_call(
+    sinks = settings.fp32_sinks if name != "q" else 0
+    saturated = None if counts is None or scale is None else np.zeros(1, np.intp)
+    result = quantise_call(
         name, arrays.four_axes(arrays.rows_in_place(x)), settings.granularity[name], scale=scale, mean=mean,
-        smooth=settings.smooth and name == "k", fp32_sinks=settings.fp32_sinks if name != "q" else 0,
-        threads=threads, build=build, ndim=x.ndim, codes=room[f"{name}_codes"],
+        smooth=settings.smooth and name == "k", fp32_sinks=sinks,
+        threads=threads, build=build, ndim=x.ndim, codes=room[f"{name}_codes"], saturated=saturated,
     )
+    if saturated is not None:
+        counts[name] = (int(saturated[0]), x[..., sinks:, :].size)
+    return result
 
 
-def _values(v, settings, build, threads, room):
+def _values(v, settings, build, threads, room, counts):
     """(scale of the packed values, or None, values in float32 for pv="fp32", or None)."""
     if not _is_coded(v, settings):
         _require_finite("v", v)
@@ -282,7 +294,7 @@ def _values(v, settings, build, threads, room):
             return None, v
         build.pack_values_bf16(v, room["v"], threads)
         return np.ones((1, 1, 1, 1), np.float32), None
-    codes, scale, _ = _codes("v", v, settings, build, threads, room)
+    codes, scale, _ = _codes("v", v, settings, build, threads, room, counts)
     if settings.pv == "fp32":
         values = QuantizedTensor(codes, scale).dequantize()
         n = settings.fp32_sinks

@@ -34,12 +34,12 @@ def check_files(json=None, plot=None):
             raise ValueError(f"{plot}: expected a name that ends in .png (or another of {others})")
 
 
-def figure_class():
-    """matplotlib's Figure, imported when a plot is asked for."""
+def figure_class(what="--plot"):
+    """matplotlib's Figure, imported when a plot is asked for; what: what needs it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("--plot needs matplotlib; install it with: pip install 'cyflash-attn[plot]'") from None
+        raise ImportError(f"{what} needs matplotlib; install it with: pip install 'cyflash-attn[plot]'") from None
     return Figure
 
 

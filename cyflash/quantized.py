@@ -31,6 +31,11 @@ LARGEST_CODE = np.float32(127)
 
 FORMAT = "cyflash.QuantizedTensor"  # what a file says that it holds
 
+# {LayerScales: functions}, told {"q", "k", "v": (values that saturated, values in all)} of the float operands of each
+# call with this `quant` that have static scales; cyflash.quant.watch sets it. Replaced, never changed: a call reads it
+# once, without a lock.
+watched = {}
+
 # Some 7 us of a thread's time: below that, waking another one does not pay.
 ELEMENTS_PER_THREAD = 1 << 16
 
@@ -119,7 +124,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
 
 def quantise_call(
     name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=1, build=None, ndim=4,
-    codes=None,
+    codes=None, saturated=None,
 ):
     """What a call of attention uses for one float argument: `quantize`, but with one scale per sequence for "tensor".
 
@@ -146,6 +151,8 @@ def quantise_call(
         How many axes the caller's array has: errors show a position in these.
     codes : ndarray of int8, shape (B, H, L, D), C order, optional
         Where to write the codes.
+    saturated : ndarray of intp, shape (1,), optional
+        Beside a static scale: receives how many values saturate, those of fp32_sinks left out.
 
     Returns
     -------
@@ -164,12 +171,14 @@ def quantise_call(
     found, mean = _encode(
         name, arrays.rows_in_place(x), codes, {"tensor": (1,), "head": (), "token": None}[granularity],
         scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=min(threads, 1 + x.size // ELEMENTS_PER_THREAD),
-        build=cpu.active() if build is None else build, ndim=ndim,
+        build=cpu.active() if build is None else build, ndim=ndim, saturated=saturated,
     )
     return codes, found, mean
 
 
-def _encode(name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip=0, threads, build, ndim):
+def _encode(
+    name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip=0, threads, build, ndim, saturated=None
+):
     """Write the codes of x (B, H, L, D); return (scale, mean), four axes each. x and codes: last axes contiguous.
 
     pooled: the axes of (B, H) along which a dynamic scale is shared; None for a scale per token.
@@ -193,7 +202,7 @@ def _encode(name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip
     if x.size and finite:
         by_row = (scale if by_token else np.broadcast_to(scale, (B, H, L, 1)))[..., 0]
         given, found = (None, by_row) if by_token else (by_row, None)
-        finite = build.encode(x, centre, given, found, skip, codes, threads)
+        finite = build.encode(x, centre, given, found, skip, codes, threads, saturated)
     if not finite:
         raise ValueError(_not_finite(name, x, ndim))
     return scale, mean

@@ -310,7 +310,7 @@ class Calibrator:
         return self._scales(found, settings, progress)
 
     def plan(self, *, rel_l1=0.02, worst=0.05, progress=None):
-        """For each layer and kv head, the cheapest way to run it that keeps the error of the output below a target.
+        """For each layer and kv head, the cheapest rung of a ladder that keeps the error of the output below a target.
 
         Parameters
         ----------
@@ -335,9 +335,10 @@ class Calibrator:
 
         Notes
         -----
-        The ladder: int8; with smooth-K, the first 4 keys in fp32, or a scale per token of V, and all together; the
-        second product in bf16; all in fp32. A rung that comes later is taken only if it was measured to be at least 5 %
-        faster than every earlier one that meets the target.
+        The ladder: int8; with smooth-K, the first 4 keys in fp32, or a scale per token of V, then two and all of them;
+        the second product in bf16, alone and with smooth-K and keys in fp32; all in fp32. The first that is good enough
+        is taken. Scales are those of "output". Times are medians of calls as long as the longest that was observed,
+        and do not change the plan.
         """
         target = {"rel_l1": _positive("rel_l1", rel_l1), "worst": _positive("worst", worst)}
         settings = {"method": "plan", **self.settings, "target": target}

@@ -76,6 +76,8 @@ class Layer:
     k_sum, k_tokens : ndarray of int64, shapes (Hk, D) and (Hk,)
         Sums of the keys in fixed point, all keys that are seen, and how many.
     observations : int
+    longest : list of int
+        The most rows and the most keys that one had.
     nonfinite, all_zero : dict of str to int
         Values and tensors that were left out.
     reservoir : Reservoir
@@ -88,6 +90,7 @@ class Layer:
         self.k_sum = np.zeros((shape.Hk, shape.D), np.int64)
         self.k_tokens = np.zeros(shape.Hk, np.int64)
         self.observations = 0
+        self.longest = [0, 0]
         self.nonfinite = dict.fromkeys(OPERANDS, 0)
         self.all_zero = dict.fromkeys(OPERANDS, 0)
         self.reservoir = Reservoir(reservoir_bytes)
@@ -97,6 +100,7 @@ class Layer:
         """The Layer of one sequence; q, k, v: float32, (H, L, D), last axes contiguous."""
         new = cls(Shape(plan.H, plan.Hk, plan.D, plan.Dv), options, fp32_sinks, reservoir_bytes)
         new.observations = 1
+        new.longest = [plan.Lq, plan.Lk]
         rows, keys = seen(plan, b)
         new._count("q", q, rows)
         new._count("k", k, keys)
@@ -119,6 +123,7 @@ class Layer:
         if np.abs(self.k_sum).max(initial=0) > LARGEST_SUM:
             raise OverflowError("k: the sum of a channel of the keys no longer fits 63 bits; split the calibration")
         self.observations += other.observations
+        self.longest = [max(pair) for pair in zip(self.longest, other.longest, strict=True)]
         for mine, its in ((self.nonfinite, other.nonfinite), (self.all_zero, other.all_zero)):
             for operand in OPERANDS:
                 mine[operand] += its[operand]

@@ -3,8 +3,10 @@
     plan_layer(layer, ...)  search scales for each rung on the training tiles -> errors of each head on the held-out
                             ones, times -> for each kv head the cheapest rung that is good enough -> LayerScales
 
-Errors are of query heads, against attention in float64: sum|O - O'| / sum|O| over all tiles, and that of the worst row,
-whose sum|O| counts as the head's mean row where it is less. A kv head is as bad as the worst query head of its group.
+The order of the ladder is the order of the work; times are measured for the reader and change nothing: a plan does not
+depend on how busy the machine was. Errors are of query heads, against attention in float64: sum|O - O'| / sum|O| over
+all tiles, and that of the worst row, whose sum|O| counts as the head's mean row where it is less. A kv head is as bad as
+the worst query head of its group.
 """
 
 import dataclasses
@@ -17,15 +19,16 @@ import numpy as np
 
 from cyflash import reference
 from cyflash.attention import flash_attention
-from cyflash.quant.layer import LADDER_SINKS
+from cyflash.quant.layer import LADDER_SINKS, as_arguments
 from cyflash.quant.metrics import pooled
 from cyflash.quant.search import Trials, require_halves, run, searched
+from cyflash.quant.tiles import Tile
 from cyflash.quantized import LayerScales
 
 __all__ = ["Rung", "plan_layer", "rungs"]
 
-ROUNDS = 7
-FASTER = 0.95  # a later rung must take at most this part of an earlier one's time
+ROUNDS = 5
+TIMED_WORK = 4e9  # FLOPs of a call that is timed: some 20 ms in fp32
 
 
 class Rung(NamedTuple):
@@ -41,9 +44,9 @@ def plan_layer(layer, granularity, smooth_k, target):
     ladder = rungs(layer, training, granularity, smooth_k)
     exact = [reference.attention(*tile[:3], **tile.options) for tile in held_out]
     found = [_errors(layer.shape, held_out, exact, rung) for rung in ladder]
-    seconds = _times(max(held_out, key=lambda tile: tile.work), ladder)
+    seconds = _times(layer, ladder)
     relative = [one / seconds[-1] for one in seconds]  # the last rung is fp32
-    choice = [_choose(head, found, relative, target) for head in range(layer.shape.Hk)]
+    choice = [_choose(head, found, target) for head in range(layer.shape.Hk)]
     if missed := [head for head, rung in enumerate(choice) if rung is None]:
         raise ValueError(_missed(missed, ladder, found, target))
 
@@ -106,8 +109,20 @@ def _errors(shape, tiles, exact, rung):
     return {name: np.reshape(values, (shape.Hk, -1)).max(axis=1) for name, values in found.items()}
 
 
-def _times(tile, ladder):
-    """Median seconds of each rung, measured in turns."""
+def _times(layer, ladder):
+    """Median seconds of each rung, measured in turns, on noise of the longest call's shape: on as many heads as are
+    quickly run, and without masks and biases, which belong to calls."""
+    H, Hk, D, Dv = layer.shape
+    Lq, Lk = layer.longest
+    group = H // Hk
+    heads = tuple(range(min(Hk, max(1, int(TIMED_WORK / (2 * group * Lq * Lk * (D + Dv)))))))
+    shapes = ((group * len(heads), Lq, D), (len(heads), Lk, D), (len(heads), Lk, Dv))
+    r = np.random.default_rng(0)
+    options = {
+        name: x[: shapes[0][0]] if isinstance(x, np.ndarray) else x for name, x in as_arguments(layer.options).items()
+    }
+    tile = Tile(*(r.standard_normal(shape, dtype=np.float32) for shape in shapes), options)
+    ladder = [rung._replace(scales=_of_heads(rung.scales, heads, layer.shape)) for rung in ladder]
     seconds = [[] for _ in ladder]
     for _ in range(1 + ROUNDS):
         for times, rung in zip(seconds, ladder, strict=True):
@@ -117,14 +132,12 @@ def _times(tile, ladder):
     return [statistics.median(times[1:]) for times in seconds]  # the first round warms up
 
 
-def _choose(head, found, times, target):
-    """The rung of one kv head, or None."""
-    chosen = None
+def _choose(head, found, target):
+    """The first rung that is good enough for one kv head, or None."""
     for rung, errors in enumerate(found):
-        good = all(errors[name][head] <= most for name, most in target.items())
-        if good and (chosen is None or times[rung] < FASTER * times[chosen]):
-            chosen = rung
-    return chosen
+        if all(errors[name][head] <= most for name, most in target.items()):
+            return rung
+    return None
 
 
 def _missed(heads, ladder, found, target):

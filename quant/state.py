@@ -23,7 +23,7 @@ __all__ = ["load", "save"]
 
 FORMAT = "cyflash.Calibrator"
 SCHEMA = 1
-COUNTERS = ("observations", "nonfinite", "all_zero")
+COUNTERS = ("observations", "longest", "nonfinite", "all_zero")
 
 
 def save(path, settings, layers):

@@ -177,14 +177,16 @@ cdef uint64_t print_head(
 ) noexcept nogil:
     cdef uint64_t total = 0, row
     cdef uint32_t weight
+    cdef const uint32_t* bits
     cdef Py_ssize_t i, d
     for i in range(L):
         if seen != NULL and not seen[i]:
             continue
         row = 0
         weight = <uint32_t> i * <uint32_t> 0x9E3779B1
+        bits = <const uint32_t*> (x + i * stride)
         for d in range(D):
-            row += <uint64_t> (<const uint32_t*> (x + i * stride))[d] * (weight + <uint32_t> d * <uint32_t> 0x85EBCA77 | 1)
+            row += <uint64_t> bits[d] * (weight + <uint32_t> d * <uint32_t> 0x85EBCA77 | 1)
         total = (total ^ row) * <uint64_t> 0xD6E8FEB86659FD93 + <uint64_t> i
     return total
 

@@ -6,6 +6,8 @@
 #     scale = max(min(greatest |x - mean|, FLT_MAX) / 127, FLT_MIN)        never 0, inf or NaN
 #     code  = clip(rint((x - mean) * (1 / scale)), -127, 127)              rounded half to even
 #
+# A value saturates where that rint is beyond +-127, which only a given scale can do: encode() counts them when asked.
+#
 # All of it in float32, each operation rounded once: the same codes on every build. Where nothing is subtracted the mean
 # is 0, which changes no bit. The first `skip` rows of a head are used in float32 by the kernels: they count for the
 # mean, but not for a scale, and their codes are 0.
@@ -221,12 +223,12 @@ cdef inline vf scales_of(vf* top) noexcept nogil:
 
 cdef inline vf encode_columns(
     const float* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t d,
-    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, const int vectors
+    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, vf* saturated, const int vectors
 ) noexcept nogil:
     """encode_rows for the channels from d on, as many of them as `vectors` hold."""
     cdef vf m[COLUMNS]
     cdef vf a[COLUMNS]
-    cdef vf factor, wrong, any_wrong = vf_set(0.0)
+    cdef vf factor, wrong, any_wrong = vf_set(0.0), beyond = vf_set(127.5)  # is rounded to 128
     cdef signed char* row
     cdef Py_ssize_t i
     cdef int j
@@ -238,6 +240,8 @@ cdef inline vf encode_columns(
             a[j] = load_column(x + i * x_stride + d, j, vectors, D - d)
             wrong = vf_fma(a[j], vf_set(0.0), wrong)
             a[j] = vf_mul(vf_sub(a[j], m[j]), factor)
+            if saturated != NULL:
+                saturated[0] = vf_add(saturated[0], vf_less(vf_abs(a[j]), beyond, vf_set(0.0), vf_set(1.0)))
         row = codes + i * codes_stride + d
         for j in range(vectors):
             if j < vectors - 1 or D - d >= vectors * LANES:
@@ -250,36 +254,44 @@ cdef inline vf encode_columns(
 
 cdef inline vf encode_rows(
     const float* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t D,
-    signed char* codes, Py_ssize_t codes_stride
+    signed char* codes, Py_ssize_t codes_stride, vf* saturated
 ) noexcept nogil:
-    """Codes of some rows, `inverse` being 1 / scale of each; returns 0, or NaN in a lane that met NaN or inf."""
+    """Codes of some rows, `inverse` being 1 / scale of each; returns 0, or NaN in a lane that met NaN or inf.
+
+    saturated: to its lanes are added how many values saturate; the constant NULL where that is not asked.
+    """
     cdef Py_ssize_t d = 0
     cdef vf wrong = vf_set(0.0)
     while d + (COLUMNS - 1) * LANES < D:
-        wrong = vf_add(wrong, encode_columns(x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, COLUMNS))
+        wrong = vf_add(wrong, encode_columns(
+            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, COLUMNS,
+        ))
         d += COLUMNS * LANES
     while d < D:
-        wrong = vf_add(wrong, encode_columns(x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, 1))
+        wrong = vf_add(wrong, encode_columns(
+            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, 1,
+        ))
         d += LANES
     return wrong
 
 
-cdef bint encode_run(
+cdef Py_ssize_t encode_run(
     const float* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
     float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
-    signed char* codes, Py_ssize_t codes_stride
+    signed char* codes, Py_ssize_t codes_stride, bint counted
 ) noexcept nogil:
-    """Codes of some rows of one head, LANES rows at a time; returns whether all of their values are finite.
+    """Codes of some rows of one head, LANES rows at a time; returns how many of their values saturate.
 
     x, codes: rows x D. mean: D floats, or NULL for 0. The scales are `given`, or NULL and then written to `found`. Rows
-    before `skip` get codes 0 and, in `found`, the least scale.
+    before `skip` get codes 0 and, in `found`, the least scale, and are not counted. -1 where a value is not finite,
+    whatever its row; 0 unless `counted`, which wants `given`. Exact for D <= 2^24 / RUN.
     """
     cdef vf top[LANES]
-    cdef vf scale, wrong = vf_set(0.0)
+    cdef vf scale, wrong = vf_set(0.0), over = vf_set(0.0)
     cdef float scales[LANES]
     cdef float inverse[LANES]
-    cdef float bad[LANES]
-    cdef Py_ssize_t first = 0, i, n, skipped
+    cdef float lanes[LANES]
+    cdef Py_ssize_t first = 0, i, n, skipped, plain, saturated = 0
     cdef int j
     while first < rows:
         n = min(rows - first, <Py_ssize_t> LANES)
@@ -296,42 +308,57 @@ cdef bint encode_run(
             vf_store(inverse, vf_div(vf_set(1.0), scale))
             for i in range(n):
                 found[(first + i) * found_stride] = scales[i]
+        plain = skipped if counted else n
         wrong = vf_add(wrong, encode_rows(
-            x + first * x_stride, x_stride, n, mean, inverse, D, codes + first * codes_stride, codes_stride,
+            x + first * x_stride, x_stride, plain, mean, inverse, D, codes + first * codes_stride, codes_stride, NULL,
         ))
+        if counted:
+            wrong = vf_add(wrong, encode_rows(
+                x + (first + plain) * x_stride, x_stride, n - plain, mean, inverse + plain, D,
+                codes + (first + plain) * codes_stride, codes_stride, &over,
+            ))
         for i in range(skipped):
             memset(codes + (first + i) * codes_stride, 0, D)
         first += LANES
-    vf_store(bad, wrong)
+    vf_store(lanes, over)
+    for j in range(LANES):
+        saturated += <Py_ssize_t> lanes[j]
+    vf_store(lanes, wrong)
     for j in range(1, LANES):
-        bad[0] += bad[j]
-    return bad[0] == 0.0
+        lanes[0] += lanes[j]
+    return saturated if lanes[0] == 0.0 else -1
 
 
 def encode(
     const float[:, :, :, :] x not None, const float[:, :, :] mean, const float[:, :, :] given,
     float[:, :, :] found, Py_ssize_t skip, signed char[:, :, :, :] codes not None, int threads,
+    Py_ssize_t[:] saturated=None,
 ):
     """Writes the codes of x; returns whether every value of x is finite.
 
     x, codes: (B, H, L, D), no axis empty, the last ones contiguous. mean: (B, H, D), the last axis contiguous, or None
     for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to
-    `found`, (B, H, L). Nothing written is of use where it returns False.
+    `found`, (B, H, L). saturated: one number, beside `given`: receives how many values saturate from row `skip` on;
+    None to save the time. Nothing written is of use where it returns False.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t n = (L + RUN - 1) // RUN
-    cdef Py_ssize_t task, b, h, begin, wrong = 0
+    cdef Py_ssize_t task, b, h, begin, count, total = 0, wrong = 0
     cdef Py_ssize_t x_stride = x.strides[2] // <Py_ssize_t> sizeof(float), codes_stride = codes.strides[2]
     cdef Py_ssize_t given_stride = given.strides[2] // <Py_ssize_t> sizeof(float) if given is not None else 0
     cdef Py_ssize_t found_stride = found.strides[2] // <Py_ssize_t> sizeof(float) if found is not None else 0
-    cdef bint centre = mean is not None, static = given is not None
+    cdef bint centre = mean is not None, static = given is not None, counted = saturated is not None
     threads = <int> min(<Py_ssize_t> threads, heads * n)
     for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
         b, h, begin = task // n // H, task // n % H, task % n * RUN
-        wrong += not encode_run(
+        count = encode_run(
             &x[b, h, begin, 0], x_stride, &mean[b, h, 0] if centre else NULL,
             &given[b, h, begin] if static else NULL, given_stride,
             &found[b, h, begin] if not static else NULL, found_stride,
-            skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride,
+            skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride, counted,
         )
+        wrong += count < 0
+        total += count
+    if counted:
+        saturated[0] = total
     return wrong == 0
