@@ -28,6 +28,14 @@ import cyflash
 from cyflash.quant import Calibrator, Scales, compare
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of small calls: on a busy machine two threads would wait for each other in each."""
+    cyflash.set_num_threads(1)
+    yield
+    cyflash.set_num_threads(None)
+
+
 def observation_of(values, seed=0):
     """q, k, v whose q, k and v are each these values in another order, (1, L, D) with D of 8."""
     r = np.random.default_rng(seed)

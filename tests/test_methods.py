@@ -11,15 +11,15 @@ from cyflash.quant import Calibrator
 
 rng = np.random.default_rng(5)
 SAMPLES = {  # float32, shuffled
-    "normal": rng.standard_normal(60_000),
-    "uniform": rng.uniform(-1, 1, 60_000),
-    "laplace": rng.laplace(size=60_000),
-    "student": rng.standard_t(3, 60_000),
-    "lognormal": rng.lognormal(0, 1, 60_000),
-    "outlier": np.r_[rng.standard_normal(60_000), 300.0],
-    "positive": np.abs(rng.standard_normal(30_000)) + 4,
+    "normal": rng.standard_normal(24_000),
+    "uniform": rng.uniform(-1, 1, 24_000),
+    "laplace": rng.laplace(size=24_000),
+    "student": rng.standard_t(3, 24_000),
+    "lognormal": rng.lognormal(0, 1, 24_000),
+    "outlier": np.r_[rng.standard_normal(24_000), 300.0],
+    "positive": np.abs(rng.standard_normal(12_000)) + 4,
     "few": np.array([0.1, -0.7, 2.5]),
-    "half zeros": rng.permutation(np.r_[np.zeros(30_000), rng.standard_normal(30_000)]),
+    "half zeros": rng.permutation(np.r_[np.zeros(12_000), rng.standard_normal(12_000)]),
 }
 SAMPLES = {name: x.astype(np.float32) for name, x in SAMPLES.items()}
 
@@ -109,7 +109,7 @@ def test_no_clip_is_beyond_the_greatest_value(sample, method):
 
 
 @pytest.mark.parametrize("method", HISTOGRAM_METHODS)
-@pytest.mark.parametrize("power", [-8, -1, 1, 5, 9])
+@pytest.mark.parametrize("power", [-8, 1, 9])
 def test_values_times_a_power_of_two_give_scales_times_it_exactly(sample, method, power):
     assert clip_of(sample * np.float32(2.0**power), method) == clip_of(sample, method) * 2.0**power
 

@@ -12,6 +12,14 @@ from cyflash.quant.tiles import Reservoir
 INT8, HELPED, BF16, FP32 = range(4)  # the ladder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of small calls: on a busy machine two threads would wait for each other in each."""
+    cyflash.set_num_threads(1)
+    yield
+    cyflash.set_num_threads(None)
+
+
 def rung_of(part):
     """How far up the ladder the LayerScales of a part stands."""
     if part is None:
@@ -30,14 +38,6 @@ def rungs(layer, kv_heads):
     assert sorted(head for head, _ in found) == list(range(kv_heads))
     assert all(list(heads) == sorted(heads) for heads, _ in layer.parts)
     return dict(found)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def costs_rise_along_the_ladder():
-    """Times of small calls say nothing, and a test may not depend on times: here each rung costs more than the last."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_times", lambda tile, ladder: [1.0 + i for i in range(len(ladder))])
-        yield
 
 
 def head_errors(tile, layer):
@@ -267,6 +267,16 @@ def test_the_choice_does_not_depend_on_the_order_of_observations():
     seen = [long_tailed(seed, H=4, Hk=2, Lq=60, D=16) for seed in range(4)]
     plans = [calibrated(*order).plan(rel_l1=0.05, worst=0.6) for order in (seen, seen[::-1])]
     assert bits(plans[0]) == bits(plans[1])
+
+
+def test_times_are_told_and_change_nothing(monkeypatch):
+    """A busy machine gives the same plan."""
+    calibrator = calibrated(*(normal(seed, H=2, Lq=60, D=16) for seed in range(2)))
+    plan = calibrator.plan(rel_l1=0.05, worst=0.6)
+    monkeypatch.setattr(planning, "_times", lambda layer, ladder: [float(n) for n in range(len(ladder), 0, -1)])
+    other = calibrator.plan(rel_l1=0.05, worst=0.6)
+    assert bits(plan) == bits(other)
+    assert other.about["layer"]["parts"][0]["time"] > 1
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
