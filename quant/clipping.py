@@ -22,6 +22,7 @@ __all__ = ["METHODS", "clip", "square_error"]
 LEVELS = 127
 CODES = LEVELS + 1  # magnitudes of codes, 0 among them
 LINEAR_BINS = 2048
+EMPTY = 1e-4  # what counts for nothing in a bin that the tail was added to
 SEARCHED_OCTAVES = 8  # below the greatest value
 
 
@@ -109,8 +110,7 @@ def entropy_clip(histogram):
         bounds = np.arange(CODES + 1) * end // CODES
         level, width = np.diff(mass[bounds]), np.diff(filled[bounds])
         spread = np.divide(level, width, out=np.zeros(CODES), where=width > 0)
-        if tail > 0.0 and spread[-1] == 0.0:
-            continue
+        spread[-1] = max(spread[-1], EMPTY)
         own = surprise[end] - last * _log(last) + (last + tail) * _log(last + tail)
         cross = level @ _log(spread) + tail * _log(spread[-1])
         divergence = (own - cross) / mass[-1] + np.log(mass[end] / mass[-1])

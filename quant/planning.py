@@ -5,8 +5,8 @@
 
 The order of the ladder is the order of the work; times are measured for the reader and change nothing: a plan does not
 depend on how busy the machine was. Errors are of query heads, against attention in float64: sum|O - O'| / sum|O| over
-all tiles, and that of the worst row, whose sum|O| counts as the head's mean row where it is less. A kv head is as bad as
-the worst query head of its group.
+all tiles, and that of the worst row, whose sum|O| counts as the head's mean row where it is less. A kv head is as bad
+as the worst query head of its group.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from cyflash import reference
 from cyflash.attention import flash_attention
 from cyflash.quant.layer import LADDER_SINKS, as_arguments
 from cyflash.quant.metrics import pooled
-from cyflash.quant.search import Trials, require_halves, run, searched
+from cyflash.quant.search import Trials, run, searched
 from cyflash.quant.tiles import Tile
 from cyflash.quantized import LayerScales
 
@@ -38,9 +38,8 @@ class Rung(NamedTuple):
     scales: LayerScales | None
 
 
-def plan_layer(layer, granularity, smooth_k, target):
+def plan_layer(layer, training, held_out, granularity, smooth_k, target):
     """(LayerScales, {"parts", "rungs"}); target: {"rel_l1", "worst"}."""
-    training, held_out = require_halves(layer)
     ladder = rungs(layer, training, granularity, smooth_k)
     exact = [reference.attention(*tile[:3], **tile.options) for tile in held_out]
     found = [_errors(layer.shape, held_out, exact, rung) for rung in ladder]

@@ -30,7 +30,7 @@ MOST_WORK = 4e9  # FLOPs of one candidate: about 40 ms; a search has up to 150
 
 
 def clipped_scales(layer, granularity, smooth_k, method, percentile):
-    """(LayerScales, {}) by a method of clipping.py."""
+    """LayerScales by a method of clipping.py."""
     clips = {
         part: _units(layer, part, by, lambda histogram: clip(method, histogram, percentile))
         for part, by in _parts(granularity).items()
@@ -39,7 +39,7 @@ def clipped_scales(layer, granularity, smooth_k, method, percentile):
     if clips["k"] is not None:
         smooth = _smooth_units(layer, granularity[1], smooth_k, clips)
         clips["k"] = np.where(smooth, clips["k_centred"], clips["k"])
-    return _layer_scales(layer, clips, smooth, layer.fp32_sinks), {}
+    return _layer_scales(layer, clips, smooth, layer.fp32_sinks)
 
 
 def _parts(granularity):
@@ -97,28 +97,25 @@ def check_objective(objective):
         raise ValueError(f"objective: expected one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
 
 
-def require_halves(layer):
-    """(training, held-out) tiles of a layer; ValueError if one of them is empty."""
-    training, held_out = layer.reservoir.halves()
-    if not held_out:
+def require_halves(layer, training, held_out):
+    """ValueError if one of the halves of the tiles is empty."""
+    if not (training and held_out):
         few = len(training)
         raise ValueError(
             f"expected at least two different observations, one to search on and one to judge by, got {few} with "
             f"finite values that fit reservoir_mb={layer.reservoir.limit / 1e6:g} (of {layer.observations} observed); "
             "observe more, or use a method that needs no tiles, such as 'max'"
         )
-    return training, held_out
 
 
-def output_scales(layer, granularity, smooth_k, objective):
-    """(LayerScales, {}) that make the error of the output least on the training tiles."""
-    training, _ = require_halves(layer)
+def output_scales(layer, training, granularity, smooth_k, objective):
+    """LayerScales that make the error of the output least on the training tiles."""
     trials = Trials(training, layer.shape, objective)
     options = [False, True] if smooth_k == "auto" and granularity[1] != "token" else [smooth_k is True]
     found = [searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options]
     if len(found) == 1 or "tensor" in granularity:  # heads share a scale: one choice for all
-        return min(found, key=lambda x: x.loss("tensor")[0]).scales(), {}
-    return _by_head(*found).scales(), {}
+        return min(found, key=lambda x: x.loss("tensor")[0]).scales()
+    return _by_head(*found).scales()
 
 
 class Searched:
@@ -236,10 +233,16 @@ def run(tile, scales):
 
 
 def error(tiles, scales):
-    """A Comparison, as a dict, of int8 attention on all tiles with attention in float64; None without tiles."""
+    """A Comparison, as a dict, of int8 attention on all tiles with attention in float64.
+
+    None without tiles, and where int8 gives NaN or infinities for values too large for float32 arithmetic.
+    """
     if not tiles:
         return None
-    return pooled((run(tile, scales), reference.attention(*tile[:3], **tile.options)) for tile in tiles)._asdict()
+    pairs = [(run(tile, scales), reference.attention(*tile[:3], **tile.options)) for tile in tiles]
+    if not all(np.isfinite(x).all() for pair in pairs for x in pair):
+        return None
+    return pooled(pairs)._asdict()
 
 
 def _affordable(tiles):
