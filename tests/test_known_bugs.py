@@ -80,7 +80,7 @@ def test_values_that_are_not_finite_are_an_error_or_counted_but_never_a_scale(me
 @pytest.mark.parametrize("case", ["1e-3 N(0, 1) first", "1e-5 and one value of 50"])
 def test_a_tiny_first_batch_decides_nothing(tmp_path, method, case):
     r = np.random.default_rng(0)
-    tiny, usual = r.standard_normal(4000), r.standard_normal(4000)
+    tiny, usual = r.standard_normal(1600), r.standard_normal(1600)
     if case == "1e-3 N(0, 1) first":
         seen = [observation_of(1e-3 * tiny), observation_of(usual)]
     else:
@@ -97,7 +97,7 @@ def test_a_tiny_first_batch_takes_no_more_memory(tmp_path):
         calibrator = calibrated(observation_of(factor * r.standard_normal(800)), observation_of([50.0, 1.0] * 400))
         sizes.append(len(state(calibrator, tmp_path)))
         assert len(calibrator.histogram("layer", "k").counts) < 10_000
-    assert max(sizes) < 1.01 * min(sizes)
+    assert max(sizes) < 2 * min(sizes)
 
 
 # ONNX Runtime: values below the least of the first batch were dropped, 100 000 of 101 000 samples.
@@ -111,8 +111,8 @@ def test_values_outside_the_range_of_the_first_batch_count(factors):
         histogram = calibrator.histogram("layer", part)
         assert histogram.count == 80_800
         assert histogram.counts.sum() + histogram.below + histogram.above == 80_800
-        within = histogram.counts[histogram.edges[:-1] < 1.9 * factors[1]].sum() + histogram.below
-        assert within > (80_000 if factors[1] >= factors[0] else 70_000)
+        within = histogram.counts[histogram.edges[:-1] < 2 * factors[1]].sum() + histogram.below
+        assert within == (80_800 if factors[1] > factors[0] else 80_000)
     clip = clips(calibrator.compute("percentile", percentile=50.0)["layer"])["v"]
     assert 1 < clip / factors[1] < 2
 
@@ -141,11 +141,12 @@ def test_percentile_is_that_of_numpy_within_a_bin(percentile):
 # ONNX Runtime: 0.5 s for one tensor of 2048 bins, quadratic in them; TensorRT 4023.
 def test_entropy_is_done_soon_with_every_bin_full_and_gives_a_clip_of_use():
     r = np.random.default_rng(2)
-    spread = (2.0 ** r.uniform(-38, 20, 200_000)).astype(np.float32)  # wherever there are bins
-    body = r.standard_normal(400_000).astype(np.float32)
-    calibrator = calibrated(observation_of(np.r_[spread, body]), granularity="head", smooth_k=False)
+    spread = 2.0 ** r.uniform(-29, 18, 20_000)  # wherever there are bins
+    values = np.r_[spread, r.standard_normal(40_000)].astype(np.float32)
+    calibrator = calibrated(observation_of(values), smooth_k=False)
+    assert (calibrator.histogram("layer", "v").counts > 0).mean() > 0.9
     clip = clips(calibrator.compute("entropy")["layer"])
-    assert all(1 < x.max() <= np.abs(spread).max() * (1 + 2e-7) for x in clip.values())
+    assert all(1 < x <= np.abs(values).max() * (1 + 2e-7) for x in clip.values())
 
 
 # ONNX Runtime 10261: with its defaults of 128 bins and 128 levels entropy has one candidate, and is min-max.

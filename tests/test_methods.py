@@ -97,8 +97,8 @@ def test_octav_stands_where_its_formula_is_least_within_two_bins(name, ratio):
 
 
 def test_entropy_cuts_a_long_tail_and_keeps_the_body():
-    outlier = clip_of(SAMPLES["outlier"], "entropy")
-    assert 2 < outlier < 30  # a body of N(0, 1), one value of 300
+    student = SAMPLES["student"]
+    assert np.percentile(np.abs(student), 95) < clip_of(student, "entropy") < 0.8 * np.abs(student).max()
     assert 2 < clip_of(SAMPLES["normal"], "entropy") <= np.abs(SAMPLES["normal"]).max() * (1 + 1e-6)
     assert 0.8 < clip_of(SAMPLES["uniform"], "entropy") <= 1 + 1e-6
 
@@ -109,7 +109,7 @@ def test_no_clip_is_beyond_the_greatest_value(sample, method):
 
 
 @pytest.mark.parametrize("method", HISTOGRAM_METHODS)
-@pytest.mark.parametrize("power", [-13, -1, 1, 4, 11])
+@pytest.mark.parametrize("power", [-8, -1, 1, 5, 9])
 def test_values_times_a_power_of_two_give_scales_times_it_exactly(sample, method, power):
     assert clip_of(sample * np.float32(2.0**power), method) == clip_of(sample, method) * 2.0**power
 
@@ -152,11 +152,17 @@ def test_tiny_values_give_the_smallest_scale_there_is(method, value):
 
 @pytest.mark.parametrize("method", HISTOGRAM_METHODS)
 def test_huge_values(method, ratio):
-    for top in (1e30, float(np.finfo(np.float32).max)):
-        clip = clip_of(np.full(100, top), method)
-        assert top / ratio**2 <= clip <= top * (1 + 2e-7)
+    clip = clip_of(np.full(100, 1e30), method)
+    assert 1e30 / ratio**2 <= clip <= 1e30 * (1 + 2e-7)
     mixed = clip_of(np.r_[np.ones(1000), 1e30], method)
     assert np.isfinite(mixed) and 0.5 < mixed <= 1e30 * (1 + 2e-7)
+
+
+@pytest.mark.parametrize("method", HISTOGRAM_METHODS)
+def test_the_greatest_value_of_float32(method, ratio):
+    """int8 rounds the output beyond float32: that its error is not finite must not stop the calibration."""
+    top = float(np.finfo(np.float32).max)
+    assert top / ratio**2 <= clip_of(np.full(100, top), method) <= top * (1 + 2e-7)
 
 
 @pytest.mark.parametrize("method", HISTOGRAM_METHODS)

@@ -9,6 +9,7 @@ from calibrating import bits, calibrated, long_tailed, normal
 import cyflash
 from cyflash.capture import load_capture
 from cyflash.quant import Calibrator, Scales, compare
+from cyflash.quant.tiles import Reservoir
 
 STEP = 2 ** (1 / 8)
 MEASURES = ("rel_l1", "rmse", "worst_row")
@@ -57,15 +58,15 @@ def observations(n=2, first=0, **sizes):
 def test_held_out_tiles_are_not_read_by_the_search(monkeypatch):
     calibrator = calibrated(*observations(4))
     expected = {objective: calibrator.compute(objective=objective) for objective in MEASURES}
-    real = Calibrator.tiles
+    real = Reservoir.halves
 
-    def poisoned(self, name):
-        training, held_out = real(self, name)
+    def poisoned(self):
+        training, held_out = real(self)
         noise = np.random.default_rng(0).standard_normal
         garbage = [tile._replace(**{x: noise(getattr(tile, x).shape, np.float32) for x in "qkv"}) for tile in held_out]
         return training, garbage
 
-    monkeypatch.setattr(Calibrator, "tiles", poisoned)
+    monkeypatch.setattr(Reservoir, "halves", poisoned)
     for objective, clean in expected.items():
         scales = calibrator.compute(objective=objective)
         assert bits(scales) == bits(clean)
@@ -74,20 +75,24 @@ def test_held_out_tiles_are_not_read_by_the_search(monkeypatch):
         assert after["held_out"] != before["held_out"]  # so the poison was there to be read
 
 
+def trained_on(calibrator, qkv):
+    """Whether this one of two observations is for the search; what nothing sees of it is 0 in the tile."""
+    return np.isin(calibrator.tiles("layer")[0][0].v, qkv[2]).mean() > 0.3
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_another_held_out_observation_of_the_same_values_gives_the_same_scales(options):
     """Seen from outside: channels of q in another order leave every count as it is, but not one score."""
     one, other = observations()
     r, tried = np.random.default_rng(3), 0
     plain = calibrated(one, other, options=OPTIONS[options])
-    training, _ = plain.tiles("layer")
-    if not np.isin(training[0].v, one[2]).all():
+    if not trained_on(plain, one):
         one, other = other, one
     while tried < 40:
         tried += 1
         changed = (other[0][..., r.permutation(16)], *other[1:])
         poisoned = calibrated(one, changed, options=OPTIONS[options])
-        if np.isin(poisoned.tiles("layer")[0][0].v, one[2]).all():
+        if trained_on(poisoned, one):
             break
     else:
         pytest.fail("the other observation is never held out")

@@ -6,7 +6,8 @@ import pytest
 from calibrating import bits, calibrated, long_tailed, normal
 
 import cyflash
-from cyflash.quant import Calibrator, LayerScales, Scales
+from cyflash.quant import Calibrator, LayerScales, Scales, planning
+from cyflash.quant.tiles import Reservoir
 
 INT8, HELPED, BF16, FP32 = range(4)  # the ladder
 
@@ -31,14 +32,22 @@ def rungs(layer, kv_heads):
     return dict(found)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def costs_rise_along_the_ladder():
+    """Times of small calls say nothing, and a test may not depend on times: here each rung costs more than the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_times", lambda tile, ladder: [1.0 + i for i in range(len(ladder))])
+        yield
+
+
 def head_errors(tile, layer):
-    """(relative L1, worst row) of each kv head with its group, by the definition of the target."""
+    """(relative L1, worst row) of each kv head: those of the worst query head of its group."""
     exact = cyflash.reference.attention(*tile[:3], **tile.options)
     off = np.abs(cyflash.flash_attention_int8(*tile[:3], quant=layer, **tile.options) - exact).sum(axis=-1)
     size = np.abs(exact).sum(axis=-1)  # (H, rows)
     worst = (off / np.maximum(size, size.mean(axis=-1, keepdims=True))).max(axis=-1)
-    groups = off.reshape(len(tile.k), -1), size.reshape(len(tile.k), -1)
-    return groups[0].sum(axis=-1) / groups[1].sum(axis=-1), worst.reshape(len(tile.k), -1).max(axis=-1)
+    rel_l1 = off.sum(axis=-1) / size.sum(axis=-1)
+    return tuple(x.reshape(len(tile.k), -1).max(axis=-1) for x in (rel_l1, worst))
 
 
 # Heads that are known to need something
@@ -55,12 +64,12 @@ def biased_head(r, L, D):
 
 
 def sink_head(r, L, D):
-    """The first keys are far out, take nearly all weight and hold little: fp32 sinks, or V per token."""
+    """The first keys are far out, take most of the weight and hold little: fp32 sinks, or V per token."""
     q, k, v = plain_head(r, L, D)
     q[:, 0], k[:, 0] = 4, 0
-    k[:4] *= 10
-    k[:4, 0] = 40
-    v[:4] *= np.float32(0.01)
+    k[:4] *= 20
+    k[:4, 0] = 15
+    v[:4] *= np.float32(0.02)
     return q * np.float32(0.5), k, v
 
 
@@ -127,17 +136,17 @@ def test_one_scale_per_tensor_still_leaves_a_plain_layer_in_int8():
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Four kv heads of two query heads, long-tailed, one with biased keys, one with sharp scores."""
+    """Four kv heads of two query heads, one with biased keys, one with sharp scores."""
     seen = []
     for seed in range(2):
-        q, k, v = long_tailed(seed, H=8, Hk=4, Lq=80, D=32)
+        q, k, v = normal(seed, H=8, Hk=4, Lq=80, D=32)
         k[1] += 30
         q[4:6] *= 6
         seen.append((q, k, v))
     return calibrated(*seen, options={"causal": True})
 
 
-TARGETS = ((0.3, 3.0), (0.1, 1.0), (0.05, 0.5), (0.02, 0.1), (0.01, 0.05), (1e-3, 5e-3), (1e-5, 1e-4))
+TARGETS = ((0.3, 3.0), (0.05, 0.5), (0.022, 0.1), (0.01, 0.05), (1e-3, 5e-3))
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +190,7 @@ def test_all_the_plan_says_of_its_parts_is_so(mixed, plans):
         for part in told:
             heads = list(part["kv_heads"])
             assert part["worst"] == pytest.approx(worst[heads].max(), rel=1e-4)
-            assert part["rel_l1"] == pytest.approx(rel_l1[heads].max(), rel=1e-4) or (
-                rel_l1[heads].min() <= part["rel_l1"] <= rel_l1[heads].max()
-            )
+            assert part["rel_l1"] == pytest.approx(rel_l1[heads].max(), rel=1e-4)
             assert part["rung"] and isinstance(part["rung"], str)
             assert part["time"] > 0
     assert plans[-1].about["layer"]["parts"][0]["time"] == pytest.approx(1.0, abs=0.5)  # fp32 beside fp32
@@ -213,14 +220,14 @@ def test_a_target_that_nothing_reaches_lists_heads_and_errors(targets):
 
 def test_the_held_out_part_alone_decides(monkeypatch, mixed):
     """Garbage in the held-out tiles that int8 cannot represent turns every head to fp32."""
-    real = Calibrator.tiles
+    real = Reservoir.halves
 
-    def spoiled(self, name):
-        training, held_out = real(self, name)
+    def spoiled(self):
+        training, held_out = real(self)
         return training, [tile._replace(q=tile.q * np.float32(1000)) for tile in held_out]
 
     calm = rungs(mixed.plan(rel_l1=0.1, worst=1.0)["layer"], 4)
-    monkeypatch.setattr(Calibrator, "tiles", spoiled)
+    monkeypatch.setattr(Reservoir, "halves", spoiled)
     found = rungs(mixed.plan(rel_l1=0.1, worst=1.0)["layer"], 4)
     assert set(found.values()) == {FP32} and set(calm.values()) != {FP32}
 
