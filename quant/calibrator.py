@@ -88,7 +88,7 @@ class Calibrator:
         if not (smooth_k == "auto" or isinstance(smooth_k, bool)):
             raise ValueError(f"smooth_k: expected 'auto', True or False, got {smooth_k!r}")
         self.smooth_k = smooth_k
-        self.reservoir_mb = float(reservoir_mb) if reservoir_mb == 0 else _positive("reservoir_mb", reservoir_mb)
+        self.reservoir_mb = _positive("reservoir_mb", reservoir_mb)
         if nonfinite not in ("raise", "ignore"):
             raise ValueError(f"nonfinite: expected 'raise' or 'ignore', got {nonfinite!r}")
         self.nonfinite = nonfinite

@@ -75,17 +75,18 @@ def octav_clip(histogram):
 
         s <- sum of |x| beyond s / (4^-8 / 3 * count within s + count beyond s)
     """
-    edges, counts = histogram.edges, np.append(histogram.counts, histogram.above)
+    edges, counts = np.minimum(histogram.edges, histogram.max), np.append(histogram.counts, histogram.above)
     sums = np.append(histogram.sums, histogram.above * histogram.max)
     beyond = np.append(np.cumsum(counts[::-1])[::-1], 0)
     beyond_sum = np.append(np.cumsum(sums[::-1])[::-1], 0.0)
     nonzero = beyond[0]  # what is below all bins is as good as 0
     s = beyond_sum[0] / nonzero
     for _ in range(100):
-        i = min(max(int(np.searchsorted(edges, s, "right")) - 1, 0), len(counts) - 1)
-        part = 1.0 if i == len(counts) - 1 else min(max((edges[i + 1] - s) / (edges[i + 1] - edges[i]), 0.0), 1.0)
-        count = beyond[i + 1] + part * counts[i]
-        total = beyond_sum[i + 1] + part * sums[i]
+        i = int(np.searchsorted(edges, s, "right"))  # the first bin that s does not cut
+        low, high = (edges[i - 1], edges[i]) if 0 < i < len(edges) else (s, s)
+        cut = counts[i - 1] * (high - s) / (high - low) if high > low else 0.0
+        count = beyond[i] + cut
+        total = beyond_sum[i] + cut * (s + high) / 2.0
         new = total / (4.0**-8 / 3.0 * (nonzero - count) + count)
         if abs(new - s) <= 1e-6 * s:
             break

@@ -52,7 +52,7 @@ def _units(layer, part, by, clip_of):
     if by == "token":
         return None
     counts = layer.counts[part]
-    whole = clip_of(counts.histogram())
+    whole = clip_of(counts.histogram()) if counts.counts.any() else 0.0
     if whole == 0.0 and part != "k_centred":  # keys that are all alike are zero without their mean
         raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
     if by == "tensor":
@@ -112,10 +112,7 @@ def output_scales(layer, training, granularity, smooth_k, objective):
     """LayerScales that make the error of the output least on the training tiles."""
     trials = Trials(training, layer.shape, objective)
     options = [False, True] if smooth_k == "auto" and granularity[1] != "token" else [smooth_k is True]
-    found = [searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options]
-    if len(found) == 1 or "tensor" in granularity:  # heads share a scale: one choice for all
-        return min(found, key=lambda x: x.loss("tensor")[0]).scales()
-    return _by_head(*found).scales()
+    return best_of(searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options).scales()
 
 
 class Searched:
@@ -143,12 +140,28 @@ class Searched:
 
 
 def searched(layer, trials, granularity, smooth, fp32_sinks):
-    """Coordinate descent from the greatest values on: the `Searched` where no step helps."""
-    start = {part: _tops(layer, part, by, fp32_sinks) for part, by in _parts(granularity).items()}
-    start["k"] = start.pop("k_centred") if smooth else start["k"]
-    start.pop("k_centred", None)
-    point = Searched(layer, trials, granularity, start, np.full(layer.shape.Hk, smooth), fp32_sinks)
-    operands = [operand for operand in "kqv" if start[operand] is not None]
+    """Coordinate descent from the greatest values on.
+
+    The worst row, one of many, is a rugged function, on which descent gets stuck: it also begins at the clips of least
+    square error. For the means that finds little more, and more of what holds for the training tiles alone.
+    """
+    parts = {"q": "q", "k": "k_centred" if smooth else "k", "v": "v"}
+    by = dict(zip("qkv", granularity, strict=True))
+    starts = [{operand: _tops(layer, part, by[operand], fp32_sinks) for operand, part in parts.items()}]
+    if trials.objective == "worst_row":
+        least = {
+            operand: _units(layer, part, by[operand], lambda histogram: clip("mse", histogram))
+            for operand, part in parts.items()
+        }
+        starts.append({operand: x if x is None else np.minimum(x, least[operand]) for operand, x in starts[0].items()})
+    smooth = np.full(layer.shape.Hk, smooth)
+    return best_of(
+        _descended(Searched(layer, trials, granularity, clips, smooth, fp32_sinks)) for clips in starts
+    )
+
+
+def _descended(point):
+    operands = [operand for operand in "kqv" if point.clips[operand] is not None]
     for sweep in range(SWEEPS):
         before = point
         for operand in operands:
@@ -194,15 +207,26 @@ def _tops(layer, part, by, fp32_sinks):
     return np.array([whole]) if by == "tensor" else np.where(own > 0.0, own, whole)
 
 
-def _by_head(a, b):
-    """The better of two points for each kv head."""
-    first = a.loss("head") <= b.loss("head")
-    group = a.layer.shape.H // a.layer.shape.Hk
-    choice = {"q": np.repeat(first, group), "k": first, "v": first}
+def best_of(points):
+    """The first point, or a later one that is clearly better; for each kv head its own where heads share no scale."""
+    best, *others = points
+    by = "tensor" if "tensor" in best.granularity.values() else "head"
+    for point in others:
+        change = point.shares(by) - best.shares(by)
+        better = change.sum(axis=1) + _standard_error(change) < 0.0
+        best = _mixed(best, point, np.broadcast_to(better, best.layer.shape.Hk))
+    return best
+
+
+def _mixed(a, b, take_b):
+    """Point b for the kv heads where take_b says so, with their query heads; point a for the others."""
+    if take_b.all() or not take_b.any():
+        return b if take_b.all() else a
+    choice = {"q": np.repeat(take_b, a.layer.shape.H // a.layer.shape.Hk), "k": take_b, "v": take_b}
     clips = {
-        operand: None if x is None else np.where(choice[operand], x, b.clips[operand]) for operand, x in a.clips.items()
+        operand: None if x is None else np.where(choice[operand], b.clips[operand], x) for operand, x in a.clips.items()
     }
-    smooth = np.where(first, a.smooth, b.smooth)
+    smooth = np.where(take_b, b.smooth, a.smooth)
     return Searched(a.layer, a.trials, a.granularity.values(), clips, smooth, a.fp32_sinks)
 
 
