@@ -80,7 +80,7 @@ def run(args):
         if not calibrator.layers:
             raise ValueError(f"none of {_count(len(paths), 'file')} could be observed: there is nothing to calibrate")
         task = progress.add_task("choosing scales", total=len(calibrator.layers))
-        scales = choose(calibrator, lambda name: progress.update(task, advance=1, description=f"{name}: scales"))
+        scales = choose(calibrator, lambda name: progress.advance(task))
     scales.save(args.output)
     report = describe(scales, observations, failed)
     if args.json:
