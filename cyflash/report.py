@@ -13,6 +13,7 @@ import numpy as np
 
 import cyflash
 from cyflash.files import replacing
+from cyflash.measure import blas_threads
 from cyflash.output import check_files, figure_class
 from cyflash.quant.diagnosis import (
     CAUSES,
@@ -60,7 +61,8 @@ def run(args):
         check_files(path)
     figure_class("cyflash report")
     scales, calibrator, observed = _load(args.scales, args.observed)
-    report = describe(scales, calibrator, max_rel_l1=args.max_rel_l1, num_threads=args.threads, progress=_progress)
+    with blas_threads(args.threads):  # of the reference
+        report = describe(scales, calibrator, max_rel_l1=args.max_rel_l1, num_threads=args.threads, progress=_progress)
     report |= {"scales": str(args.scales), "observed": str(observed)}
 
     from cyflash.report_page import page  # matplotlib, late

@@ -39,6 +39,7 @@ def page(report):
         "title": f"Scales: {escape(Path(report['scales']).name)}",
         "verdict": escape(report["verdict"]),
         "verdict_class": "over" if report["summary"]["heads_over"] else "",
+        "found": escape(_found(report["settings"])),
         "numbers": _numbers(report),
         "notes": "".join(f'<p class="faint">{escape(note)}</p>\n' for note in report["notes"]),
         "limit": _limit(report),
@@ -50,6 +51,7 @@ def page(report):
         parts |= {
             "measured_on": " or ".join(sorted({layer["measured_on"] for layer in layers})),
             "maps": _maps(report, layers),
+            "by_layer": _by_layer(layers),
             "all_heads": _all_heads(layers),
             "worst": _worst(report),
             "front": _front(report, layers),
@@ -164,6 +166,13 @@ def _numbers(report):
     return "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in numbers.items())
 
 
+def _found(settings):
+    if "method" not in settings:
+        return "unrecorded means"
+    rest = ", ".join(f"{name} {_plain(settings[name])}" for name in ("granularity", "smooth_k") if name in settings)
+    return f"method {settings['method']}" + (f" ({rest})" if rest else "")
+
+
 def _maps(report, layers):
     limit, worst = report["max_rel_l1"], report["settings"].get("target", {}).get("worst")
     mark = f"The mark, {100 * worst:g}\u00a0%, is the plan's target." if worst else "Of the query that fares worst."
@@ -201,6 +210,23 @@ def _causes_in_words(report):
     counts = report["summary"]["causes"]
     said = ", ".join(f"{CAUSE_NAMES[cause]} in {count}" for cause, count in counts.items())
     return f"Map of the largest cause of the error by layer and head: {said} heads."
+
+
+def _by_layer(layers):
+    """Beside the error of now that on the training tiles when the scales were found: much less is a poor sign."""
+    names = ("layer", "relative L1", "in training", "worst head", "worst row", "heads by QK", "by P", "by V", "in fp32")
+    rows = []
+    for layer in layers:
+        training = ((layer["about"].get("error") or {}).get("training") or {}).get("rel_l1")
+        causes = Counter(head["cause"] for head in layer["heads"])
+        errors = (layer["error"][name] for name in ("worst_head", "worst_row"))
+        rows.append(
+            (
+                layer["layer"], _percent(layer["error"]["rel_l1"]), _percent(training), *map(_percent, errors),
+                *(str(causes[cause]) for cause in ("qk", "p", "v", None)),
+            )
+        )  # fmt: skip
+    return f"<details><summary>By layer, as a table</summary>{_table(_headers(names), rows)}</details>"
 
 
 def _all_heads(layers):
