@@ -152,7 +152,7 @@ def _map(layers, values, colour, word, text, bar=None):
     with_words = values.size <= MOST_NUMBERS
     width, height = CELL if with_words else SMALL_CELL
     labels = short_labels([layer["layer"] for layer in layers])
-    left = 8 + 5.2 * max(5, *map(len, labels))
+    left = 6 + 5.7 * max(5, *map(len, labels))
     top, below = 32, 30 if bar else 6
     inner = columns * width
 

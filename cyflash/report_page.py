@@ -245,12 +245,12 @@ def _all_heads(layers):
         for layer, head in heads
     ]  # fmt: skip
     table = _table(_headers(names), rows)
-    return f"<details><summary>All {len(heads)} heads as a table</summary>{table}</details>"
+    return f"<details><summary>By head, as a table</summary>{table}</details>"
 
 
 def _worst(report):
     limit = report["max_rel_l1"]
-    names = ("layer", "head", "runs in", "relative L1", "worst row", "QK", "P", "V", "cause", "q, k, v clipped",
+    names = ("layer", "head", "relative L1", "worst row", "QK", "P", "V", "cause", "runs in", "q, k, v clipped",
              "fixed by", "then", "time")  # fmt: skip
     rows = []
     for head in report["worst"]:
@@ -258,9 +258,8 @@ def _worst(report):
         needs = fix is not None and head["rel_l1"] > limit
         rows.append(
             (
-                head["layer"], str(head["head"]), head["setting"],
-                _error(head["rel_l1"], limit), _percent(head["worst_row"]),
-                *(_percent(head[cause]) for cause in ("qk", "p", "v")), CAUSE_NAMES[head["cause"]],
+                head["layer"], str(head["head"]), _error(head["rel_l1"], limit), _percent(head["worst_row"]),
+                *(_percent(head[cause]) for cause in ("qk", "p", "v")), CAUSE_NAMES[head["cause"]], head["setting"],
                 ", ".join(share(head["saturated"][name]) for name in "qkv"),
                 fix["rung"] if needs else "needs nothing" if fix else "nothing measured",
                 _percent(fix["rel_l1"]) if needs else "", _ratio(fix["time"]) if needs else "",
