@@ -19,7 +19,8 @@
     capture.py       Q, K, V in .npz and .safetensors files
     measure.py       time and memory of a call, in a fresh process
     quant/           cyflash.quant: accuracy metrics, int8 arrays with their scales
-    cli.py           the command `cyflash`: compare.py and comparison.py, bench/, info.py; output.py is common to them
+    cli.py           the command `cyflash`: compare.py and comparison.py, calibrate.py with observing.py, check.py,
+                     report.py, bench/, info.py; inputs.py and output.py are common to them
 """
 from cyflash import reference
 from cyflash.attention import flash_attention, flash_attention_int8

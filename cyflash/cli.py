@@ -1,4 +1,4 @@
-"""The command line: `cyflash compare`, `report`, `bench`, `info`; one module each, imported when asked for."""
+"""The command line: `cyflash compare`, `calibrate`, `check`, ...; one module each, imported when asked for."""
 
 import argparse
 import importlib
@@ -8,6 +8,8 @@ import sys
 # name -> what it does. Each is a module of this package with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "compare": "error, time and memory of int8 and fp32 beside plain NumPy attention, on captured activations",
+    "calibrate": "static int8 scales from captured activations, chosen for the error of the attention's output",
+    "check": "whether static scales keep the error of the output within limits, for scripts: exit status 0 or 1",
     "report": "one HTML page of what calibrated scales do to each head, where the error comes from, what would help",
     "bench": "speed beside NumPy, torch, onnxruntime and openvino, in fp32 and int8",
     "info": "what was built, what runs here, and on how many threads",

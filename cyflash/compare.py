@@ -3,7 +3,6 @@
     files -> captures -> one row per layer and scheme (cyflash.quant.evaluation) -> comparison.py: tables, plot
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -13,10 +12,11 @@ import numpy as np
 
 import cyflash
 from cyflash import schemes
-from cyflash.capture import LAYOUTS, load_capture
+from cyflash.capture import load_capture
 from cyflash.comparison import draw, show, summarise
+from cyflash.inputs import CONTENTS, add_input_options, given_options, positive
 from cyflash.measure import blas_threads
-from cyflash.output import check_files
+from cyflash.output import check_files, progress_bar
 from cyflash.quant.evaluation import call_threads, measure_layer
 
 
@@ -35,25 +35,16 @@ class Settings(NamedTuple):
 def add_arguments(parser):
     parser.add_argument(
         "files", nargs="*", metavar="FILE",
-        help=".npz or .safetensors with q, k, v, or <layer>.q, <layer>.k, <layer>.v; each (L, D), (H, L, D) or "
-        "(B, H, L, D) (default: the activations in examples/data)",
+        help=f".npz or .safetensors with {CONTENTS} (default: the activations in examples/data)",
     )  # fmt: skip
-    parser.add_argument("--layout", choices=LAYOUTS, default="bhld", help="order of the axes in FILE (default: bhld)")
     parser.add_argument(
         "--schemes", nargs="+", default=["*"], metavar="NAME",
         help=f"which to show, by name or pattern such as 'int8*' (default: all: {'; '.join(schemes.SCHEMES)})",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads of all (default: see `cyflash info`)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of all (default: see `cyflash info`)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the table (needs matplotlib)")
-    options = parser.add_argument_group("attention options", "override what FILE's metadata says")
-    options.add_argument("--causal", action=argparse.BooleanOptionalAction, help="hide the keys after each query")
-    options.add_argument("--scale", type=float, help="multiplies the scores (default: 1/sqrt(D))")
-    options.add_argument(
-        "--window", type=int, nargs=2, metavar=("L", "R"),
-        help="keys visible to the left and right of each query; -1: all. W tokens, itself included: W-1 0",
-    )  # fmt: skip
-    options.add_argument("--softcap", type=float, help="scores become softcap * tanh(score / softcap); 0: off")
+    add_input_options(parser)
 
 
 def run(args):
@@ -62,7 +53,7 @@ def run(args):
     captures = [load_capture(path, args.layout) for path in args.files or [shipped_data()]]
     threads, notes = call_threads(args.threads)
     with blas_threads(threads) as blas:
-        settings = Settings(args.layout, _given_options(args), chosen, threads, blas.count)
+        settings = Settings(args.layout, given_options(args), chosen, threads, blas.count)
         rows = measure(captures, settings)
     report = describe(captures, settings, rows)
     report["notes"] = notes + _notes(captures, rows)
@@ -95,14 +86,9 @@ def shipped_data():
 
 def measure(captures, settings):
     """One dict per layer and scheme: error against float64, times, memory. Shows a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     layers = [(capture, name) for capture in captures for name in capture]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     rows = []
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with progress_bar() as progress:
         steps = 2 + len({schemes.NUMPY, schemes.FP32} | settings.schemes.keys())
         task = progress.add_task("", total=len(layers) * steps)
         for capture, name in layers:
@@ -130,11 +116,6 @@ def _chosen_schemes(patterns):
         if pattern.endswith((".npz", ".safetensors")):
             raise ValueError(f"--schemes takes all names that follow it, {pattern} too: put each FILE before --schemes")
     return schemes.select(patterns)
-
-
-def _given_options(args):
-    given = {name: getattr(args, name) for name in ("causal", "scale", "window", "softcap")}
-    return {name: tuple(x) if name == "window" else x for name, x in given.items() if x is not None}
 
 
 # Describing
@@ -186,10 +167,3 @@ def _restless(row):
 def _plain(options):
     """Options as JSON holds them."""
     return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in options.items()}
-
-
-def _positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return number

@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from cyflash.output import as_bytes, as_time, figure_class
+from cyflash.output import as_bytes, as_time, empty_table, figure_class, fitting
 from cyflash.schemes import SCHEMES
 
 __all__ = ["draw", "show", "summarise"]
@@ -62,7 +62,7 @@ def show(report):
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe: as wide as the table
         console = Console(highlight=False, width=1000)
-    console.print(_fitting(console, _layouts(report)))
+    console.print(fitting(console, _layouts(report)))
     console.print()
     lines = []
     for path, options in settings["files"].items():
@@ -74,14 +74,7 @@ def show(report):
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal)  # in a file a sentence is one line
     console.print()
-    console.print(_fitting(console, [_summary_table(report, ranges=True), _summary_table(report, ranges=False)]))
-
-
-def _fitting(console, tables):
-    """The first table that fits the width, or the last."""
-    unlimited = console.options.update(max_width=10_000)
-    fitting = (table for table in tables if console.measure(table, options=unlimited).maximum <= console.width)
-    return next(fitting, tables[-1])
+    console.print(fitting(console, [_summary_table(report, ranges=True), _summary_table(report, ranges=False)]))
 
 
 # Of both tables: header -> what a cell shows of (errors, row of the table or of the summary).
@@ -119,7 +112,7 @@ def _layer_table(report, columns, own_column):
     from rich.text import Text
 
     first = report["layers"][0]["scheme"]
-    table = _empty_table()
+    table = empty_table()
     if own_column:
         table.add_column("layer", no_wrap=True)
         table.add_column("scheme", no_wrap=True)
@@ -140,7 +133,7 @@ def _layer_table(report, columns, own_column):
 
 def _summary_table(report, ranges):
     """One line per scheme: mean and worst error beside the speed; with the range of the speeds over layers, or not."""
-    table = _empty_table()
+    table = empty_table()
     for header in ("", "rel. L1", "1-cos", "RMSE", "worst\nhead", "worst\nrow"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for header in ("speed\n/NumPy", "speed\n/fp32", "memory\n/NumPy"):
@@ -153,13 +146,6 @@ def _summary_table(report, ranges):
         ratios = (_median(own[name], ranges) for name in ("speedup", "speedup_over_fp32", "memory_ratio"))
         table.add_row(scheme, *errors, *ratios, style="dim" if scheme == report["baseline"] else "bold")
     return table
-
-
-def _empty_table():
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
 
 
 def _median(spread, with_range):

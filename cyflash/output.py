@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["as_binary", "as_bytes", "as_time", "check_files", "figure_class"]
+__all__ = ["as_binary", "as_bytes", "as_time", "check_files", "empty_table", "figure_class", "fitting", "progress_bar"]
 
 
 def check_files(json=None, plot=None):
@@ -41,6 +41,31 @@ def figure_class(what="--plot"):
     except ImportError:
         raise ImportError(f"{what} needs matplotlib; install it with: pip install 'cyflash-attn[plot]'") from None
     return Figure
+
+
+def progress_bar():
+    """A rich Progress on stderr, which shows nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def empty_table():
+    """A rich Table in the style of all commands: a line below the header."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+
+
+def fitting(console, tables):
+    """The first table that fits the width, or the last."""
+    unlimited = console.options.update(max_width=10_000)
+    fits = (table for table in tables if console.measure(table, options=unlimited).maximum <= console.width)
+    return next(fits, tables[-1])
 
 
 def as_bytes(count):

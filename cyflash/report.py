@@ -13,6 +13,7 @@ import numpy as np
 
 import cyflash
 from cyflash.files import replacing
+from cyflash.measure import blas_threads
 from cyflash.output import check_files, figure_class
 from cyflash.quant.diagnosis import (
     CAUSES,
@@ -60,7 +61,8 @@ def run(args):
         check_files(path)
     figure_class("cyflash report")
     scales, calibrator, observed = _load(args.scales, args.observed)
-    report = describe(scales, calibrator, max_rel_l1=args.max_rel_l1, num_threads=args.threads, progress=_progress)
+    with blas_threads(args.threads):  # of the reference
+        report = describe(scales, calibrator, max_rel_l1=args.max_rel_l1, num_threads=args.threads, progress=_progress)
     report |= {"scales": str(args.scales), "observed": str(observed)}
 
     from cyflash.report_page import page  # matplotlib, late
@@ -366,10 +368,12 @@ def _verdict(heads, max_rel_l1):
     over = sum(head["rel_l1"] > max_rel_l1 for _, head in heads)
     (name, worst), *_ = _worst(heads)
     place = f"{name}, head {worst['head']}, has {100 * worst['rel_l1']:.2f} %, mainly from {_cause(worst)}"
+    limit = f"{100 * max_rel_l1:g} % relative L1 error"
     if not over:
-        return f"All {len(heads)} heads are within {100 * max_rel_l1:g} % relative L1 error: the worst, {place}."
-    are = "1 head is" if over == 1 else f"{over} of {len(heads)} heads are"
-    return f"{are} over {100 * max_rel_l1:g} % relative L1 error: the worst, {place}."
+        those = "The only head is" if len(heads) == 1 else f"All {len(heads)} heads are"
+        return f"{those} within {limit}: the worst, {place}."
+    those = "1 head is" if over == 1 else f"{over} of {len(heads)} heads are"
+    return f"{those} over {limit}: the worst, {place}."
 
 
 def _cause(head):

@@ -88,31 +88,35 @@ def _axes(figure, left, top, width, height):
 
 
 def error_map(layers, key, limit, text):
-    """Relative errors in percent, one cell per layer and head; `limit`, unless it is None, is marked in the bar."""
+    """Relative errors in percent, one cell per layer and head; `limit`, unless it is None, is marked in the bar.
+
+    Colours go by the root of the error where few errors are far larger than the others.
+    """
     values = _cells(layers, lambda head: head[key])
     finite = values[np.isfinite(values)]
     top = max(limit or 1e-6, finite.max(initial=0.0))
+    power = 0.5 if finite.size and top > 4 * np.median(finite) else 1.0
     colours = matplotlib.colormaps["cividis"]
 
-    def bar(figure, left, top_, width):
-        axis = _axes(figure, left, top_, width, 9)
-        axis.pcolormesh(np.linspace(0, top, 65), (0, 1), np.arange(64)[None], cmap=colours, rasterized=True)
-        axis.set(yticks=[], xlim=(0, top))
-        ticks = {0.0: "left", top: "right"}
+    def place(value):
+        return min(value / top, 1.0) ** power if np.isfinite(value) else 1.0
+
+    def bar(figure, left, above, width):
+        axis = _axes(figure, left, above, width, 9)
+        axis.pcolormesh(np.linspace(0, 1, 65), (0, 1), np.arange(64)[None], cmap=colours, rasterized=True)
+        axis.set(yticks=[], xlim=(0, 1))
+        ticks = {0.0: "left", top: "right"} | ({} if power == 1.0 else {top / 4: "center"})
         if limit:
-            axis.axvline(limit, color=INK, linewidth=1.2, ymax=1.7, clip_on=False)
-            ticks = {x: side for x, side in ticks.items() if abs(x - limit) > 0.12 * top}
-            ticks[limit] = "right" if limit > 0.95 * top else "center"
-        axis.set_xticks(list(ticks), [f"{100 * x:.2g}" for x in ticks])
+            axis.axvline(place(limit), color=INK, linewidth=1.2, ymax=1.7, clip_on=False)
+            ticks = {x: side for x, side in ticks.items() if abs(place(x) - place(limit)) > 0.12}
+            ticks[limit] = "right" if place(limit) > 0.95 else "left" if place(limit) < 0.05 else "center"
+        axis.set_xticks([place(x) for x in ticks], [f"{100 * x:.2g}" for x in ticks])
         for label, side in zip(axis.get_xticklabels(), ticks.values(), strict=True):
             label.set_horizontalalignment(side)
         axis.tick_params(length=2, pad=1, labelsize=7)
         axis.spines[:].set_visible(False)
 
-    def colour(value):
-        return colours(min(value / top, 1.0) if np.isfinite(value) else 1.0)
-
-    return _map(layers, values, colour, _percent, text, bar)
+    return _map(layers, values, lambda value: colours(place(value)), _percent, text, bar)
 
 
 def cause_map(layers, text):
@@ -148,7 +152,7 @@ def _map(layers, values, colour, word, text, bar=None):
     with_words = values.size <= MOST_NUMBERS
     width, height = CELL if with_words else SMALL_CELL
     labels = short_labels([layer["layer"] for layer in layers])
-    left = 8 + 5.2 * max(5, *map(len, labels))
+    left = 6 + 5.7 * max(5, *map(len, labels))
     top, below = 32, 30 if bar else 6
     inner = columns * width
 
@@ -222,7 +226,7 @@ def short_labels(names):
 
 PANELS = {"q": "|q|", "k": "|k|", "k_centred": "|k - mean|", "v": "|v|"}
 FILL, CLIP = "#56a0d3", "#d55e00"
-PANEL = (153, 78)
+PANEL = (150, 78)
 
 
 def histograms(layer, text):
@@ -231,10 +235,10 @@ def histograms(layer, text):
 
     def draw(figure):
         for n, (part, title) in enumerate(PANELS.items()):
-            axis = _axes(figure, 8 + (n % 2) * (width + 20), 18 + (n // 2) * (height + 48), width, height)
+            axis = _axes(figure, 14 + (n % 2) * (width + 24), 18 + (n // 2) * (height + 48), width, height)
             _histogram(axis, layer["histograms"][part], title)
 
-    return _svg(draw, 2 * width + 36, 2 * height + 88, text)
+    return _svg(draw, 2 * width + 46, 2 * height + 88, text)
 
 
 def _histogram(axis, values, title):

@@ -39,6 +39,7 @@ def page(report):
         "title": f"Scales: {escape(Path(report['scales']).name)}",
         "verdict": escape(report["verdict"]),
         "verdict_class": "over" if report["summary"]["heads_over"] else "",
+        "found": escape(_found(report["settings"])),
         "numbers": _numbers(report),
         "notes": "".join(f'<p class="faint">{escape(note)}</p>\n' for note in report["notes"]),
         "limit": _limit(report),
@@ -50,6 +51,7 @@ def page(report):
         parts |= {
             "measured_on": " or ".join(sorted({layer["measured_on"] for layer in layers})),
             "maps": _maps(report, layers),
+            "by_layer": _by_layer(layers),
             "all_heads": _all_heads(layers),
             "worst": _worst(report),
             "front": _front(report, layers),
@@ -164,6 +166,13 @@ def _numbers(report):
     return "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in numbers.items())
 
 
+def _found(settings):
+    if "method" not in settings:
+        return "unrecorded means"
+    rest = ", ".join(f"{name} {_plain(settings[name])}" for name in ("granularity", "smooth_k") if name in settings)
+    return f"method {settings['method']}" + (f" ({rest})" if rest else "")
+
+
 def _maps(report, layers):
     limit, worst = report["max_rel_l1"], report["settings"].get("target", {}).get("worst")
     mark = f"The mark, {100 * worst:g}\u00a0%, is the plan's target." if worst else "Of the query that fares worst."
@@ -203,6 +212,23 @@ def _causes_in_words(report):
     return f"Map of the largest cause of the error by layer and head: {said} heads."
 
 
+def _by_layer(layers):
+    """Beside the error of now that on the training tiles when the scales were found: much less is a poor sign."""
+    names = ("layer", "relative L1", "in training", "worst head", "worst row", "heads by QK", "by P", "by V", "in fp32")
+    rows = []
+    for layer in layers:
+        training = ((layer["about"].get("error") or {}).get("training") or {}).get("rel_l1")
+        causes = Counter(head["cause"] for head in layer["heads"])
+        errors = (layer["error"][name] for name in ("worst_head", "worst_row"))
+        rows.append(
+            (
+                layer["layer"], _percent(layer["error"]["rel_l1"]), _percent(training), *map(_percent, errors),
+                *(str(causes[cause]) for cause in ("qk", "p", "v", None)),
+            )
+        )  # fmt: skip
+    return f"<details><summary>By layer, as a table</summary>{_table(_headers(names), rows)}</details>"
+
+
 def _all_heads(layers):
     heads = [(layer, head) for layer in layers for head in layer["heads"]]
     if len(heads) > MOST_HEADS:
@@ -219,12 +245,12 @@ def _all_heads(layers):
         for layer, head in heads
     ]  # fmt: skip
     table = _table(_headers(names), rows)
-    return f"<details><summary>All {len(heads)} heads as a table</summary>{table}</details>"
+    return f"<details><summary>By head, as a table</summary>{table}</details>"
 
 
 def _worst(report):
     limit = report["max_rel_l1"]
-    names = ("layer", "head", "runs in", "relative L1", "worst row", "QK", "P", "V", "cause", "q, k, v clipped",
+    names = ("layer", "head", "relative L1", "worst row", "QK", "P", "V", "cause", "runs in", "q, k, v clipped",
              "fixed by", "then", "time")  # fmt: skip
     rows = []
     for head in report["worst"]:
@@ -232,9 +258,8 @@ def _worst(report):
         needs = fix is not None and head["rel_l1"] > limit
         rows.append(
             (
-                head["layer"], str(head["head"]), head["setting"],
-                _error(head["rel_l1"], limit), _percent(head["worst_row"]),
-                *(_percent(head[cause]) for cause in ("qk", "p", "v")), CAUSE_NAMES[head["cause"]],
+                head["layer"], str(head["head"]), _error(head["rel_l1"], limit), _percent(head["worst_row"]),
+                *(_percent(head[cause]) for cause in ("qk", "p", "v")), CAUSE_NAMES[head["cause"]], head["setting"],
                 ", ".join(share(head["saturated"][name]) for name in "qkv"),
                 fix["rung"] if needs else "needs nothing" if fix else "nothing measured",
                 _percent(fix["rel_l1"]) if needs else "", _ratio(fix["time"]) if needs else "",

@@ -36,7 +36,7 @@ def main(path="minilm_scales.safetensors"):
     plan = calibrator.plan(rel_l1=0.02, worst=0.1)
 
     errors = Table("layer", *METHODS, "held-out", title=f"relative L1 error on '{JUDGED}', scales from '{OBSERVED}'")
-    planned = Table("layer", "error", "worst head", "rung of the ladder: heads", title="planned, each head at most 0.02")
+    planned = Table("layer", "error", "worst head", "rung of the ladder: heads", title="planned: each head to 0.02")
     for layer in layers:
         arrays = capture[f"{JUDGED}.{layer}"]
         exact = cyflash.reference.attention(*arrays, **capture.options)

@@ -99,7 +99,8 @@ class Calibrator:
     def settings(self):
         """What the constructor was given, as JSON holds it."""
         return {
-            "granularity": list(self.granularity), "fp32_sinks": self.fp32_sinks, "smooth_k": self.smooth_k,
+            "granularity": self.granularity[0] if len(set(self.granularity)) == 1 else list(self.granularity),
+            "fp32_sinks": self.fp32_sinks, "smooth_k": self.smooth_k,
             "reservoir_mb": self.reservoir_mb, "nonfinite": self.nonfinite, "seed": self.seed,
         }  # fmt: skip
 
@@ -134,8 +135,10 @@ class Calibrator:
             As `cyflash.flash_attention`; where heads, head_dim or options are not those of the layer so far; for NaN,
             infinities and tensors of zeros with nonfinite="raise". Nothing was taken in then.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"name: expected the name of a layer, got {name!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a string, the name of a layer, got {type(name).__name__} {name!r}")
+        if not name:
+            raise ValueError("name: expected the name of a layer, got ''")
         try:
             new = self._observed(
                 q, k, v,
@@ -153,12 +156,13 @@ class Calibrator:
         """One Layer for each sequence of a call."""
         for operand, x in (("q", q), ("k", k), ("v", v)):
             arrays.require_float32(operand, x, (2, 3, 4))
-        plan = make_plan(q, k, v, **options)
+        plan, ndim = make_plan(q, k, v, **options), q.ndim
         q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
         return [
             Layer.observed(
                 q[b], k[b], v[b], plan, b, shared_options(plan, b, options), fp32_sinks=self.fp32_sinks,
                 reservoir_bytes=self.reservoir_mb * MEGABYTE, seed=self.seed, ignore=self.nonfinite == "ignore",
+                ndim=ndim,
             )
             for b in range(plan.B)
         ]  # fmt: skip
@@ -302,10 +306,11 @@ class Calibrator:
         settings |= {"percentile": percentile} if method == "percentile" else {}
         settings |= {"objective": objective} if method == "output" else {}
 
-        def found(layer):
+        def found(layer, training, held_out):
             if method == "output":
-                return search.output_scales(layer, self.granularity, self.smooth_k, objective)
-            return search.clipped_scales(layer, self.granularity, self.smooth_k, method, percentile)
+                search.require_halves(layer, training, held_out)
+                return search.output_scales(layer, training, self.granularity, self.smooth_k, objective), {}
+            return search.clipped_scales(layer, self.granularity, self.smooth_k, method, percentile), {}
 
         return self._scales(found, settings, progress)
 
@@ -342,21 +347,25 @@ class Calibrator:
         """
         target = {"rel_l1": _positive("rel_l1", rel_l1), "worst": _positive("worst", worst)}
         settings = {"method": "plan", **self.settings, "target": target}
-        return self._scales(
-            lambda layer: plan_layer(layer, self.granularity, self.smooth_k, target), settings, progress
-        )
+
+        def found(layer, training, held_out):
+            search.require_halves(layer, training, held_out)
+            return plan_layer(layer, training, held_out, self.granularity, self.smooth_k, target)
+
+        return self._scales(found, settings, progress)
 
     def _scales(self, found, settings, progress):
         if not self._layers:
             raise ValueError("the calibrator has observed nothing: call observe(name, q, k, v) first")
-        layers, about = {}, {}
+        layers, about, problems = {}, {}, []
         for name in self.layers:
             layer = self._layers[name]
+            training, held_out = self.tiles(name)
             try:
-                scales, more = found(layer)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from None
-            training, held_out = layer.reservoir.halves()
+                scales, more = found(layer, training, held_out)
+            except ValueError as error:  # all layers are heard
+                problems.append(f"layer {name!r}: {error}")
+                continue
             layers[name] = scales
             about[name] = {
                 **_sizes(layer),
@@ -369,6 +378,8 @@ class Calibrator:
             }
             if progress is not None:
                 progress(name)
+        if problems:
+            raise ValueError("; ".join(problems))
         return Scales(layers, settings=settings, about=about)
 
     # Files

@@ -22,6 +22,7 @@ __all__ = ["METHODS", "clip", "square_error"]
 LEVELS = 127
 CODES = LEVELS + 1  # magnitudes of codes, 0 among them
 LINEAR_BINS = 2048
+EMPTY = 1e-4  # what counts for nothing in a bin that the tail was added to
 SEARCHED_OCTAVES = 8  # below the greatest value
 
 
@@ -74,17 +75,18 @@ def octav_clip(histogram):
 
         s <- sum of |x| beyond s / (4^-8 / 3 * count within s + count beyond s)
     """
-    edges, counts = histogram.edges, np.append(histogram.counts, histogram.above)
+    edges, counts = np.minimum(histogram.edges, histogram.max), np.append(histogram.counts, histogram.above)
     sums = np.append(histogram.sums, histogram.above * histogram.max)
     beyond = np.append(np.cumsum(counts[::-1])[::-1], 0)
     beyond_sum = np.append(np.cumsum(sums[::-1])[::-1], 0.0)
     nonzero = beyond[0]  # what is below all bins is as good as 0
     s = beyond_sum[0] / nonzero
     for _ in range(100):
-        i = min(max(int(np.searchsorted(edges, s, "right")) - 1, 0), len(counts) - 1)
-        part = 1.0 if i == len(counts) - 1 else min(max((edges[i + 1] - s) / (edges[i + 1] - edges[i]), 0.0), 1.0)
-        count = beyond[i + 1] + part * counts[i]
-        total = beyond_sum[i + 1] + part * sums[i]
+        i = int(np.searchsorted(edges, s, "right"))  # the first bin that s does not cut
+        low, high = (edges[i - 1], edges[i]) if 0 < i < len(edges) else (s, s)
+        cut = counts[i - 1] * (high - s) / (high - low) if high > low else 0.0
+        count = beyond[i] + cut
+        total = beyond_sum[i] + cut * (s + high) / 2.0
         new = total / (4.0**-8 / 3.0 * (nonzero - count) + count)
         if abs(new - s) <= 1e-6 * s:
             break
@@ -109,8 +111,7 @@ def entropy_clip(histogram):
         bounds = np.arange(CODES + 1) * end // CODES
         level, width = np.diff(mass[bounds]), np.diff(filled[bounds])
         spread = np.divide(level, width, out=np.zeros(CODES), where=width > 0)
-        if tail > 0.0 and spread[-1] == 0.0:
-            continue
+        spread[-1] = max(spread[-1], EMPTY)
         own = surprise[end] - last * _log(last) + (last + tail) * _log(last + tail)
         cross = level @ _log(spread) + tail * _log(spread[-1])
         divergence = (own - cross) / mass[-1] + np.log(mass[end] / mass[-1])

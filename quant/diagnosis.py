@@ -99,6 +99,7 @@ def diagnose(tiles, layer, *, exact=None, num_threads=None):
     --------
     >>> import numpy as np
     >>> from cyflash.quant import LayerScales
+    >>> from cyflash.quant.diagnosis import diagnose
     >>> from cyflash.quant.tiles import Tile
     >>> rng = np.random.default_rng(0)
     >>> tile = Tile(*(rng.standard_normal((2, 64, 32), dtype=np.float32) for _ in "qkv"), {"causal": True})

@@ -3,7 +3,7 @@
     Counts       what observing adds to: one histogram for each head, in the layout of cpu/observe.pyx
     Histogram    one of them, or all heads together, as numbers to look at and to clip by
 
-A bin is the 32nd part of an octave: the exponent of a float32 and the top 5 bits of its mantissa. Nothing depends on
+A bin is the 16th part of an octave: the exponent of a float32 and the top 4 bits of its mantissa. Nothing depends on
 the order of what was seen, nothing grows, and histograms add up; DDSketch (Masson et al., 2019) is a relative.
 """
 
@@ -63,7 +63,7 @@ class Histogram:
     Attributes
     ----------
     edges : ndarray of float64, shape (BINS + 1,)
-        Lower edges of the bins, and the end of the last: 2^-30 to 2^18, 32 bins an octave.
+        Lower edges of the bins, and the end of the last: 2^-64 to 2^32, 16 bins an octave.
     counts : ndarray of int64, shape (BINS,)
     sums : ndarray of float64, shape (BINS,)
         Sum of |x| in each bin: an exact integer multiple of a power of two, rounded once.

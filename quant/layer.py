@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,9 @@ OPERANDS = ("q", "k", "v")
 PARTS = ("q", "k", "k_centred", "v")
 LADDER_SINKS = 4  # keys that a plan may compute in fp32
 VALUES_PER_THREAD = 1 << 18
-UNIT = 2.0 ** observe.LAYOUT["fraction_bits"]
-MOST_ROWS = 1 << 23  # of one sequence: their sum in fixed point fits
-LARGEST_SUM = 1 << 62
+SUM_BITS = 40  # of the greatest value of a sequence, in the fixed point of its own sums
+MOST_ROWS = 1 << 22  # of one sequence: their sums fit 63 bits
+UNIT = 192  # sums of all sequences are multiples of 2^-192, finer than 40 bits of the least float32
 
 
 class Shape(NamedTuple):
@@ -73,8 +74,11 @@ class Layer:
         Without the first `fp32_sinks` keys, and without what nothing sees.
     rest : dict of str to ndarray of float32, shape (Hk,)
         Greatest values of keys from LADDER_SINKS on.
-    k_sum, k_tokens : ndarray of int64, shapes (Hk, D) and (Hk,)
-        Sums of the keys in fixed point, all keys that are seen, and how many.
+    k_sum : ndarray of int (Python's, of any size), shape (Hk, D)
+        Sum of each channel of the keys that are seen, in units of 2^-192. Each sequence adds multiples of the 40th bit
+        of its greatest value.
+    k_tokens : ndarray of int64, shape (Hk,)
+        How many keys were summed.
     observations : int
     longest : list of int
         The most rows and the most keys that one had.
@@ -87,7 +91,7 @@ class Layer:
         self.shape, self.options, self.fp32_sinks = shape, options, fp32_sinks
         self.counts = {part: Counts.zeros(shape.H if part == "q" else shape.Hk) for part in PARTS}
         self.rest = {part: np.zeros(shape.Hk, np.float32) for part in PARTS[1:]}
-        self.k_sum = np.zeros((shape.Hk, shape.D), np.int64)
+        self.k_sum = np.full((shape.Hk, shape.D), 0, object)
         self.k_tokens = np.zeros(shape.Hk, np.int64)
         self.observations = 0
         self.longest = [0, 0]
@@ -96,8 +100,8 @@ class Layer:
         self.reservoir = Reservoir(reservoir_bytes)
 
     @classmethod
-    def observed(cls, q, k, v, plan, b, options, *, fp32_sinks, reservoir_bytes, seed, ignore):
-        """The Layer of one sequence; q, k, v: float32, (H, L, D), last axes contiguous."""
+    def observed(cls, q, k, v, plan, b, options, *, fp32_sinks, reservoir_bytes, seed, ignore, ndim):
+        """The Layer of one sequence; q, k, v: float32, (H, L, D), last axes contiguous; ndim: the caller's axes."""
         new = cls(Shape(plan.H, plan.Hk, plan.D, plan.Dv), options, fp32_sinks, reservoir_bytes)
         new.observations = 1
         new.longest = [plan.Lq, plan.Lk]
@@ -105,7 +109,9 @@ class Layer:
         new._count("q", q, rows)
         new._count("k", k, keys)
         new._count("v", v, keys)
-        usable = new._settle({"q": (q, rows), "k": (k, keys), "v": (v, keys)}, ignore)
+        usable = True
+        for operand, x, visible in (("q", q, rows), ("k", k, keys), ("v", v, keys)):
+            usable &= new._settle(operand, ignore, lambda x=x, visible=visible: _first_bad(x, visible, b, ndim))
         if new.counts["k"].counts.any():
             new._centre(k, keys)
         if usable:
@@ -120,8 +126,6 @@ class Layer:
             np.maximum(top, other.rest[part], out=top)
         self.k_sum += other.k_sum
         self.k_tokens += other.k_tokens
-        if np.abs(self.k_sum).max(initial=0) > LARGEST_SUM:
-            raise OverflowError("k: the sum of a channel of the keys no longer fits 63 bits; split the calibration")
         self.observations += other.observations
         self.longest = [max(pair) for pair in zip(self.longest, other.longest, strict=True)]
         for mine, its in ((self.nonfinite, other.nonfinite), (self.all_zero, other.all_zero)):
@@ -136,14 +140,14 @@ class Layer:
     @property
     def k_mean(self):
         """Mean of each channel of the keys, float32 (Hk, 1, D)."""
-        tokens = np.maximum(self.k_tokens, 1)[:, None].astype(np.float64)
-        return (self.k_sum / UNIT / tokens).astype(np.float32)[:, None]
+        tokens = np.maximum(self.k_tokens, 1).astype(object)[:, None]
+        return (self.k_sum / (tokens << UNIT)).astype(np.float32)[:, None]
 
     @property
     def nbytes(self):
         """Of the statistics; the reservoir has its own limit."""
         held = (self.k_sum, self.k_tokens, *self.rest.values(), *(x for counts in self.counts.values() for x in counts))
-        return sum(x.nbytes for x in held)
+        return sum(x.nbytes for x in held) + sum(map(sys.getsizeof, self.k_sum.flat))
 
     # One sequence
 
@@ -159,36 +163,43 @@ class Layer:
             counts.observe(x[:, :first], mean, earlier, _threads(x))
         np.maximum(counts.top, self.rest[part], out=counts.top)
 
-    def _settle(self, operands, ignore):
-        """Raise for what is not finite or all zero, or count it and leave it out; whether there is a tile to keep."""
-        usable = True
-        for name, (x, visible) in operands.items():
-            counts = self.counts[name]
-            invalid = int(counts.counts[:, INVALID].sum())
-            usable &= bool(counts.counts.any())
-            if invalid:
-                if not ignore:
-                    raise ValueError(_not_finite(name, x, visible))
-                self.nonfinite[name] = invalid
-                counts.counts[:, INVALID] = 0
-                usable = False
-            elif counts.counts.any() and not counts.top.any():
-                if not ignore:
-                    raise ValueError(
-                        f"{name}: expected values other than 0, got a tensor of zeros {x.shape} (of what is seen); "
-                        'Calibrator(nonfinite="ignore") counts such tensors and leaves them out'
-                    )
-                self.all_zero[name] = 1
-                counts.counts[...] = 0
-                usable = False
-        return usable
+    def _settle(self, operand, ignore, first_bad):
+        """Raise for what is not finite or all zero, or count it and leave it out; whether it can be in a tile."""
+        counts = self.counts[operand]
+        invalid = int(counts.counts[:, INVALID].sum())
+        way_out = 'Calibrator(nonfinite="ignore")'
+        if invalid:
+            if not ignore:
+                raise ValueError(
+                    f"{operand}: expected finite values where they are seen, got {first_bad()}, {invalid} in all; "
+                    f"{way_out} counts such values and leaves them out"
+                )
+            self.nonfinite[operand] = invalid
+            counts.counts[:, INVALID] = 0
+            return False
+        if counts.counts.any() and not counts.top.any():
+            if not ignore:
+                raise ValueError(
+                    f"{operand}: expected values other than 0, got a tensor of zeros (in what is seen); {way_out} "
+                    "counts such tensors and leaves them out"
+                )
+            self.all_zero[operand] = 1
+            counts.counts[...] = 0
+            return False
+        return bool(counts.counts.any())
 
     def _centre(self, k, visible):
         if k.shape[1] > MOST_ROWS:
             raise ValueError(f"k: expected at most {MOST_ROWS} keys in one sequence, got {k.shape[1]}; observe parts")
         finite = np.where(np.isfinite(k), k, np.float32(0)) if self.nonfinite["k"] else k
         flags = None if visible is None else visible.view(np.uint8)
-        observe.sum_channels(finite, flags, self.k_sum, _threads(k))
+        in_fp32 = finite[:, : self.fp32_sinks]
+        in_fp32 = in_fp32 if visible is None else in_fp32[visible[:, : self.fp32_sinks]]
+        greatest = max(self.counts["k"].top.max(), np.abs(in_fp32).max(initial=0))
+        shift = SUM_BITS - int(np.frexp(greatest)[1])
+        total = np.zeros(self.k_sum.shape, np.int64)
+        observe.sum_channels(finite, flags, 2.0**shift, total, _threads(k))
+        self.k_sum += total.astype(object) << (UNIT - shift)
         self.k_tokens[:] = k.shape[1] if visible is None else visible.sum(axis=1)
         self._count("k_centred", k, visible, np.ascontiguousarray(self.k_mean[:, 0]))
         self.counts["k_centred"].counts[:, INVALID] = 0
@@ -213,12 +224,10 @@ def _threads(x):
     return for_call(1 + x.size // VALUES_PER_THREAD)
 
 
-def _not_finite(name, x, visible):
+def _first_bad(x, visible, b, ndim):
+    """The first NaN or infinity that is seen, with its place in the caller's array."""
     wrong = ~np.isfinite(x)
     if visible is not None:
         wrong &= visible[..., None]
     place = tuple(int(i) for i in np.argwhere(wrong)[0])
-    return (
-        f"{name}: expected finite values where they are seen, got {x[place]} at {place} (head, token, channel), "
-        f'{int(wrong.sum())} in all; Calibrator(nonfinite="ignore") counts such values and leaves them out'
-    )
+    return f"{x[place]} at {(b, *place)[4 - ndim :]}"

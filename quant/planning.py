@@ -5,8 +5,8 @@
 
 The order of the ladder is the order of the work; times are measured for the reader and change nothing: a plan does not
 depend on how busy the machine was. Errors are of query heads, against attention in float64: sum|O - O'| / sum|O| over
-all tiles, and that of the worst row, whose sum|O| counts as the head's mean row where it is less. A kv head is as bad as
-the worst query head of its group.
+all tiles, and that of the worst row, whose sum|O| counts as the head's mean row where it is less. A kv head is as bad
+as the worst query head of its group.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from cyflash import reference
 from cyflash.attention import flash_attention
 from cyflash.quant.layer import LADDER_SINKS, as_arguments
 from cyflash.quant.metrics import pooled
-from cyflash.quant.search import Trials, require_halves, run, searched
+from cyflash.quant.search import Trials, run, searched
 from cyflash.quant.tiles import Tile
 from cyflash.quantized import LayerScales
 
@@ -38,14 +38,12 @@ class Rung(NamedTuple):
     scales: LayerScales | None
 
 
-def plan_layer(layer, granularity, smooth_k, target):
+def plan_layer(layer, training, held_out, granularity, smooth_k, target):
     """(LayerScales, {"parts", "rungs"}); target: {"rel_l1", "worst"}."""
-    training, held_out = require_halves(layer)
     ladder = rungs(layer, training, granularity, smooth_k)
     exact = [reference.attention(*tile[:3], **tile.options) for tile in held_out]
     found = [_errors(layer.shape, held_out, exact, rung) for rung in ladder]
-    seconds = _times(layer, ladder)
-    relative = [one / seconds[-1] for one in seconds]  # the last rung is fp32
+    relative = _times(layer, ladder)
     choice = [_choose(head, found, target) for head in range(layer.shape.Hk)]
     if missed := [head for head, rung in enumerate(choice) if rung is None]:
         raise ValueError(_missed(missed, ladder, found, target))
@@ -62,7 +60,7 @@ def plan_layer(layer, granularity, smooth_k, target):
     ]
     plain = len(parts) == 1 and parts[0][1] is not None
     scales = parts[0][1] if plain else LayerScales(parts=tuple(parts))
-    return scales, {"parts": about, "rungs": everything}
+    return scales, {"parts": about, "rungs": everything, "time": _time_of(layer, Rung("planned", scales))}
 
 
 def rungs(layer, training, granularity, smooth_k):
@@ -109,22 +107,39 @@ def _errors(shape, tiles, exact, rung):
     return {name: np.reshape(values, (shape.Hk, -1)).max(axis=1) for name, values in found.items()}
 
 
+def _time_of(layer, rung):
+    """Time of a rung for the whole layer over that of fp32."""
+    tile = _longest(layer, layer.shape.Hk)
+    seconds = _seconds(tile, [rung, Rung("fp32", None)], rounds=2)
+    return seconds[0] / seconds[1]
+
+
 def _times(layer, ladder):
-    """Median seconds of each rung, measured in turns, on noise of the longest call's shape: on as many heads as are
-    quickly run, and without masks and biases, which belong to calls."""
+    """Times of rungs over that of the last one, on as many heads as are quickly run."""
     H, Hk, D, Dv = layer.shape
     Lq, Lk = layer.longest
-    group = H // Hk
-    heads = tuple(range(min(Hk, max(1, int(TIMED_WORK / (2 * group * Lq * Lk * (D + Dv)))))))
-    shapes = ((group * len(heads), Lq, D), (len(heads), Lk, D), (len(heads), Lk, Dv))
-    r = np.random.default_rng(0)
+    n = min(Hk, max(1, int(TIMED_WORK / (2 * H // Hk * Lq * Lk * (D + Dv)))))
+    ladder = [rung._replace(scales=_of_heads(rung.scales, range(n), layer.shape)) for rung in ladder]
+    seconds = _seconds(_longest(layer, n), ladder, ROUNDS)
+    return [one / seconds[-1] for one in seconds]
+
+
+def _longest(layer, n):
+    """Noise of the longest call's shape, for the first n kv heads; without masks and biases, which belong to calls."""
+    H, Hk, D, Dv = layer.shape
+    Lq, Lk = layer.longest
+    r, group = np.random.default_rng(0), H // Hk
+    shapes = ((group * n, Lq, D), (n, Lk, D), (n, Lk, Dv))
     options = {
-        name: x[: shapes[0][0]] if isinstance(x, np.ndarray) else x for name, x in as_arguments(layer.options).items()
+        name: x[: group * n] if isinstance(x, np.ndarray) else x for name, x in as_arguments(layer.options).items()
     }
-    tile = Tile(*(r.standard_normal(shape, dtype=np.float32) for shape in shapes), options)
-    ladder = [rung._replace(scales=_of_heads(rung.scales, heads, layer.shape)) for rung in ladder]
+    return Tile(*(r.standard_normal(shape, dtype=np.float32) for shape in shapes), options | {"num_threads": 1})
+
+
+def _seconds(tile, ladder, rounds):
+    """Median seconds of each rung on one thread, measured in turns."""
     seconds = [[] for _ in ladder]
-    for _ in range(1 + ROUNDS):
+    for _ in range(1 + rounds):
         for times, rung in zip(seconds, ladder, strict=True):
             begin = time.perf_counter()
             _run(tile, rung)

@@ -30,7 +30,7 @@ MOST_WORK = 4e9  # FLOPs of one candidate: about 40 ms; a search has up to 150
 
 
 def clipped_scales(layer, granularity, smooth_k, method, percentile):
-    """(LayerScales, {}) by a method of clipping.py."""
+    """LayerScales by a method of clipping.py."""
     clips = {
         part: _units(layer, part, by, lambda histogram: clip(method, histogram, percentile))
         for part, by in _parts(granularity).items()
@@ -39,7 +39,7 @@ def clipped_scales(layer, granularity, smooth_k, method, percentile):
     if clips["k"] is not None:
         smooth = _smooth_units(layer, granularity[1], smooth_k, clips)
         clips["k"] = np.where(smooth, clips["k_centred"], clips["k"])
-    return _layer_scales(layer, clips, smooth, layer.fp32_sinks), {}
+    return _layer_scales(layer, clips, smooth, layer.fp32_sinks)
 
 
 def _parts(granularity):
@@ -52,7 +52,7 @@ def _units(layer, part, by, clip_of):
     if by == "token":
         return None
     counts = layer.counts[part]
-    whole = clip_of(counts.histogram())
+    whole = clip_of(counts.histogram()) if counts.counts.any() else 0.0
     if whole == 0.0 and part != "k_centred":  # keys that are all alike are zero without their mean
         raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
     if by == "tensor":
@@ -97,28 +97,22 @@ def check_objective(objective):
         raise ValueError(f"objective: expected one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}")
 
 
-def require_halves(layer):
-    """(training, held-out) tiles of a layer; ValueError if one of them is empty."""
-    training, held_out = layer.reservoir.halves()
-    if not held_out:
+def require_halves(layer, training, held_out):
+    """ValueError if one of the halves of the tiles is empty."""
+    if not (training and held_out):
         few = len(training)
         raise ValueError(
             f"expected at least two different observations, one to search on and one to judge by, got {few} with "
             f"finite values that fit reservoir_mb={layer.reservoir.limit / 1e6:g} (of {layer.observations} observed); "
             "observe more, or use a method that needs no tiles, such as 'max'"
         )
-    return training, held_out
 
 
-def output_scales(layer, granularity, smooth_k, objective):
-    """(LayerScales, {}) that make the error of the output least on the training tiles."""
-    training, _ = require_halves(layer)
+def output_scales(layer, training, granularity, smooth_k, objective):
+    """LayerScales that make the error of the output least on the training tiles."""
     trials = Trials(training, layer.shape, objective)
     options = [False, True] if smooth_k == "auto" and granularity[1] != "token" else [smooth_k is True]
-    found = [searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options]
-    if len(found) == 1 or "tensor" in granularity:  # heads share a scale: one choice for all
-        return min(found, key=lambda x: x.loss("tensor")[0]).scales(), {}
-    return _by_head(*found).scales(), {}
+    return best_of(searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options).scales()
 
 
 class Searched:
@@ -146,12 +140,28 @@ class Searched:
 
 
 def searched(layer, trials, granularity, smooth, fp32_sinks):
-    """Coordinate descent from the greatest values on: the `Searched` where no step helps."""
-    start = {part: _tops(layer, part, by, fp32_sinks) for part, by in _parts(granularity).items()}
-    start["k"] = start.pop("k_centred") if smooth else start["k"]
-    start.pop("k_centred", None)
-    point = Searched(layer, trials, granularity, start, np.full(layer.shape.Hk, smooth), fp32_sinks)
-    operands = [operand for operand in "kqv" if start[operand] is not None]
+    """Coordinate descent from the greatest values on.
+
+    The worst row, one of many, is a rugged function, on which descent gets stuck: it also begins at the clips of least
+    square error. For the means that finds little more, and more of what holds for the training tiles alone.
+    """
+    parts = {"q": "q", "k": "k_centred" if smooth else "k", "v": "v"}
+    by = dict(zip("qkv", granularity, strict=True))
+    starts = [{operand: _tops(layer, part, by[operand], fp32_sinks) for operand, part in parts.items()}]
+    if trials.objective == "worst_row":
+        least = {
+            operand: _units(layer, part, by[operand], lambda histogram: clip("mse", histogram))
+            for operand, part in parts.items()
+        }
+        starts.append({operand: x if x is None else np.minimum(x, least[operand]) for operand, x in starts[0].items()})
+    smooth = np.full(layer.shape.Hk, smooth)
+    return best_of(
+        _descended(Searched(layer, trials, granularity, clips, smooth, fp32_sinks)) for clips in starts
+    )
+
+
+def _descended(point):
+    operands = [operand for operand in "kqv" if point.clips[operand] is not None]
     for sweep in range(SWEEPS):
         before = point
         for operand in operands:
@@ -197,15 +207,26 @@ def _tops(layer, part, by, fp32_sinks):
     return np.array([whole]) if by == "tensor" else np.where(own > 0.0, own, whole)
 
 
-def _by_head(a, b):
-    """The better of two points for each kv head."""
-    first = a.loss("head") <= b.loss("head")
-    group = a.layer.shape.H // a.layer.shape.Hk
-    choice = {"q": np.repeat(first, group), "k": first, "v": first}
+def best_of(points):
+    """The first point, or a later one that is clearly better; for each kv head its own where heads share no scale."""
+    best, *others = points
+    by = "tensor" if "tensor" in best.granularity.values() else "head"
+    for point in others:
+        change = point.shares(by) - best.shares(by)
+        better = change.sum(axis=1) + _standard_error(change) < 0.0
+        best = _mixed(best, point, np.broadcast_to(better, best.layer.shape.Hk))
+    return best
+
+
+def _mixed(a, b, take_b):
+    """Point b for the kv heads where take_b says so, with their query heads; point a for the others."""
+    if take_b.all() or not take_b.any():
+        return b if take_b.all() else a
+    choice = {"q": np.repeat(take_b, a.layer.shape.H // a.layer.shape.Hk), "k": take_b, "v": take_b}
     clips = {
-        operand: None if x is None else np.where(choice[operand], x, b.clips[operand]) for operand, x in a.clips.items()
+        operand: None if x is None else np.where(choice[operand], b.clips[operand], x) for operand, x in a.clips.items()
     }
-    smooth = np.where(first, a.smooth, b.smooth)
+    smooth = np.where(take_b, b.smooth, a.smooth)
     return Searched(a.layer, a.trials, a.granularity.values(), clips, smooth, a.fp32_sinks)
 
 
@@ -236,10 +257,16 @@ def run(tile, scales):
 
 
 def error(tiles, scales):
-    """A Comparison, as a dict, of int8 attention on all tiles with attention in float64; None without tiles."""
+    """A Comparison, as a dict, of int8 attention on all tiles with attention in float64.
+
+    None without tiles, and where int8 gives NaN or infinities for values too large for float32 arithmetic.
+    """
     if not tiles:
         return None
-    return pooled((run(tile, scales), reference.attention(*tile[:3], **tile.options)) for tile in tiles)._asdict()
+    pairs = [(run(tile, scales), reference.attention(*tile[:3], **tile.options)) for tile in tiles]
+    if not all(np.isfinite(x).all() for pair in pairs for x in pair):
+        return None
+    return pooled(pairs)._asdict()
 
 
 def _affordable(tiles):

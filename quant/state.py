@@ -3,7 +3,7 @@
     tensor                                   holds
     `<layer>/<part>/counts`, `/sums`         the columns of the histograms from the first to the last that is not empty
     `<layer>/<part>/top`, `/rest`            greatest values of all keys, and of those after the first few
-    `<layer>/k_sum`, `<layer>/k_tokens`      fixed-point sums of the keys
+    `<layer>/k_sum`, `<layer>/k_tokens`      fixed-point sums of the keys, in words of 32 bits
     `<layer>/tile/<hash>/q`, `/k`, ...       tiles, with their mask and bias
 
     metadata "calibrator"                    JSON: schema, settings; per layer its shape, options, counters and hashes
@@ -23,6 +23,7 @@ __all__ = ["load", "save"]
 
 FORMAT = "cyflash.Calibrator"
 SCHEMA = 1
+WORDS = 13  # of 32 bits: 192 below the point, 128 for the greatest float, and how many there are
 COUNTERS = ("observations", "longest", "nonfinite", "all_zero")
 
 
@@ -41,13 +42,13 @@ def save(path, settings, layers):
             tensors[f"{name}/{part}/top"] = counts.top
             if part in layer.rest:
                 tensors[f"{name}/{part}/rest"] = layer.rest[part]
-        tensors |= {f"{name}/k_sum": layer.k_sum, f"{name}/k_tokens": layer.k_tokens}
+        tensors |= {f"{name}/k_sum": _as_words(layer.k_sum), f"{name}/k_tokens": layer.k_tokens}
         tiles = {}
         for key, tile in layer.reservoir.tiles.items():
             arrays = {"q": tile.q, "k": tile.k, "v": tile.v}
             arrays |= {option: tile.options[option] for option in ("bias", "mask") if option in tile.options}
             tensors |= {f"{name}/tile/{key}/{part}": x for part, x in arrays.items()}
-            tiles[key] = tile.options["causal_align"]
+            tiles[key] = {"causal_align": tile.options["causal_align"], "arrays": sorted(arrays)}
         about[name] = {
             "shape": list(layer.shape), "options": layer.options, "first": first, "tiles": tiles,
             **{counter: getattr(layer, counter) for counter in COUNTERS},
@@ -122,9 +123,11 @@ def _layer(name, about, settings, tensors):
             _take(tensors, f"{name}/{part}/rest", layer.rest[part])
         if not (np.isfinite(counts.top) & (counts.top >= 0)).all():
             raise ValueError(f"{name}/{part}/top: expected finite values of at least 0")
-    _take(tensors, f"{name}/k_sum", layer.k_sum)
+    words = _as_words(layer.k_sum)
+    _take(tensors, f"{name}/k_sum", words)
+    layer.k_sum = _from_words(words)
     _take(tensors, f"{name}/k_tokens", layer.k_tokens)
-    tiles = {key: _tile(f"{name}/tile/{key}", align, layer, tensors) for key, align in about["tiles"].items()}
+    tiles = {key: _tile(f"{name}/tile/{key}", one, layer, tensors) for key, one in about["tiles"].items()}
     layer.reservoir.add(tiles)
     return layer
 
@@ -136,15 +139,25 @@ def _take(tensors, key, out):
     out[...] = x
 
 
-def _tile(prefix, align, layer, tensors):
-    q, k, v = (tensors.pop(f"{prefix}/{part}") for part in "qkv")
+def _as_words(x):
+    """Python's integers as int64 (WORDS, ...): 32 bits in each but the last, which has the sign."""
+    low = [(x >> 32 * i) & 0xFFFFFFFF for i in range(WORDS - 1)]
+    return np.stack([*low, x >> 32 * (WORDS - 1)]).astype(np.int64)
+
+
+def _from_words(words):
+    return sum(word.astype(object) << 32 * i for i, word in enumerate(words))
+
+
+def _tile(prefix, about, layer, tensors):
     H, Hk, D, Dv = layer.shape
-    expected = ((H, *q.shape[1:2], D), (Hk, *k.shape[1:2], D), (Hk, *k.shape[1:2], Dv))
-    for part, x, shape in zip("qkv", (q, k, v), expected, strict=True):
+    arrays = {part: tensors.pop(f"{prefix}/{part}") for part in about["arrays"]}
+    q, k, v = (arrays.pop(part) for part in "qkv")
+    R, T = q.shape[1:2], k.shape[1:2]
+    for part, x, shape in (("q", q, (H, *R, D)), ("k", k, (Hk, *T, D)), ("v", v, (Hk, *T, Dv))):
         if x.shape != shape or x.dtype != np.float32 or not np.isfinite(x).all():
             raise ValueError(f"{prefix}/{part}: expected finite float32 {shape}, got {x.dtype} {x.shape}")
-    options = as_arguments(layer.options) | {"causal_align": align}
-    options |= {
-        name: tensors.pop(f"{prefix}/{name}") for name in ("bias", "mask") if f"{prefix}/{name}" in tensors
-    }  # fmt: skip
-    return Tile(q, k, v, options)
+    for option, x in arrays.items():
+        if option not in ("bias", "mask") or np.broadcast_shapes(x.shape, (H, *R, *T)) != (H, *R, *T):
+            raise ValueError(f"{prefix}/{option}: expected a bias or a mask for {(H, *R, *T)}, got {x.shape}")
+    return Tile(q, k, v, as_arguments(layer.options) | {"causal_align": about["causal_align"]} | arrays)

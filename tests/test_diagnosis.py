@@ -1,5 +1,6 @@
 """Where the error of a layer comes from: planted causes are found, every number is what a direct computation gives."""
 
+import doctest
 import json
 
 import numpy as np
@@ -277,3 +278,7 @@ def test_a_layer_without_tiles_is_refused():
 def test_scales_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="q_scale"):
         d.diagnose([tile()], LayerScales(np.ones((3, 1, 1), np.float32), 0.1, 0.1))
+
+
+def test_docstring_examples():
+    assert doctest.testmod(d).failed == 0

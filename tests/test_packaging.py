@@ -214,7 +214,7 @@ def test_wheel_holds_the_package_and_no_sources_of_kernels(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cyflash").rglob("*.py")}
     modules |= {f"cyflash/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "quant").rglob("*.py")}
     assert "cyflash/quant/__init__.py" in modules
-    assert modules | {"cyflash/py.typed"} <= set(names)
+    assert modules | {"cyflash/py.typed", "cyflash/report_page.html"} <= set(names)
     assert [name for name in names if name.startswith("cyflash/cpu/_baseline") and name.endswith(".so")]
     assert not [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxi"))]
 

@@ -161,6 +161,7 @@ def test_every_section_and_figure_is_there_and_described(written):
     assert all(attributes["role"] == "img" for attributes in drawn)
     assert f"<h1>Scales: {name}.safetensors</h1>" in text
     assert got["verdict"] in html.unescape(text)
+    assert f"Found by method {'output' if name == 'scales' else 'max'} (granularity tensor, smooth_k" in text
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text and "@media print" in text
 
 
@@ -225,12 +226,18 @@ def test_the_summary_is_that_of_the_heads(written):
 
 
 def test_the_errors_are_those_of_the_calibration(folder, written):
-    name, _, _, got, _ = written
+    name, _, page, got, _ = written
     about = Scales.load(folder / f"{name}.safetensors").about
     for layer in got["layers"]:
         if name == "scales" or layer["layer"] != STRANGE:
             assert layer["error"] == pytest.approx(about[layer["layer"]]["error"]["held_out"])
         assert layer["measured_on"] == "held-out"
+    shown = {row["layer"]: row for row in page.table("layer", "in training")}
+    for layer in got["layers"]:
+        row, errors = shown[layer["layer"]], about[layer["layer"]]["error"]
+        assert row["in training"] == percent(errors["training"]["rel_l1"])
+        assert row["relative L1"] == percent(layer["error"]["rel_l1"])
+        assert sum(int(row[name]) for name in ("heads by QK", "by P", "by V", "in fp32")) == H
 
 
 def test_what_fixes_a_head_is_the_fastest_rung_under_the_limit(written):

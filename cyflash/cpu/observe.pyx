@@ -6,36 +6,30 @@
 
 Everything counted is an integer, so results do not depend on order, threads or how data was cut into calls.
 
-A bin is an octave's 32nd part: the exponent and the top 5 bits of the mantissa. Of the rest of the mantissa, 18 bits,
+A bin is an octave's 16th part: the exponent and the top 4 bits of the mantissa. Of the rest of the mantissa, 19 bits,
 each bin keeps the exact sum. During the pass count and sum of a bin share 64 bits, so that a value costs one addition
-to one word: the sum has the low 40, the count the upper 24, and 2^22 values of 18 bits fit both.
+to one word: the sum has the low 40, the count the upper 24, and 2^21 values of 19 bits fit both.
 """
 from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 cdef enum:
-    LOW_BITS = 18                        # of the mantissa, below the bins
+    LOW_BITS = 19                        # of the mantissa, below the bins
     ENTRIES = 1 << (31 - LOW_BITS)       # all bins that float32 has
-    FIRST_BIN = (127 - 30) << 5          # the bin that begins at 2^-30 ...
-    KEPT_BINS = 48 << 5                  # ... and 48 octaves from there: up to 2^18
-    NONFINITE = 255 << 5                 # infinities and NaN begin here
+    FIRST_BIN = (127 - 64) << 4          # the bin that begins at 2^-64 ...
+    KEPT_BINS = 96 << 4                  # ... and 96 octaves from there: up to 2^32
+    NONFINITE = 255 << 4                 # infinities and NaN begin here
     BELOW = 0                            # columns of `counts`: smaller values, zeros among them,
     ABOVE = KEPT_BINS + 1                # larger ones,
     INVALID = KEPT_BINS + 2              # and NaN and inf; the bins are between them
     COLUMNS = KEPT_BINS + 3
-    RUN = 1 << 22                        # values until the 40 bits of a sum could be full
-    FRACTION_BITS = 24                   # of the fixed point
+    RUN = 1 << 21                        # values until the 40 bits of a sum could be full
 
-cdef double UNIT = 1 << FRACTION_BITS
 # Added to a double below 2^51, it leaves the rounded integer in the low bits of the mantissa.
 cdef double ROUNDER = 3.0 * (<int64_t> 1 << 51)
-cdef float LARGEST = 1 << 15             # larger values count as this in a channel's sum: 2^23 of them fit 63 bits
 
-LAYOUT = {
-    "bins": KEPT_BINS, "bins_per_octave": 32, "first_exponent": -30, "low_bits": LOW_BITS, "columns": COLUMNS,
-    "fraction_bits": FRACTION_BITS,
-}
+LAYOUT = {"bins": KEPT_BINS, "bins_per_octave": 16, "first_exponent": -64}
 
 
 cdef inline void count_row(
@@ -139,29 +133,28 @@ def count_values(
 
 
 cdef void sum_head(
-    const float* x, Py_ssize_t stride, Py_ssize_t L, Py_ssize_t D, const unsigned char* seen, int64_t* total
+    const float* x, Py_ssize_t stride, Py_ssize_t L, Py_ssize_t D, const unsigned char* seen, double factor,
+    int64_t* total
 ) noexcept nogil:
     cdef Py_ssize_t i, d
-    cdef float value
     cdef double rounded
     cdef int64_t origin = (<int64_t*> &ROUNDER)[0]
     for i in range(L):
         if seen != NULL and not seen[i]:
             continue
         for d in range(D):
-            value = x[i * stride + d]
-            value = value if value > -LARGEST else -LARGEST
-            value = value if value < LARGEST else LARGEST
-            rounded = <double> value * UNIT + ROUNDER
+            rounded = <double> x[i * stride + d] * factor + ROUNDER
             total[d] += (<int64_t*> &rounded)[0] - origin
 
 
 def sum_channels(
-    const float[:, :, :] x not None, const unsigned char[:, :] seen, int64_t[:, ::1] total not None, int threads,
+    const float[:, :, :] x not None, const unsigned char[:, :] seen, double factor, int64_t[:, ::1] total not None,
+    int threads,
 ):
-    """Add the rows of each head to total (H, D), each value rounded to a multiple of 2^-24.
+    """Add the rows of each head to total (H, D), each value times `factor`, rounded to an integer.
 
-    x: (H, L, D), the last axis contiguous, all values of rows that count finite; L at most 2^23. seen: as above.
+    x: (H, L, D), the last axis contiguous, all values of rows that count at most 2^40 / factor; L at most 2^22. seen:
+    as above.
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h
     cdef Py_ssize_t stride = x.strides[1] // <Py_ssize_t> sizeof(float)
@@ -169,7 +162,7 @@ def sum_channels(
     if x.size == 0:
         return
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
-        sum_head(&x[h, 0, 0], stride, L, D, &seen[h, 0] if some else NULL, &total[h, 0])
+        sum_head(&x[h, 0, 0], stride, L, D, &seen[h, 0] if some else NULL, factor, &total[h, 0])
 
 
 cdef uint64_t print_head(
