@@ -134,6 +134,15 @@ def test_the_int8_part_of_the_readme_runs(capsys):
     assert schemes == [name for name in SCHEMES if "int8" in name]
 
 
+def test_the_calibration_part_of_the_readme_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README.partition("## Calibration")[2].partition("\n## ")[0], re.S)
+    arrays = np.random.default_rng(0).standard_normal((4, 3, 2, 64, 32), dtype=np.float32)
+    exec(block, {"cyflash": cyflash, "recorded": [("layer0", *qkv) for qkv in arrays]})
+    assert "rel_l1" in capsys.readouterr().out
+    assert Path("scales.safetensors").is_file()
+
+
 def modules_with_examples():
     """Their names, with quant/ as it is installed."""
     for path in sorted([*(ROOT / "cyflash").rglob("*.py"), *(ROOT / "quant").rglob("*.py")]):

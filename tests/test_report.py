@@ -281,7 +281,7 @@ def test_the_histograms_are_those_of_the_calibrator(folder, written):
         if own.parts is None:
             assert q["scale"] == [own.q_scale, own.q_scale]
             expected = calibrator.histogram(layer["layer"], "q").saturated(own.q_scale)
-            assert q["saturated"] == pytest.approx(expected, rel=0.1)  # heads that do not reach the clip are known one by one
+            assert q["saturated"] == pytest.approx(expected, rel=0.1)  # summed over heads, which is finer
             used = "k" if own.k_mean is None else "k_centred"
             assert layer["histograms"][used]["quantised"] == "static"
             assert {"k": "k_centred", "k_centred": "k"}[used] and layer["histograms"]["v"]["quantised"] == "static"
