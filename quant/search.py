@@ -23,6 +23,7 @@ COARSE = tuple(range(-4 * STEPS, STEPS // 2 + 1, STEPS // 2))  # from a 16th of 
 FINE = ((-2, 2), (-1, 1))
 SWEEPS = 3
 GAIN = 0.01  # a step must make the error at least so much smaller: less does not carry over to other data
+WORST_ROW = 1.5  # a step must not make a unit's worst row so many times as bad as at the start: a mean hides it
 MOST_WORK = 4e9  # FLOPs of one candidate: about 40 ms; a search has up to 150
 
 
@@ -118,10 +119,11 @@ def output_scales(layer, training, granularity, smooth_k, objective):
 class Searched:
     """A point of the search: the clips of each operand's units, what is smoothed, and the error of each unit."""
 
-    def __init__(self, layer, trials, granularity, clips, smooth, fp32_sinks):
+    def __init__(self, layer, trials, granularity, clips, smooth, fp32_sinks, start=None):
         self.layer, self.trials, self.granularity = layer, trials, dict(zip("qkv", granularity, strict=True))
         self.clips, self.smooth, self.fp32_sinks = clips, smooth, fp32_sinks
         self.parts = trials.parts(self.scales())
+        self.start = self.parts if start is None else start
 
     def scales(self, pv="int8"):
         return _layer_scales(self.layer, self.clips, self.smooth, self.fp32_sinks, pv)
@@ -136,7 +138,14 @@ class Searched:
 
     def moved(self, operand, steps):
         clips = self.clips | {operand: self.clips[operand] * 2.0 ** (steps / STEPS)}
-        return Searched(self.layer, self.trials, self.granularity.values(), clips, self.smooth, self.fp32_sinks)
+        return Searched(
+            self.layer, self.trials, self.granularity.values(), clips, self.smooth, self.fp32_sinks, self.start
+        )
+
+    def spoils_rows(self, by, operand):
+        """For each unit, whether its worst row is much worse than at the start."""
+        worst, before = (self.trials.worst(parts, by, operand) for parts in (self.parts, self.start))
+        return worst > WORST_ROW * before
 
 
 def searched(layer, trials, granularity, smooth, fp32_sinks):
@@ -182,8 +191,10 @@ def _best_step(point, operand, moves):
     now = point.shares(by, operand)
     best, steps = -GAIN * now.sum(axis=1), np.zeros(len(now), int)
     for move in moves:
-        change = point.moved(operand, np.full(len(now), move)).shares(by, operand) - now
+        moved = point.moved(operand, np.full(len(now), move))
+        change = moved.shares(by, operand) - now
         score = change.sum(axis=1) + _standard_error(change)
+        score = np.where(moved.spoils_rows(by, operand), np.inf, score)
         steps = np.where(score < best, move, steps)
         best = np.minimum(score, best)
     return point.moved(operand, steps) if steps.any() else point
@@ -239,16 +250,23 @@ class Trials:
         self.exact = [flash_attention(*tile[:3], **tile.options) for tile in self.tiles]
 
     def parts(self, scales):
-        """What the errors of units are put together from: (tiles, 2, H), error and size of each head."""
+        """What the errors of units are put together from: (tiles, 3, H), error, size and worst row of each head."""
         outputs = (run(tile, scales) for tile in self.tiles)
         measure = OBJECTIVES[self.objective][0]
-        return np.array([[*measure(*pair)] for pair in zip(outputs, self.exact, strict=True)])
+        return np.array([[*measure(*pair), _worst_row(*pair)] for pair in zip(outputs, self.exact, strict=True)])
 
     def shares(self, parts, by, operand):
         """(units, n): for units of all heads, of the heads of q, or of the groups of kv heads."""
+        error, size, _ = self._of_units(parts, by, operand)
+        return OBJECTIVES[self.objective][1](error, size)
+
+    def worst(self, parts, by, operand):
+        """The worst row of each unit."""
+        return self._of_units(parts, by, operand)[2].max(axis=1)
+
+    def _of_units(self, parts, by, operand):
         units = 1 if by == "tensor" else self.shape.H if operand == "q" else self.shape.Hk
-        parts = parts.transpose(1, 2, 0).reshape(2, units, -1)
-        return OBJECTIVES[self.objective][1](*parts)
+        return parts.transpose(1, 2, 0).reshape(3, units, -1)
 
 
 def run(tile, scales):
@@ -291,7 +309,7 @@ def _squares(output, exact):
 def _worst_row(output, exact):
     rows, sizes = (np.abs(x).sum(axis=2, dtype=np.float64) for x in (output - exact, exact))
     sizes = np.maximum(sizes, sizes.mean(axis=1, keepdims=True))
-    return (rows / np.where(sizes > 0.0, sizes, 1.0)).max(axis=1, initial=0.0), np.ones(len(exact))
+    return (rows / np.where(sizes > 0.0, sizes, 1.0)).max(axis=1, initial=0.0)
 
 
 def _part_of_whole(error, size):
@@ -306,5 +324,5 @@ def _greatest(error, size):
 OBJECTIVES = {
     "rel_l1": (_l1, _part_of_whole),
     "rmse": (_squares, _part_of_whole),
-    "worst_row": (_worst_row, _greatest),
+    "worst_row": (lambda output, exact: (_worst_row(output, exact), np.ones(len(exact))), _greatest),
 }

@@ -210,10 +210,13 @@ def test_objectives_differ(by_objective):
 @pytest.mark.parametrize("objective", MEASURES)
 @pytest.mark.parametrize("smooth_k", [True, False])
 def test_on_the_training_part_no_method_is_better(objective, smooth_k):
+    """Among those that spoil no row: "output" lets the worst one become 1.5 times as bad as with "max", not more."""
     calibrator = calibrated(*observations(4), smooth_k=smooth_k)
-    told = {m: calibrator.compute(m, objective=objective).about["layer"]["error"]["training"][objective]
+    told = {m: calibrator.compute(m, objective=objective).about["layer"]["error"]["training"]
             for m in calibrating.METHODS}
-    assert told["output"] <= 1.0001 * min(told.values())
+    limit = 1.51 * told["max"]["worst_row"]
+    assert told["output"]["worst_row"] <= limit
+    assert told["output"][objective] <= 1.0001 * min(x[objective] for x in told.values() if x["worst_row"] <= limit)
 
 
 def test_the_options_of_the_layer_take_part_in_the_search():
