@@ -294,7 +294,8 @@ class Calibrator:
         -----
         No pass over the data is needed for another method. The search is coordinate descent over the scales of q, k
         and v, in steps down to 2^(1/8). A step must gain 1 % and more than its standard error over tiles and heads,
-        and leave the worst row below 1.5 times what it was with "max". Held-out tiles are not read by it.
+        leave the worst row below 1.5 times what it was with "max", and clip nothing that the training tiles have less
+        of than all observations (`cyflash.quant.evidence`). Held-out tiles are not read by it.
         """
         if method != "output" and method not in METHODS:
             expected = ", ".join(map(repr, ("output", *METHODS)))

@@ -131,7 +131,7 @@ class Layer:
         for mine, its in ((self.nonfinite, other.nonfinite), (self.all_zero, other.all_zero)):
             for operand in OPERANDS:
                 mine[operand] += its[operand]
-        self.reservoir.add(other.reservoir.tiles)
+        self.reservoir.add(other.reservoir.tiles, other.reservoir.end)
 
     def empty(self):
         """A Layer of the same kind that has seen nothing."""

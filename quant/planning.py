@@ -18,10 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import reference
-from cyflash.attention import flash_attention
 from cyflash.quant.layer import LADDER_SINKS, as_arguments
 from cyflash.quant.metrics import pooled
-from cyflash.quant.search import Trials, run, searched
+from cyflash.quant.search import Trials, exact, over_tiles, run, searched
 from cyflash.quant.tiles import Tile
 from cyflash.quantized import LayerScales
 
@@ -41,8 +40,8 @@ class Rung(NamedTuple):
 def plan_layer(layer, training, held_out, granularity, smooth_k, target):
     """(LayerScales, {"parts", "rungs"}); target: {"rel_l1", "worst"}."""
     ladder = rungs(layer, training, granularity, smooth_k)
-    exact = [reference.attention(*tile[:3], **tile.options) for tile in held_out]
-    found = [_errors(layer.shape, held_out, exact, rung) for rung in ladder]
+    truths = over_tiles(lambda tile: reference.attention(*tile[:3], **tile.options), held_out)
+    found = [_errors(layer.shape, held_out, truths, rung) for rung in ladder]
     relative = _times(layer, ladder)
     choice = [_choose(head, found, target) for head in range(layer.shape.Hk)]
     if missed := [head for head, rung in enumerate(choice) if rung is None]:
@@ -93,14 +92,14 @@ def rungs(layer, training, granularity, smooth_k):
 
 
 def _run(tile, rung):
-    return flash_attention(*tile[:3], **tile.options) if rung.scales is None else run(tile, rung.scales)
+    return exact(tile) if rung.scales is None else run(tile, rung.scales)
 
 
-def _errors(shape, tiles, exact, rung):
+def _errors(shape, tiles, truths, rung):
     """{"rel_l1", "worst"} of each kv head."""
-    outputs = [_run(tile, rung) for tile in tiles]
+    outputs = over_tiles(lambda tile: _run(tile, rung), tiles)
     by_head = [
-        pooled((output[head, None], truth[head, None]) for output, truth in zip(outputs, exact, strict=True))
+        pooled((output[head, None], truth[head, None]) for output, truth in zip(outputs, truths, strict=True))
         for head in range(shape.H)
     ]
     found = {"rel_l1": [one.rel_l1 for one in by_head], "worst": [one.worst_row for one in by_head]}
@@ -133,7 +132,7 @@ def _longest(layer, n):
     options = {
         name: x[: group * n] if isinstance(x, np.ndarray) else x for name, x in as_arguments(layer.options).items()
     }
-    return Tile(*(r.standard_normal(shape, dtype=np.float32) for shape in shapes), options | {"num_threads": 1})
+    return Tile(*(r.standard_normal(shape, dtype=np.float32) for shape in shapes), options)
 
 
 def _seconds(tile, ladder, rounds):

@@ -8,15 +8,25 @@ A *unit* is what shares one scale: all heads of a layer, or one head of q, or on
 Units of one operand partition the heads, so one call of the kernel tries a step for all of them.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+
 import numpy as np
 
 from cyflash import reference
 from cyflash.attention import flash_attention, flash_attention_int8
+from cyflash.cpu import threads
 from cyflash.quant.clipping import clip, square_error
+from cyflash.quant.evidence import Evidence
+from cyflash.quant.layer import Layer
 from cyflash.quant.metrics import pooled
 from cyflash.quantized import LayerScales, scale_of
 
-__all__ = ["OBJECTIVES", "check_objective", "clipped_scales", "error", "output_scales", "require_halves", "searched"]
+__all__ = [
+    "OBJECTIVES", "Point", "Trials", "check_objective", "clipped_scales", "error", "exact", "output_scales",
+    "over_tiles", "require_halves", "run", "searched",
+]  # fmt: skip
 
 STEPS = 8  # per octave: the finest step of the search is 2^(1/8)
 COARSE = tuple(range(-4 * STEPS, STEPS // 2 + 1, STEPS // 2))  # from a 16th of the greatest value to 1.4 times it
@@ -116,57 +126,77 @@ def output_scales(layer, training, granularity, smooth_k, objective):
     return best_of(searched(layer, trials, granularity, smooth, layer.fp32_sinks) for smooth in options).scales()
 
 
-class Searched:
-    """A point of the search: the clips of each operand's units, what is smoothed, and the error of each unit."""
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A point of the search: the clips of each operand's units, and what is smoothed, each kv head on its own."""
 
-    def __init__(self, layer, trials, granularity, clips, smooth, fp32_sinks, start=None):
-        self.layer, self.trials, self.granularity = layer, trials, dict(zip("qkv", granularity, strict=True))
-        self.clips, self.smooth, self.fp32_sinks = clips, smooth, fp32_sinks
-        self.parts = trials.parts(self.scales())
-        self.start = self.parts if start is None else start
+    layer: Layer
+    trials: "Trials"
+    granularity: dict
+    clips: dict
+    smooth: np.ndarray
+    fp32_sinks: int
+    evidence: dict
+    start: np.ndarray | None = None
+    """The errors of where the search began."""
 
-    def scales(self, pv="int8"):
-        return _layer_scales(self.layer, self.clips, self.smooth, self.fp32_sinks, pv)
+    @cached_property
+    def errors(self):
+        """As `Trials.errors`."""
+        return self.trials.errors(self.scales())
+
+    def scales(self):
+        return _layer_scales(self.layer, self.clips, self.smooth, self.fp32_sinks)
 
     def shares(self, by, operand="k"):
         """What each tile and head adds to the error of each unit of an operand: (units, n)."""
-        return self.trials.shares(self.parts, by, operand)
-
-    def loss(self, by, operand="k"):
-        """The error of each unit of an operand."""
-        return self.shares(by, operand).sum(axis=1)
+        return self.trials.shares(self.errors, by, operand)
 
     def moved(self, operand, steps):
         clips = self.clips | {operand: self.clips[operand] * 2.0 ** (steps / STEPS)}
-        return Searched(
-            self.layer, self.trials, self.granularity.values(), clips, self.smooth, self.fp32_sinks, self.start
-        )
+        return replace(self, clips=clips, start=self.errors if self.start is None else self.start)
 
-    def spoils_rows(self, by, operand):
-        """For each unit, whether its worst row is much worse than at the start."""
-        worst, before = (self.trials.worst(parts, by, operand) for parts in (self.parts, self.start))
-        return worst > WORST_ROW * before
+    def holds(self, operand):
+        """For each unit of an operand: is its clip one that the training tiles can tell of, and no row much worse?"""
+        known = self.evidence[operand].holds(self.clips[operand])
+        if not known.any():  # no need to run it
+            return known
+        by = self.granularity[operand]
+        worst, before = (self.trials.worst(errors, by, operand) for errors in (self.errors, self.start))
+        return known & (worst <= WORST_ROW * before)
 
 
 def searched(layer, trials, granularity, smooth, fp32_sinks):
-    """Coordinate descent from the greatest values on.
+    """Coordinate descent from the greatest values on: the `Point` where no step helps.
 
     The worst row, one of many, is a rugged function, on which descent gets stuck: it also begins at the clips of least
     square error. For the means that finds little more, and more of what holds for the training tiles alone.
     """
     parts = {"q": "q", "k": "k_centred" if smooth else "k", "v": "v"}
     by = dict(zip("qkv", granularity, strict=True))
-    starts = [{operand: _tops(layer, part, by[operand], fp32_sinks) for operand, part in parts.items()}]
+    tops = {operand: _tops(layer, part, by[operand], fp32_sinks) for operand, part in parts.items()}
+    evidence = {
+        operand: _evidence(layer, trials.tiles, operand, part, len(tops[operand]), fp32_sinks)
+        for operand, part in parts.items() if tops[operand] is not None
+    }  # fmt: skip
+    starts = [tops]
     if trials.objective == "worst_row":
         least = {
             operand: _units(layer, part, by[operand], lambda histogram: clip("mse", histogram))
             for operand, part in parts.items()
         }
-        starts.append({operand: x if x is None else np.minimum(x, least[operand]) for operand, x in starts[0].items()})
+        starts.append({operand: x if x is None else np.minimum(x, least[operand]) for operand, x in tops.items()})
     smooth = np.full(layer.shape.Hk, smooth)
     return best_of(
-        _descended(Searched(layer, trials, granularity, clips, smooth, fp32_sinks)) for clips in starts
+        _descended(Point(layer, trials, by, clips, smooth, fp32_sinks, evidence)) for clips in starts
     )
+
+
+def _evidence(layer, tiles, operand, part, units, fp32_sinks):
+    first = 0 if operand == "q" else fp32_sinks
+    arrays = [getattr(tile, operand)[:, first:] for tile in tiles]
+    mean = layer.k_mean[:, 0] if part == "k_centred" else None
+    return Evidence(layer.counts[part], arrays, mean, units, _greatest(layer, part, fp32_sinks))
 
 
 def _descended(point):
@@ -192,9 +222,11 @@ def _best_step(point, operand, moves):
     best, steps = -GAIN * now.sum(axis=1), np.zeros(len(now), int)
     for move in moves:
         moved = point.moved(operand, np.full(len(now), move))
+        holds = moved.holds(operand)
+        if not holds.any():
+            continue
         change = moved.shares(by, operand) - now
-        score = change.sum(axis=1) + _standard_error(change)
-        score = np.where(moved.spoils_rows(by, operand), np.inf, score)
+        score = np.where(holds, change.sum(axis=1) + _standard_error(change), np.inf)
         steps = np.where(score < best, move, steps)
         best = np.minimum(score, best)
     return point.moved(operand, steps) if steps.any() else point
@@ -210,12 +242,16 @@ def _tops(layer, part, by, fp32_sinks):
     """The greatest value of each unit, without the keys that are in fp32."""
     if by == "token":
         return None
-    own = layer.counts[part].top if part == "q" or fp32_sinks == layer.fp32_sinks else layer.rest[part]
-    own = own.astype(np.float64)
+    own = _greatest(layer, part, fp32_sinks).astype(np.float64)
     whole = own.max(initial=0.0)
     if whole == 0.0 and part != "k_centred":
         raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
     return np.array([whole]) if by == "tensor" else np.where(own > 0.0, own, whole)
+
+
+def _greatest(layer, part, fp32_sinks):
+    """The greatest value of each head, without the keys that are in fp32."""
+    return layer.counts[part].top if part == "q" or fp32_sinks == layer.fp32_sinks else layer.rest[part]
 
 
 def best_of(points):
@@ -237,8 +273,7 @@ def _mixed(a, b, take_b):
     clips = {
         operand: None if x is None else np.where(choice[operand], b.clips[operand], x) for operand, x in a.clips.items()
     }
-    smooth = np.where(take_b, b.smooth, a.smooth)
-    return Searched(a.layer, a.trials, a.granularity.values(), clips, smooth, a.fp32_sinks)
+    return replace(a, clips=clips, smooth=np.where(take_b, b.smooth, a.smooth))
 
 
 class Trials:
@@ -247,31 +282,42 @@ class Trials:
     def __init__(self, tiles, shape, objective="rel_l1"):
         self.shape, self.objective = shape, objective
         self.tiles = _affordable(tiles)
-        self.exact = [flash_attention(*tile[:3], **tile.options) for tile in self.tiles]
+        self.exact = over_tiles(exact, self.tiles)
 
-    def parts(self, scales):
+    def errors(self, scales):
         """What the errors of units are put together from: (tiles, 3, H), error, size and worst row of each head."""
-        outputs = (run(tile, scales) for tile in self.tiles)
+        outputs = over_tiles(lambda tile: run(tile, scales), self.tiles)
         measure = OBJECTIVES[self.objective][0]
         return np.array([[*measure(*pair), _worst_row(*pair)] for pair in zip(outputs, self.exact, strict=True)])
 
-    def shares(self, parts, by, operand):
+    def shares(self, errors, by, operand):
         """(units, n): for units of all heads, of the heads of q, or of the groups of kv heads."""
-        error, size, _ = self._of_units(parts, by, operand)
+        error, size, _ = self._of_units(errors, by, operand)
         return OBJECTIVES[self.objective][1](error, size)
 
-    def worst(self, parts, by, operand):
+    def worst(self, errors, by, operand):
         """The worst row of each unit."""
-        return self._of_units(parts, by, operand)[2].max(axis=1)
+        return self._of_units(errors, by, operand)[2].max(axis=1)
 
-    def _of_units(self, parts, by, operand):
+    def _of_units(self, errors, by, operand):
         units = 1 if by == "tensor" else self.shape.H if operand == "q" else self.shape.Hk
-        return parts.transpose(1, 2, 0).reshape(3, units, -1)
+        return errors.transpose(1, 2, 0).reshape(3, units, -1)
+
+
+def over_tiles(function, tiles):
+    """[function(tile)], on as many threads as calls get by default: one each, for tiles are small."""
+    with ThreadPoolExecutor(max(1, min(len(tiles), threads.count()))) as pool:
+        return list(pool.map(function, tiles))
 
 
 def run(tile, scales):
     """The output of int8 attention on a tile."""
-    return flash_attention_int8(*tile[:3], quant=scales, **tile.options)
+    return flash_attention_int8(*tile[:3], quant=scales, num_threads=1, **tile.options)
+
+
+def exact(tile):
+    """The output of fp32 attention on a tile."""
+    return flash_attention(*tile[:3], num_threads=1, **tile.options)
 
 
 def error(tiles, scales):
@@ -281,7 +327,7 @@ def error(tiles, scales):
     """
     if not tiles:
         return None
-    pairs = [(run(tile, scales), reference.attention(*tile[:3], **tile.options)) for tile in tiles]
+    pairs = over_tiles(lambda tile: (run(tile, scales), reference.attention(*tile[:3], **tile.options)), tiles)
     if not all(np.isfinite(x).all() for pair in pairs for x in pair):
         return None
     return pooled(pairs)._asdict()
@@ -317,12 +363,12 @@ def _part_of_whole(error, size):
     return error / np.where(whole > 0.0, whole, 1.0)
 
 
-def _greatest(error, size):
+def _largest(error, size):
     return error.max(axis=1, keepdims=True)
 
 
 OBJECTIVES = {
     "rel_l1": (_l1, _part_of_whole),
     "rmse": (_squares, _part_of_whole),
-    "worst_row": (lambda output, exact: (_worst_row(output, exact), np.ones(len(exact))), _greatest),
+    "worst_row": (lambda output, exact: (_worst_row(output, exact), np.ones(len(exact))), _largest),
 }

@@ -51,6 +51,7 @@ def save(path, settings, layers):
             tiles[key] = {"causal_align": tile.options["causal_align"], "arrays": sorted(arrays)}
         about[name] = {
             "shape": list(layer.shape), "options": layer.options, "first": first, "tiles": tiles,
+            "end": layer.reservoir.end,
             **{counter: getattr(layer, counter) for counter in COUNTERS},
         }  # fmt: skip
     text = json.dumps({"schema": SCHEMA, "settings": settings, "layers": about}, sort_keys=True)
@@ -128,7 +129,9 @@ def _layer(name, about, settings, tensors):
     layer.k_sum = _from_words(words)
     _take(tensors, f"{name}/k_tokens", layer.k_tokens)
     tiles = {key: _tile(f"{name}/tile/{key}", one, layer, tensors) for key, one in about["tiles"].items()}
-    layer.reservoir.add(tiles)
+    layer.reservoir.add(tiles, about["end"])
+    if list(layer.reservoir.tiles) != sorted(tiles):
+        raise ValueError(f"{name}: expected tiles that fit {layer.reservoir.limit / 1e6:g} MB")
     return layer
 
 

@@ -121,25 +121,39 @@ def _copy(x, part, visible):
 class Reservoir:
     """The tiles of one layer with the smallest hashes that fit into a number of bytes.
 
-    Which tiles these are depends on what was observed, not on its order or on how it was split: a tile that is among
-    the first of everything is among the first of each part. Sorted by hash, every other one is held out.
+    Which tiles these are depends on what was observed, not on its order or on how it was split: those before the first
+    hash, in the order of all, that does not fit. Nothing from there on is ever taken again, however small it is. Sorted
+    by hash, every other one is held out.
+
+    Attributes
+    ----------
+    limit : float
+        Bytes.
+    tiles : dict of str to Tile
+        Sorted by hash.
+    end : str or None
+        The first hash that did not fit.
     """
 
     def __init__(self, limit):
         self.limit = limit
         self.tiles = {}
+        self.end = None
 
     @property
     def tile_limit(self):
         return self.limit / SHARE
 
-    def add(self, tiles):
-        """Take {hash: Tile} as well, and keep what fits."""
+    def add(self, tiles, end=None):
+        """Take {hash: Tile} as well, those of a reservoir with this `end`, and keep what fits."""
         together, room = self.tiles | tiles, self.limit
+        self.end = min((x for x in (self.end, end) if x is not None), default=None)
         self.tiles = {}
         for key in sorted(together):
             room -= together[key].nbytes
             if room < 0:
+                self.end = key if self.end is None else min(self.end, key)
+            if self.end is not None and key >= self.end:
                 break
             self.tiles[key] = together[key]
 
