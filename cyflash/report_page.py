@@ -277,13 +277,17 @@ def _plan(layers):
         for n, rung in enumerate(rungs)
     )
     svg = figures.plan_map(layers, rungs, f"Map of the rung of each head by layer. {said}.")
-    headers = _headers(("layer", "rung", "kv heads", "query heads", "relative L1", "worst row", "time"))
+    named = [(layer, part) for layer in layers for part in layer["parts"] or []]
+    grouped = any(part["kv_heads"] != part["heads"] for _, part in named)
+    query_heads = ("query heads",) if grouped else ()
+    headers = _headers(("layer", "rung", "kv heads", *query_heads, "relative L1", "worst row", "time", "planned"))
     rows = [
         (
-            layer["layer"], part["rung"], _ranges(part["kv_heads"]), _ranges(part["heads"]), _percent(part["rel_l1"]),
-            _percent(part["worst_row"]), _ratio(part["time"]),
+            layer["layer"], part["rung"], _ranges(part["kv_heads"]), *([_ranges(part["heads"])] if grouped else []),
+            _percent(part["rel_l1"]), _percent(part["worst_row"]), _ratio(part["time"]),
+            _ratio(layer["about"].get("time")) if part is layer["parts"][0] else "",
         )
-        for layer in layers for part in layer["parts"] or []
+        for layer, part in named
     ]  # fmt: skip
     return f'<div class="side">\n{_figure(svg, keys)}\n{_table(headers, rows)}\n</div>'
 
