@@ -109,7 +109,7 @@ def _errors(shape, tiles, truths, rung):
 def _time_of(layer, rung):
     """Time of a rung for the whole layer over that of fp32."""
     tile = _longest(layer, layer.shape.Hk)
-    seconds = _seconds(tile, [rung, Rung("fp32", None)], rounds=2)
+    seconds = _seconds(tile, [rung, Rung("fp32", None)], rounds=3)
     return seconds[0] / seconds[1]
 
 
