@@ -810,6 +810,7 @@ def test_lengths_masks_and_biases_may_change():
         ({"sinks": np.ones(3, np.float32)}, ValueError, ["sinks"]),
         ({"name": 3}, (TypeError, ValueError), ["name", "3"]),
         ({"name": ""}, ValueError, ["name"]),
+        ({"name": "a\nb"}, ValueError, ["name", "printable"]),
         ({"granularity": "head"}, TypeError, ["granularity"]),
     ],
 )
@@ -876,8 +877,8 @@ def test_unknown_layers_are_named_beside_those_there_are():
         with pytest.raises((KeyError, ValueError)) as error:
             call("enc.2")
         assert "enc.2" in str(error.value) and "enc.1" in str(error.value)
-    for part, head in (("p", None), ("q", 2), ("q", -3)):
-        with pytest.raises((ValueError, IndexError)):
+    for part, head in (("p", None), ("q", 2), ("q", -1), ("q", "a")):
+        with pytest.raises(ValueError, match="part: " if part == "p" else "head: "):
             calibrator.histogram("enc.1", part, head=head)
 
 
