@@ -681,6 +681,16 @@ def test_a_file_rewritten_unchanged_is_read(tmp_path, artefact):
     assert state(Calibrator.load(path), tmp_path) == state(Calibrator.load(artefact), tmp_path)
 
 
+def test_a_damaged_file_is_refused(tmp_path, artefact):
+    whole = artefact.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for place in np.linspace(begin, len(whole) - 1, 12).astype(int):
+        path = tmp_path / "damaged.safetensors"
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"damaged\.safetensors: "):
+            Calibrator.load(path)
+
+
 def test_a_file_without_one_of_its_tensors_is_refused(tmp_path, artefact):
     with safetensors.safe_open(artefact, "numpy") as file:
         names = list(file.keys())
