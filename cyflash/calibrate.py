@@ -10,7 +10,7 @@ from pathlib import Path
 import cyflash
 from cyflash.inputs import CONTENTS, add_input_options, given_options, positive
 from cyflash.observing import How, Observations, identify, observe_files, renaming
-from cyflash.output import check_files, empty_table, fitting, progress_bar
+from cyflash.output import OBSERVED, check_files, empty_table, few, fitting, progress_bar
 
 METHODS = ("output", "max", "percentile", "mse", "octav", "entropy")
 OBJECTIVES = ("rel_l1", "rmse", "worst_row")
@@ -131,7 +131,7 @@ def _checked_output(output, inputs):
     """Where the observations go; ValueError for an output that cannot be."""
     if output.suffix != ".safetensors":
         raise ValueError(f"-o: expected a name that ends in .safetensors, got {output}")
-    observed = output.with_name(f"{output.stem}.observed.safetensors")
+    observed = output.with_name(output.stem + OBSERVED)
     for path in inputs:
         for own in (output, observed):
             if path.resolve() == own.resolve():
@@ -148,7 +148,8 @@ def _observe(paths, observations, workers, progress):
     task = progress.add_task("reading files", total=len(paths))
 
     def leave_out(path, error):
-        text = " ".join(str(error).split()) or type(error).__name__
+        system = isinstance(error, OSError) and error.strerror
+        text = " ".join((error.strerror.lower() if system else str(error)).split()) or type(error).__name__
         failed[str(path)] = text
         print(f"cyflash calibrate: left out: {text if str(path) in text else f'{path}: {text}'}", file=sys.stderr)
 
@@ -159,7 +160,7 @@ def _observe(paths, observations, workers, progress):
             leave_out(path, error)
     if gone := [file["name"] for file in observations.files if file not in files.values()]:
         raise ValueError(
-            f"{observations.path}: of the files that an earlier run observed {_few(gone)} are not among INPUT, or have "
+            f"{observations.path}: of the files that an earlier run observed {few(gone)} are not among INPUT, or have "
             "changed since; name all of them, pass --restart to observe anew, or another -o"
         )
     todo = {}
@@ -177,10 +178,6 @@ def _observe(paths, observations, workers, progress):
                 leave_out(path, error)
         progress.advance(task)
     return failed
-
-
-def _few(names):
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # Showing
@@ -218,15 +215,27 @@ def _numbers(layer, field):
 def show(report):
     """Print one line per layer, and of a plan one per rung of each layer."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe: as wide as the table
         console = Console(highlight=False, width=1000)
     console.print(fitting(console, [_layer_table(report, "-"), _layer_table(report, "\n")]))
     console.print(f"\n[dim]{LEGEND}[/]", soft_wrap=not console.is_terminal)
+    for line in _ignored(report["observed"]):
+        console.print(Text(line), soft_wrap=not console.is_terminal)
     if any("parts" in layer for layer in report["layers"].values()):
         console.print()
         console.print(_plan_table(report))
+
+
+def _ignored(observed):
+    """A line for each layer where NaN, infinities or tensors of zeros were left out."""
+    kinds = {"nonfinite": "not finite", "all_zero": "tensors of zeros"}
+    for row in observed:
+        counts = [f"{x}: {n} {what}" for kind, what in kinds.items() for x in "qkv" if (n := row[f"{x}_{kind}"])]
+        if counts:
+            yield f"Left out of {row['layer']}: {', '.join(counts)}"
 
 
 def _layer_table(report, to):

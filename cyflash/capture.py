@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from cyflash.files import replacing
 
-__all__ = ["OPTIONS", "Capture", "Layer", "load_capture", "save_capture"]
+__all__ = ["OPTIONS", "Capture", "Layer", "load_capture", "natural", "save_capture"]
 
 LAYOUTS = {
     "bhld": {2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)},
@@ -187,20 +187,20 @@ def _layers(path, entries):
             label = f"layer {name!r}" if name else "the layer"
             lacking = " and no ".join(missing)
             raise ValueError(f"{path}: {label} has no {lacking}: expected q, k and v; {_found(entries)}")
-    return {name or path.stem: tuple(found[name][part] for part in "qkv") for name in sorted(found, key=natural_order)}
+    return {name or path.stem: tuple(found[name][part] for part in "qkv") for name in sorted(found, key=natural)}
 
 
 def _found(entries):
     """The names of the entries, shortened: found a, b, c and 5 more."""
-    names = sorted(map(str, entries), key=natural_order)
+    names = sorted(map(str, entries), key=natural)
     shown = 8 if len(names) > 9 else len(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"found {', '.join(names[:shown]) or 'no entries'}{more}"
 
 
-def natural_order(name):
+def natural(name):
     """A sort key that puts layer2 before layer10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)], name
 
 
 def _check(path, layers, entries, layout):

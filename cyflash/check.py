@@ -9,9 +9,9 @@ from pathlib import Path
 import cyflash
 from cyflash import flash_attention_int8, reference
 from cyflash.capture import load_capture
-from cyflash.inputs import CONTENTS, add_input_options, given_options
+from cyflash.inputs import CONTENTS, above_zero, add_input_options, given_options
 from cyflash.observing import renamed, renaming
-from cyflash.output import check_files, empty_table, progress_bar
+from cyflash.output import check_files, empty_table, few, progress_bar
 from cyflash.quant import Scales, compare
 
 LEGEND = (
@@ -24,9 +24,9 @@ def add_arguments(parser):
     parser.add_argument("scales", type=Path, metavar="SCALES", help="a file of `cyflash calibrate` or Scales.save")
     parser.add_argument("--data", nargs="+", type=Path, required=True, metavar="FILE",
                         help=f".npz or .safetensors with {CONTENTS}; other ones than the scales were chosen on")
-    parser.add_argument("--max-rel-l1", type=_limit, default=0.02, metavar="X",
+    parser.add_argument("--max-rel-l1", type=above_zero, default=0.02, metavar="X",
                         help="largest relative L1 error of a layer (default: 0.02)")  # fmt: skip
-    parser.add_argument("--max-worst-row", type=_limit, metavar="X", help="largest error of a row (default: none)")
+    parser.add_argument("--max-worst-row", type=above_zero, metavar="X", help="largest error of a row (default: none)")
     parser.add_argument(
         "--rename", action="append", type=renaming, default=[], metavar="OLD=NEW",
         help="as in `cyflash calibrate`: from the names of FILE's layers to those of SCALES",
@@ -57,13 +57,6 @@ def run(args):
     if args.json:
         print(f"Numbers: {args.json}")
     return 0 if report["ok"] else 1
-
-
-def _limit(text):
-    limit = float(text)
-    if not limit > 0:
-        raise ValueError
-    return limit
 
 
 def _scales_of(scales, args, capture, name):
@@ -128,7 +121,7 @@ def show(report):
     failed, rows = sum(not row["ok"] for row in report["layers"]), len(report["layers"])
     lines = [f"{failed} of {rows} above the limit" if failed else f"all {rows} within the limit"]
     if report["unchecked"]:
-        lines.append(f"not checked, without data: {_few(report['unchecked'])}")
+        lines.append(f"not checked, without data: {few(report['unchecked'])}")
     console.print()
     for line in (*lines, LEGEND):
         console.print(Text(line, style="dim" if line is LEGEND else ""), soft_wrap=not console.is_terminal)
@@ -138,7 +131,3 @@ def _shown(error, limit):
     from rich.text import Text
 
     return Text(f"{error:.4f}", style="" if limit is None or error <= limit else "bold red")
-
-
-def _few(names):
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

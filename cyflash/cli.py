@@ -29,7 +29,8 @@ def main(argv=None):
     Returns
     -------
     int
-        Exit status: 0, 1 if a comparison or check failed, 2 for an error of use, 130 when interrupted.
+        Exit status: 0, 1 if a comparison or check failed or a file was left out, 2 for an error of use, 130 when
+        interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

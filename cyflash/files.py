@@ -9,6 +9,8 @@ from pathlib import Path
 def replacing(path):
     """A path beside `path` to write to; it becomes `path` at the end of the block, or is removed on an error."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()

@@ -1,10 +1,11 @@
 """What the commands share about input: captured activations, and options of the attention that override theirs."""
 
 import argparse
+import math
 
 from cyflash.capture import LAYOUTS
 
-__all__ = ["CONTENTS", "add_input_options", "given_options", "positive"]
+__all__ = ["CONTENTS", "above_zero", "add_input_options", "given_options", "positive"]
 
 CONTENTS = "q, k, v, or <layer>.q, <layer>.k, <layer>.v; each (L, D), (H, L, D) or (B, H, L, D)"
 
@@ -30,7 +31,21 @@ def given_options(args):
 
 def positive(text):
     """A whole number of at least 1, for argparse."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
+def above_zero(text):
+    """A finite number above 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return number

@@ -215,7 +215,10 @@ class Observations:
 
     def take(self, calibrator, file):
         """Merge what one file had, and write all; ValueError where its layers do not fit, with nothing changed."""
-        self.calibrator.merge(calibrator)
+        try:
+            self.calibrator.merge(calibrator)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("other: ")) from None
         self.files = sorted([*self.files, file], key=lambda one: (one["name"], one["sha256"]))
         self.save()
 
@@ -236,7 +239,7 @@ def _as_kept(how):
 
 def _differences(then, now):
     """'seed 1, now 2; layout ...' for what differs."""
-    before, after = ({**x, **x.pop("settings")} for x in (dict(then), dict(now)))
+    before, after = ({**{name: x[name] for name in x if name != "settings"}, **x["settings"]} for x in (then, now))
     return "; ".join(f"{name} {before[name]}, now {after[name]}" for name in after if before.get(name) != after[name])
 
 

@@ -2,7 +2,12 @@
 
 import os
 
-__all__ = ["as_binary", "as_bytes", "as_time", "check_files", "empty_table", "figure_class", "fitting", "progress_bar"]
+__all__ = [
+    "OBSERVED", "as_binary", "as_bytes", "as_time", "check_files", "empty_table", "few", "figure_class", "fitting",
+    "progress_bar",
+]  # fmt: skip
+
+OBSERVED = ".observed.safetensors"  # what observations are called: beside scales.safetensors, scales + this
 
 
 def check_files(json=None, plot=None):
@@ -66,6 +71,11 @@ def fitting(console, tables):
     unlimited = console.options.update(max_width=10_000)
     fits = (table for table in tables if console.measure(table, options=unlimited).maximum <= console.width)
     return next(fits, tables[-1])
+
+
+def few(names):
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def as_bytes(count):

@@ -3,7 +3,6 @@
     scales, observations -> describe(): every number (--json, --csv) -> report_page.py: HTML, with report_figures.py
 """
 
-import argparse
 import csv
 import json
 import statistics
@@ -13,8 +12,9 @@ import numpy as np
 
 import cyflash
 from cyflash.files import replacing
+from cyflash.inputs import above_zero, positive
 from cyflash.measure import blas_threads
-from cyflash.output import check_files, figure_class
+from cyflash.output import OBSERVED, check_files, figure_class
 from cyflash.quant.diagnosis import (
     CAUSES,
     FP32,
@@ -29,7 +29,6 @@ from cyflash.quant.diagnosis import (
 
 __all__ = ["HISTOGRAMS", "add_arguments", "describe", "run"]
 
-SUFFIX = ".observed.safetensors"
 # What is shown of the values, and of which operand's scale.
 HISTOGRAMS = {"q": "q", "k": "k", "k_centred": "k", "v": "v"}
 DRAWN_PER_OCTAVE = 4
@@ -40,7 +39,7 @@ def add_arguments(parser):
     parser.add_argument("scales", type=Path, metavar="SCALES", help="the scales, a file of `cyflash calibrate`")
     parser.add_argument(
         "--observed", type=Path, metavar="FILE",
-        help=f"what they were found from (default: the name of SCALES with {SUFFIX}, beside it)",
+        help=f"what they were found from (default: the name of SCALES with {OBSERVED}, beside it)",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page to write (needs matplotlib)"
@@ -48,10 +47,10 @@ def add_arguments(parser):
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a line for each layer and head to FILE")
     parser.add_argument(
-        "--max-rel-l1", type=_positive, default=0.02, metavar="X",
+        "--max-rel-l1", type=above_zero, default=0.02, metavar="X",
         help="heads with a larger relative L1 error are named, with what brings them under it (default: 0.02)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_threads, default=1, metavar="N", help="of every call (default: 1)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of every call (default: 1)")
 
 
 def run(args):
@@ -85,7 +84,7 @@ def _load(path, observed):
     from cyflash.quant.scales import Scales
 
     scales = Scales.load(path)
-    observed = path.with_name(path.stem + SUFFIX) if observed is None else observed
+    observed = path.with_name(path.stem + OBSERVED) if observed is None else observed
     if not observed.is_file():
         raise FileNotFoundError(
             f"{observed}: no such file; name the observations that the scales were found from with --observed FILE "
@@ -97,20 +96,6 @@ def _load(path, observed):
 def _write(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _positive(text):
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
-
-
-def _threads(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return number
 
 
 def _progress(names):

@@ -17,7 +17,7 @@ from cyflash.quant import Calibrator, Scales, compare, load_capture
 
 DATA = Path(__file__).parent / "data" / "minilm.safetensors"
 OBSERVED, JUDGED = "story", "technical"
-METHODS = ("max", "mse", "octav", "entropy", "output")
+METHODS = ("max", "percentile", "mse", "octav", "entropy", "output")
 
 
 def main(path="minilm_scales.safetensors"):

@@ -10,7 +10,7 @@ import numbers
 import operator
 
 from cyflash import arrays
-from cyflash.capture import natural_order
+from cyflash.capture import natural
 from cyflash.plan import make_plan
 from cyflash.quant import search, state
 from cyflash.quant.clipping import METHODS
@@ -106,7 +106,7 @@ class Calibrator:
 
     @property
     def layers(self):
-        return tuple(sorted(self._layers, key=lambda name: (natural_order(name), name)))
+        return tuple(sorted(self._layers, key=natural))
 
     def __repr__(self):
         return f"Calibrator(granularity={self.granularity}, layers={len(self._layers)})"
@@ -137,8 +137,8 @@ class Calibrator:
         """
         if not isinstance(name, str):
             raise TypeError(f"name: expected a string, the name of a layer, got {type(name).__name__} {name!r}")
-        if not name:
-            raise ValueError("name: expected the name of a layer, got ''")
+        if not (name and name.isprintable()):
+            raise ValueError(f"name: expected the name of a layer, printable and not empty, got {name!r}")
         try:
             new = self._observed(
                 q, k, v,
@@ -246,10 +246,20 @@ class Calibrator:
         Returns
         -------
         Histogram
+
+        Raises
+        ------
+        KeyError
+            For a layer that was not observed.
+        ValueError
+            For another part or head.
         """
         if part not in PARTS:
             raise ValueError(f"part: expected one of {', '.join(map(repr, PARTS))}, got {part!r}")
-        return self._layer(name).counts[part].histogram(head)
+        counts = self._layer(name).counts[part]
+        if head is not None and _index("head", head, 0) >= len(counts.top):
+            raise ValueError(f"head: expected one of the {len(counts.top)} heads of {part}, got {head!r}")
+        return counts.histogram(head)
 
     def tiles(self, name):
         """(training, held out): two lists of `Tile`, the pieces of real attention that errors are measured on."""
@@ -360,14 +370,14 @@ class Calibrator:
     def _scales(self, found, settings, progress):
         if not self._layers:
             raise ValueError("the calibrator has observed nothing: call observe(name, q, k, v) first")
-        layers, about, problems = {}, {}, []
+        layers, about, problems = {}, {}, {}
         for name in self.layers:
             layer = self._layers[name]
             training, held_out = self.tiles(name)
             try:
                 scales, more = found(layer, training, held_out)
             except ValueError as error:  # all layers are heard
-                problems.append(f"layer {name!r}: {error}")
+                problems.setdefault(str(error), []).append(repr(name))
                 continue
             layers[name] = scales
             about[name] = {
@@ -382,7 +392,8 @@ class Calibrator:
             if progress is not None:
                 progress(name)
         if problems:
-            raise ValueError("; ".join(problems))
+            lines = (f"layer{'s' * (len(names) > 1)} {', '.join(names)}: {text}" for text, names in problems.items())
+            raise ValueError("; ".join(lines))
         return Scales(layers, settings=settings, about=about)
 
     # Files

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 
 import cyflash
-from cyflash.capture import natural_order
+from cyflash.capture import natural
 from cyflash.files import write_safetensors
 from cyflash.quant import vllm
 from cyflash.quantized import LayerScales
@@ -87,7 +87,7 @@ class Scales(Mapping):
             raise TypeError(f"layers: expected a mapping of names to LayerScales, of at least one, got {layers!r}")
         for name, layer in layers.items():
             _check_layer(name, layer)
-        names = sorted(layers, key=lambda name: (natural_order(name), name))
+        names = sorted(layers, key=natural)
         self._layers = {name: layers[name] for name in names}
         self.settings = _plain("settings", settings)
         about = _plain("about", about)

@@ -65,7 +65,7 @@ def _units(layer, part, by, clip_of):
     counts = layer.counts[part]
     whole = clip_of(counts.histogram()) if counts.counts.any() else 0.0
     if whole == 0.0 and part != "k_centred":  # keys that are all alike are zero without their mean
-        raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
+        raise ValueError(f"{part}: no value other than 0 was seen, which says nothing about a scale")
     if by == "tensor":
         return np.array([whole])
     own = np.array([clip_of(counts.histogram(head)) for head in range(len(counts.top))])
@@ -245,7 +245,7 @@ def _tops(layer, part, by, fp32_sinks):
     own = _greatest(layer, part, fp32_sinks).astype(np.float64)
     whole = own.max(initial=0.0)
     if whole == 0.0 and part != "k_centred":
-        raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
+        raise ValueError(f"{part}: no value other than 0 was seen, which says nothing about a scale")
     return np.array([whole]) if by == "tensor" else np.where(own > 0.0, own, whole)
 
 

@@ -7,8 +7,10 @@
     `<layer>/tile/<hash>/q`, `/k`, ...       tiles, with their mask and bias
 
     metadata "calibrator"                    JSON: schema, settings; per layer its shape, options, counters and hashes
+    metadata "sha256"                        of the above and of the tensors
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def save(path, settings, layers):
         }  # fmt: skip
     text = json.dumps({"schema": SCHEMA, "settings": settings, "layers": about}, sort_keys=True)
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    write_safetensors(path, tensors, {"format": FORMAT, "calibrator": text})
+    write_safetensors(path, tensors, {"format": FORMAT, "calibrator": text, "sha256": _digest(text, tensors)})
     return path
 
 
@@ -73,21 +75,32 @@ def load(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    text, left = metadata.get("calibrator", ""), dict(tensors)
     try:
-        about = json.loads(metadata.get("calibrator", ""))
+        about = json.loads(text)
         schema = about["schema"]
         if schema != SCHEMA:
             newer = "; it is of a newer cyflash" if isinstance(schema, int) and schema > SCHEMA else ""
             raise ValueError(f"expected schema {SCHEMA}, got {schema!r}{newer}")
         settings = about["settings"]
-        layers = {name: _layer(name, one, settings, tensors) for name, one in about["layers"].items()}
-        if tensors:
-            raise ValueError(f"unknown tensor {min(tensors)!r}")
+        layers = {name: _layer(name, one, settings, left) for name, one in about["layers"].items()}
+        if left:
+            raise ValueError(f"unknown tensor {min(left)!r}")
+        if metadata.get("sha256") != _digest(text, tensors):
+            raise ValueError("damaged: its contents are not those that its sha256 was taken of")
         return settings, layers
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _digest(text, tensors):
+    digest = hashlib.sha256(text.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"\n{name} {x.dtype} {x.shape}\n".encode())
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()
 
 
 def _checked_path(path):

@@ -222,6 +222,19 @@ def test_other_settings_are_an_error(tmp_path, files, capsys, more, said):
     assert calibrate(out, *files, more=["--method", "max", *more]) == 2
     error = capsys.readouterr().err
     assert said in error and "--restart" in error and error.count("\n") == 1
+    assert "reservoir_mb" not in error  # only what differs
+
+
+def test_what_was_left_out_of_a_layer_is_shown(tmp_path, files, capsys):
+    q, k, v = (x[0] for x in fixtures.draw("normal", Lq=40, Lk=40, D=16))
+    k[1, 2, 3] = np.inf
+    bad = save_capture(tmp_path / "bad.npz", {"a.layer7": (q, k, v), "b.layer7": (q, np.abs(k), 0 * v)}, causal=True)
+    assert calibrate(tmp_path / "s.safetensors", *files, more=["--method", "max"]) == 0
+    assert "Left out" not in capsys.readouterr().out
+    good = save_capture(tmp_path / "good.npz", {"c.layer7": (q, q[: len(k)], v)}, causal=True)
+    more = ["--method", "max", "--nonfinite", "ignore"]
+    assert calibrate(tmp_path / "t.safetensors", *files, bad, good, more=more) == 0
+    assert "Left out of layer7: k: 2 not finite, v: 1 tensors of zeros" in capsys.readouterr().out
 
 
 def test_an_interruption_loses_only_the_file_at_work(tmp_path, files, monkeypatch, capsys):
@@ -298,7 +311,7 @@ def test_the_others_are_counted_and_the_exit_status_says_so(tmp_path, files, cap
     assert calibrate(out, *files[:2], *bad, files[2], more=["--method", "max", "--workers", workers]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(bad)
-    said = ["No such file", "not a readable", "found key, query", "'layer5'.*q: .*nan", "'layer0'.*head_dim"]
+    said = ["no such file", "not a readable", "found key, query", "'layer5'.*q: .*nan", "'layer0'.*head_dim"]
     for line in lines:
         assert line.startswith("cyflash calibrate: left out: ")
     for path, why in zip(bad, said, strict=True):
@@ -330,7 +343,8 @@ def test_too_little_for_a_search_keeps_the_observations(tmp_path, files, capsys)
     out = tmp_path / "s.safetensors"
     assert calibrate(out, files[0], more=[]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("cyflash calibrate: error: layer 'layer0': ") and error.count("\n") == 1
+    assert error.startswith("cyflash calibrate: error: layers 'layer0', 'layer1', 'layer10': ")
+    assert error.count("expected at least two different") == error.count("\n") == 1
     assert not out.exists() and same_contents(observed(out), by_hand(files[:1]), tmp_path)
 
 

@@ -681,6 +681,16 @@ def test_a_file_rewritten_unchanged_is_read(tmp_path, artefact):
     assert state(Calibrator.load(path), tmp_path) == state(Calibrator.load(artefact), tmp_path)
 
 
+def test_a_damaged_file_is_refused(tmp_path, artefact):
+    whole = artefact.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for place in np.linspace(begin, len(whole) - 1, 12).astype(int):
+        path = tmp_path / "damaged.safetensors"
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"damaged\.safetensors: "):
+            Calibrator.load(path)
+
+
 def test_a_file_without_one_of_its_tensors_is_refused(tmp_path, artefact):
     with safetensors.safe_open(artefact, "numpy") as file:
         names = list(file.keys())
@@ -810,6 +820,7 @@ def test_lengths_masks_and_biases_may_change():
         ({"sinks": np.ones(3, np.float32)}, ValueError, ["sinks"]),
         ({"name": 3}, (TypeError, ValueError), ["name", "3"]),
         ({"name": ""}, ValueError, ["name"]),
+        ({"name": "a\nb"}, ValueError, ["name", "printable"]),
         ({"granularity": "head"}, TypeError, ["granularity"]),
     ],
 )
@@ -876,8 +887,8 @@ def test_unknown_layers_are_named_beside_those_there_are():
         with pytest.raises((KeyError, ValueError)) as error:
             call("enc.2")
         assert "enc.2" in str(error.value) and "enc.1" in str(error.value)
-    for part, head in (("p", None), ("q", 2), ("q", -3)):
-        with pytest.raises((ValueError, IndexError)):
+    for part, head in (("p", None), ("q", 2), ("q", -1), ("q", "a")):
+        with pytest.raises(ValueError, match="part: " if part == "p" else "head: "):
             calibrator.histogram("enc.1", part, head=head)
 
 
