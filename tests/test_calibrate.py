@@ -293,12 +293,17 @@ def test_the_others_are_counted_and_the_exit_status_says_so(tmp_path, files, cap
     ok = tuple(x[0] for x in fixtures.draw("normal", Lq=40, Lk=40, D=16))
     with_nan = save_capture(tmp_path / "nan.npz", {"a.layer0": ok, "a.layer5": (nan, nan, nan)})
     other_size = save_capture(tmp_path / "size.npz", {"b.layer0": tuple(x[..., :8] for x in ok), "b.layer7": ok})
-    bad = [tmp_path / "absent.npz", broken, without, with_nan, other_size]
+    damaged = save(tmp_path, 7, ".npz")
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1  # a checksum tells, once the arrays are read
+    damaged.write_bytes(data)
+    bad = [tmp_path / "absent.npz", broken, without, with_nan, other_size, damaged]
     out = tmp_path / "s.safetensors"
     assert calibrate(out, *files[:2], *bad, files[2], more=["--method", "max", "--workers", workers]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(bad)
-    said = ["No such file", "not a readable", "found key, query", "'layer5'.*q: .*nan", "'layer0'.*head_dim"]
+    said = ["No such file", "not a readable", "found key, query", "'layer5'.*q: .*nan", "'layer0'.*head_dim",
+            "not a readable"]  # fmt: skip
     for line in lines:
         assert line.startswith("cyflash calibrate: left out: ")
     for path, why in zip(bad, said, strict=True):
