@@ -8,9 +8,9 @@
 import math
 import numbers
 import operator
-import re
 
 from cyflash import arrays
+from cyflash.capture import _natural
 from cyflash.plan import make_plan
 from cyflash.quant import search, state
 from cyflash.quant.clipping import METHODS
@@ -106,7 +106,7 @@ class Calibrator:
 
     @property
     def layers(self):
-        return tuple(sorted(self._layers, key=_natural))
+        return tuple(sorted(self._layers, key=lambda name: (_natural(name), name)))
 
     def __repr__(self):
         return f"Calibrator(granularity={self.granularity}, layers={len(self._layers)})"
@@ -137,8 +137,8 @@ class Calibrator:
         """
         if not isinstance(name, str):
             raise TypeError(f"name: expected a string, the name of a layer, got {type(name).__name__} {name!r}")
-        if not name:
-            raise ValueError("name: expected the name of a layer, got ''")
+        if not (name and name.isprintable()):
+            raise ValueError(f"name: expected the name of a layer, printable and not empty, got {name!r}")
         try:
             new = self._observed(
                 q, k, v,
@@ -420,11 +420,6 @@ def _require_same(layer, new):
     for option, value in layer.options.items():
         if new.options[option] != value:
             raise ValueError(f"{option}: expected {value!r}, as observed before, got {new.options[option]!r}")
-
-
-def _natural(name):
-    """A sort key that puts layer2 before layer10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)], name
 
 
 def _granularities(granularity):

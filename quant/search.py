@@ -63,6 +63,11 @@ def _units(layer, part, by, clip_of):
     if by == "token":
         return None
     counts = layer.counts[part]
+    if part != "q" and layer.longest[1] <= layer.fp32_sinks:
+        raise ValueError(
+            f"{part}: expected a sequence of more keys than fp32_sinks={layer.fp32_sinks}, got {layer.longest[1]} at "
+            "most: all of them are in float32, and nothing is left to be scaled"
+        )
     whole = clip_of(counts.histogram()) if counts.counts.any() else 0.0
     if whole == 0.0 and part != "k_centred":  # keys that are all alike are zero without their mean
         raise ValueError(f"{part}: nothing but zeros was observed, which says nothing about a scale")
