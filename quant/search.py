@@ -96,7 +96,8 @@ def _layer_scales(layer, clips, smooth, fp32_sinks, pv="int8"):
     scales = {}
     for operand in "qkv":
         units = clips[operand]
-        scale = None if units is None else scale_of(units.astype(np.float32))
+        # A step may widen the clip of values that are near the greatest float32.
+        scale = None if units is None else scale_of(np.minimum(units, np.finfo(np.float32).max).astype(np.float32))
         one = scale is not None and len(scale) == 1
         scales[f"{operand}_scale"] = scale[0] if one else None if scale is None else scale[:, None, None]
     k_mean = None

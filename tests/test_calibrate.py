@@ -313,6 +313,14 @@ def test_the_others_are_counted_and_the_exit_status_says_so(tmp_path, files, cap
     assert calibrate(out, *files) == 0  # what was left out is not asked for again
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path, files, capsys):
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert calibrate(tmp_path / "s.safetensors", *files, tmp_path / "pipe.npz") == 1
+    assert "pipe.npz: expected a file, got a pipe" in capsys.readouterr().err
+
+
 def test_a_file_that_was_repaired_is_read_by_the_next_run(tmp_path, files, capsys):
     out = tmp_path / "s.safetensors"
     whole = files[2].read_bytes()

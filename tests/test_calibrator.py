@@ -438,6 +438,13 @@ def test_keys_in_fp32_have_to_be_finite_too(tmp_path, part, value):
     assert bits(copy_of(calibrator, tmp_path).compute()) == bits(calibrator.compute())
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_step_of_the_search_is_beyond_float32():
+    observations = [tuple(x / np.abs(x).max() * np.float32(3.4e38) for x in normal(seed)) for seed in range(2)]
+    scales = calibrated(*observations, options={"scale": 1e-38}).compute()["layer"]
+    assert all(np.isfinite(clip).all() for clip in clips(scales).values())
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 @pytest.mark.parametrize("ladder", [False, True])
 def test_scales_of_one_head_without_its_axis_fit_the_calls_that_were_observed(granularity, ladder):
