@@ -7,8 +7,10 @@
     `<layer>/tile/<hash>/q`, `/k`, ...       tiles, with their mask and bias
 
     metadata "calibrator"                    JSON: schema, settings; per layer its shape, options, counters and hashes
+    metadata "sha256"                        of the above and of the tensors
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def save(path, settings, layers):
         }  # fmt: skip
     text = json.dumps({"schema": SCHEMA, "settings": settings, "layers": about}, sort_keys=True)
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    write_safetensors(path, tensors, {"format": FORMAT, "calibrator": text})
+    write_safetensors(path, tensors, {"format": FORMAT, "calibrator": text, "sha256": _digest(text, tensors)})
     return path
 
 
@@ -73,8 +75,10 @@ def load(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    text = metadata.get("calibrator", "")
     try:
-        about = json.loads(metadata.get("calibrator", ""))
+        intact = metadata.get("sha256") == _digest(text, tensors)
+        about = json.loads(text)
         schema = about["schema"]
         if schema != SCHEMA:
             newer = "; it is of a newer cyflash" if isinstance(schema, int) and schema > SCHEMA else ""
@@ -83,11 +87,21 @@ def load(path):
         layers = {name: _layer(name, one, settings, tensors) for name, one in about["layers"].items()}
         if tensors:
             raise ValueError(f"unknown tensor {min(tensors)!r}")
+        if not intact:  # after what says more
+            raise ValueError("damaged: its contents are not those that its sha256 was taken of")
         return settings, layers
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _digest(text, tensors):
+    digest = hashlib.sha256(text.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"\n{name} {x.dtype.str} {x.shape}\n".encode())
+        digest.update(x.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _checked_path(path):

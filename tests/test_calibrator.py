@@ -754,6 +754,16 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path, artefact):
         Calibrator.load(path)
 
 
+def test_a_bit_that_flipped_is_noticed(tmp_path, artefact):
+    path, data, r = tmp_path / "damaged.safetensors", artefact.read_bytes(), np.random.default_rng(0)
+    for place in r.integers(len(data), size=60):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << r.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged\.safetensors: "):
+            Calibrator.load(path)
+
+
 def test_a_file_rewritten_unchanged_is_read(tmp_path, artefact):
     path = rewritten(artefact, tmp_path / "same.safetensors")
     assert state(Calibrator.load(path), tmp_path) == state(Calibrator.load(artefact), tmp_path)
