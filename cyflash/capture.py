@@ -9,7 +9,9 @@
 
 import json
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -200,7 +202,8 @@ def _found(entries):
 
 def natural(name):
     """A sort key that puts layer2 before layer10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)], name
+    parts = re.split("([0-9]+)", name)  # every other one is digits: the longer the greater
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def _check(path, layers, entries, layout):
@@ -293,6 +296,10 @@ def _decode_options(path, text):
 # The two formats: header(path) -> {entry: (shape, dtype)}, options; read(path, entries) -> arrays; write.
 
 
+# What zipfile and NumPy raise for damaged files: checksums, broken compression, flags that make no sense, ...
+BAD_NPZ = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, RuntimeError, struct.error)
+
+
 class _Npz:
     @staticmethod
     def header(path):
@@ -306,14 +313,17 @@ class _Npz:
                             options = str(np.lib.format.read_array(file, allow_pickle=False))
                         else:
                             entries[name] = _npy_header(file)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except BAD_NPZ as error:
             raise ValueError(f"{path}: not a readable .npz file: {error}") from None
         return entries, options
 
     @staticmethod
     def read(path, names):
-        with np.load(path, allow_pickle=False) as archive:
-            return [archive[name] for name in names]
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return [archive[name] for name in names]
+        except BAD_NPZ as error:
+            raise ValueError(f"{path}: not a readable .npz file: {error}") from None
 
     @staticmethod
     def write(path, arrays, options):

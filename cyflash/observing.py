@@ -10,9 +10,11 @@ that an interrupted run counts no file twice. How files are shared out and in wh
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
+import stat
 import tempfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +54,8 @@ class How(NamedTuple):
 
 def identify(path):
     """What a file is known by: {"name", "size", "sha256"}. OSError where it cannot be read."""
+    if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
+        raise OSError(f"{path}: expected a file, got a pipe or a device")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"name": Path(path).name, "size": file.tell(), "sha256": digest}

@@ -145,6 +145,8 @@ def _smoothing(k, k_scale, smooth_k, k_mean, of_quant):
 
 def _checked_mean(mean, k):
     expected = (*k.shape[:-2], 1, k.shape[-1])
+    if k.ndim == 2 and mean.ndim == 3 and len(mean) == 1:  # that of the only head
+        mean = mean[0]
     try:
         return np.broadcast_to(np.asarray(mean, np.float32), expected)
     except ValueError:

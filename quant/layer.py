@@ -158,8 +158,10 @@ class Layer:
         first = self.fp32_sinks or LADDER_SINKS
         later = None if visible is None else visible[:, first:]
         counts._replace(top=self.rest[part]).observe(x[:, first:], mean, later, _threads(x))
-        if not self.fp32_sinks:
-            earlier = None if visible is None else visible[:, :first]
+        earlier = None if visible is None else visible[:, :first]
+        if self.fp32_sinks:  # they count for no scale, but have to be finite
+            counts.counts[:, INVALID] += _wrong(x[:, :first], earlier).sum(axis=(1, 2))
+        else:
             counts.observe(x[:, :first], mean, earlier, _threads(x))
         np.maximum(counts.top, self.rest[part], out=counts.top)
 
@@ -226,8 +228,11 @@ def _threads(x):
 
 def _first_bad(x, visible, b, ndim):
     """The first NaN or infinity that is seen, with its place in the caller's array."""
-    wrong = ~np.isfinite(x)
-    if visible is not None:
-        wrong &= visible[..., None]
-    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    place = tuple(int(i) for i in np.argwhere(_wrong(x, visible))[0])
     return f"{x[place]} at {(b, *place)[4 - ndim :]}"
+
+
+def _wrong(x, visible):
+    """Where x is NaN or infinite, of what is seen."""
+    wrong = ~np.isfinite(x)
+    return wrong if visible is None else wrong & visible[..., None]

@@ -63,6 +63,11 @@ def _units(layer, part, by, clip_of):
     if by == "token":
         return None
     counts = layer.counts[part]
+    if part != "q" and layer.longest[1] <= layer.fp32_sinks:
+        raise ValueError(
+            f"{part}: expected a sequence of more keys than fp32_sinks={layer.fp32_sinks}, got {layer.longest[1]} at "
+            "most: all of them are in float32, and nothing is left to be scaled"
+        )
     whole = clip_of(counts.histogram()) if counts.counts.any() else 0.0
     if whole == 0.0 and part != "k_centred":  # keys that are all alike are zero without their mean
         raise ValueError(f"{part}: no value other than 0 was seen, which says nothing about a scale")
@@ -91,7 +96,8 @@ def _layer_scales(layer, clips, smooth, fp32_sinks, pv="int8"):
     scales = {}
     for operand in "qkv":
         units = clips[operand]
-        scale = None if units is None else scale_of(units.astype(np.float32))
+        # A step may widen the clip of values that are near the greatest float32.
+        scale = None if units is None else scale_of(np.minimum(units, np.finfo(np.float32).max).astype(np.float32))
         one = scale is not None and len(scale) == 1
         scales[f"{operand}_scale"] = scale[0] if one else None if scale is None else scale[:, None, None]
     k_mean = None

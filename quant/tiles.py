@@ -4,6 +4,7 @@
     Reservoir        the pieces with the smallest hashes, as many as fit; half are to search on, half to judge by
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -91,16 +92,27 @@ def _cut(plan, number, limit):
     The tile's last row must stand where it stood. With align "bottom-right" it stands at the tile's last key, so a
     block of rows takes the keys up to its last row's own position: those that a causal row does not see anyway.
     """
-    row_bytes, key_bytes = 4 * plan.H * plan.D, 4 * plan.Hk * (plan.D + plan.Dv)
-    R = max(1, min(plan.Lq, ROWS, int(limit / 2 / row_bytes)))
-    most = max(1, int((limit - R * row_bytes) / key_bytes))
+    row_bytes, key_bytes, pair_bytes = 4 * plan.H * plan.D, 4 * plan.Hk * (plan.D + plan.Dv), 0
+    for x in (plan.bias, plan.mask):
+        if x is not None:
+            size = x.itemsize * (1 if x.strides[1] == 0 else plan.H)
+            by_row, by_key = (stride != 0 for stride in x.strides[2:])
+            row_bytes += size * (by_row and not by_key)
+            key_bytes += size * (by_key and not by_row)
+            pair_bytes += size * (by_row and by_key)
+    R = min(plan.Lq, ROWS, int(limit / 2 / row_bytes))
+    if pair_bytes:
+        R = min(R, int(math.sqrt(limit / 2 / pair_bytes)))  # as many keys as rows, or more
+    R = max(1, R)
+    most = max(1, int((limit - R * row_bytes) / (key_bytes + R * pair_bytes)))
     by_position = min(plan.left, plan.right) < UNBOUNDED or plan.alibi_slopes is not None
     last = plan.Lq - R  # of the first rows
     align = "bottom-right" if plan.offset == plan.Lk - plan.Lq else "top-left"
-    if plan.right == 0 and 1 - R - plan.offset <= min(last, plan.Lk - R - plan.offset) and plan.Lq > R:
-        least = max(0, 1 - R - plan.offset)
-        last = min(last, plan.Lk - R - plan.offset, max(least, most - R - plan.offset))
-        begin = least + number % (max(last, least) - least + 1)
+    # Where blocks may begin that see a key and end within the keys:
+    least, greatest = max(0, 1 - R - plan.offset), min(last, plan.Lk - R - plan.offset)
+    if plan.right == 0 and least <= greatest and plan.Lq > R:
+        greatest = min(greatest, max(least, most - R - plan.offset))
+        begin = least + number % (greatest - least + 1)
         end, align = begin + R + plan.offset, "bottom-right"
         return slice(begin, begin + R), slice(max(0, end - most), end), align
     if by_position:

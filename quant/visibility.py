@@ -23,7 +23,7 @@ def seen(plan, b):
         found = [_of_head(plan, masks, h) for h in range(1 if by_head else plan.H)]
         rows, keys = (np.stack(x) for x in zip(*found, strict=True))
         rows = np.broadcast_to(rows, (plan.H, plan.Lq))
-        keys = np.broadcast_to(keys, (plan.H, plan.Lk)).reshape(plan.Hk, -1, plan.Lk).any(axis=1)
+        keys = np.broadcast_to(keys, (plan.H, plan.Lk)).reshape(plan.Hk, plan.H // plan.Hk, plan.Lk).any(axis=1)
     return tuple(None if x.all() else np.array(x, order="C") for x in (rows, keys))
 
 

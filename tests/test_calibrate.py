@@ -306,12 +306,17 @@ def test_the_others_are_counted_and_the_exit_status_says_so(tmp_path, files, cap
     ok = tuple(x[0] for x in fixtures.draw("normal", Lq=40, Lk=40, D=16))
     with_nan = save_capture(tmp_path / "nan.npz", {"a.layer0": ok, "a.layer5": (nan, nan, nan)})
     other_size = save_capture(tmp_path / "size.npz", {"b.layer0": tuple(x[..., :8] for x in ok), "b.layer7": ok})
-    bad = [tmp_path / "absent.npz", broken, without, with_nan, other_size]
+    damaged = save(tmp_path, 7, ".npz")
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1  # a checksum tells, once the arrays are read
+    damaged.write_bytes(data)
+    bad = [tmp_path / "absent.npz", broken, without, with_nan, other_size, damaged]
     out = tmp_path / "s.safetensors"
     assert calibrate(out, *files[:2], *bad, files[2], more=["--method", "max", "--workers", workers]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(bad)
-    said = ["no such file", "not a readable", "found key, query", "'layer5'.*q: .*nan", "'layer0'.*head_dim"]
+    said = ["no such file", "not a readable", "found key, query", "'layer5'.*q: .*nan", "'layer0'.*head_dim",
+            "not a readable"]  # fmt: skip
     for line in lines:
         assert line.startswith("cyflash calibrate: left out: ")
     for path, why in zip(bad, said, strict=True):
@@ -319,6 +324,14 @@ def test_the_others_are_counted_and_the_exit_status_says_so(tmp_path, files, cap
     assert Scales.load(out) == by_hand(files).compute("max")  # no layer of a file that was left out
     assert same_contents(observed(out), by_hand(files), tmp_path)
     assert calibrate(out, *files) == 0  # what was left out is not asked for again
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path, files, capsys):
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert calibrate(tmp_path / "s.safetensors", *files, tmp_path / "pipe.npz") == 1
+    assert "pipe.npz: expected a file, got a pipe" in capsys.readouterr().err
 
 
 def test_a_file_that_was_repaired_is_read_by_the_next_run(tmp_path, files, capsys):

@@ -267,6 +267,33 @@ def test_what_tiles_gives_is_what_was_seen():
     assert not np.isin(training[0].v, held_out[0].v).any()
 
 
+@pytest.mark.parametrize("Lk", [1, 40])
+def test_a_tile_of_more_rows_than_keys_sees_what_the_call_saw(Lk):
+    options = {"causal": True, "causal_align": "top-left", "alibi_slopes": np.float32([0.3, 0.1])}
+    qkv = normal(0, Lq=600, Lk=Lk)
+    (tile,), _ = calibrated(qkv, options=options).tiles("layer")
+    rows = [np.flatnonzero((qkv[0][0] == row).all(axis=1))[0] for row in tile.q[0] if row.any()]
+    whole = cyflash.flash_attention(*qkv, **options)
+    np.testing.assert_allclose(
+        cyflash.flash_attention(*tile[:3], **tile.options)[:, : len(rows)], whole[:, rows], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_make_room_for_biases_of_every_pair(heads, causal):
+    calibrator = Calibrator(reservoir_mb=2)
+    r = np.random.default_rng(0)
+    for seed in range(6):
+        bias = r.standard_normal((heads, 700, 700), dtype=np.float32)
+        calibrator.observe("layer", *normal(seed, H=4, Lq=700), bias=bias, causal=causal)
+    tiles = [tile for half in calibrator.tiles("layer") for tile in half]
+    assert len(tiles) >= 4
+    for tile in tiles:
+        assert tile.nbytes <= 2e6 / 4
+        assert tile.k.any(axis=2).all() and tile.q.any(axis=2).all()
+
+
 # What nothing sees
 
 UNSEEN = {  # H, Hk, Lq, Lk, options
@@ -342,6 +369,15 @@ def test_all_that_something_sees_counts(case):
     np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("Lq, Lk", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("option", ["mask", "bias"])
+def test_a_mask_or_bias_beside_no_keys_or_no_queries(option, Lq, Lk):
+    q, k, v = (np.zeros((2, L, 8), np.float32) for L in (Lq, Lk, Lk))
+    x = np.zeros((2, Lq, Lk), bool if option == "mask" else np.float32)
+    calibrator = calibrated((q, k, v), options={option: x})
+    assert calibrator.histogram("layer", "q").count == calibrator.histogram("layer", "k").count == 0
+
+
 def test_an_observation_in_which_nothing_is_seen_adds_nothing():
     qkv, other = normal(0), normal(1)
     calibrator = Calibrator(smooth_k=False)
@@ -377,6 +413,48 @@ def test_fp32_sinks_beside_a_sequence_no_longer_than_they():
     assert calibrator.histogram("layer", "v").count == 2 * 2 * 36 * 8
     layer = calibrator.compute()["layer"]
     assert np.isfinite(cyflash.flash_attention_int8(*normal(3, Lq=40), quant=layer)).all()
+
+
+def test_sequences_of_nothing_but_fp32_sinks_say_why_there_is_no_scale():
+    calibrator = calibrated(normal(0, Lq=3), normal(1, Lq=5), fp32_sinks=8)
+    with pytest.raises(ValueError, match="k: expected a sequence of more keys than fp32_sinks=8, got 5 at most"):
+        calibrator.compute("max")
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_keys_in_fp32_have_to_be_finite_too(tmp_path, part, value):
+    bad = dict(zip("qkv", normal(9, Lq=40), strict=True))
+    bad[part][1, 2, 3] = value
+    observations = [normal(seed, Lq=40) for seed in range(3)]
+    calibrator = calibrated(*observations, fp32_sinks=4)
+    before = state(calibrator, tmp_path)
+    with pytest.raises(ValueError, match=rf"{part}: .* got {value} at \(1, 2, 3\), 1 in all"):
+        calibrator.observe("layer", **bad)
+    assert state(calibrator, tmp_path) == before
+    calibrator = calibrated(*observations, tuple(bad.values()), fp32_sinks=4, nonfinite="ignore")
+    assert calibrator.summary()[0][f"{part}_nonfinite"] == 1
+    assert sum(map(len, calibrator.tiles("layer"))) == 3
+    assert bits(copy_of(calibrator, tmp_path).compute()) == bits(calibrator.compute())
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_step_of_the_search_is_beyond_float32():
+    observations = [tuple(x / np.abs(x).max() * np.float32(3.4e38) for x in normal(seed)) for seed in range(2)]
+    scales = calibrated(*observations, options={"scale": 1e-38}).compute()["layer"]
+    assert all(np.isfinite(clip).all() for clip in clips(scales).values())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+@pytest.mark.parametrize("ladder", [False, True])
+def test_scales_of_one_head_without_its_axis_fit_the_calls_that_were_observed(granularity, ladder):
+    observations = [tuple(x[0] for x in normal(seed, H=1)) for seed in range(3)]
+    calibrator = calibrated(*observations, granularity=granularity, smooth_k=True)
+    layer = (calibrator.plan(rel_l1=1.0, worst=10.0) if ladder else calibrator.compute("max"))["layer"]
+    assert layer.k_mean is not None
+    got = cyflash.flash_attention_int8(*observations[0], quant=layer)
+    expected = cyflash.flash_attention_int8(*(x[None] for x in observations[0]), quant=layer)
+    assert np.array_equal(got, expected[0])
 
 
 def test_smooth_k_on_gives_the_mean_of_all_keys_seen_and_the_scale_of_what_remains():
@@ -676,6 +754,16 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path, artefact):
         Calibrator.load(path)
 
 
+def test_a_bit_that_flipped_is_noticed(tmp_path, artefact):
+    path, data, r = tmp_path / "damaged.safetensors", artefact.read_bytes(), np.random.default_rng(0)
+    for place in r.integers(len(data), size=60):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << r.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged\.safetensors: "):
+            Calibrator.load(path)
+
+
 def test_a_file_rewritten_unchanged_is_read(tmp_path, artefact):
     path = rewritten(artefact, tmp_path / "same.safetensors")
     assert state(Calibrator.load(path), tmp_path) == state(Calibrator.load(artefact), tmp_path)
@@ -879,6 +967,25 @@ def test_a_reservoir_of_nothing_leaves_the_other_methods(tmp_path):
     assert calibrator.compute("max").about["layer"]["error"] in (None, {"training": None, "held_out": None})
     with pytest.raises(ValueError, match="reservoir_mb"):
         calibrator.compute()
+
+
+@pytest.mark.parametrize(
+    "name", ["layer\u00b2", "1\u00b2", "\u0663", "9" * 5000, "a/tile/x/q", "a.parts.0", "__metadata__"]
+)
+def test_names_of_any_kind(tmp_path, name):
+    calibrator = calibrated(normal(0), normal(1), name=name)
+    calibrator.observe("a", *normal(2))
+    assert set(copy_of(calibrator, tmp_path).layers) == {name, "a"}
+    scales = calibrator.compute("max")
+    assert Scales.load(scales.save(tmp_path / "s.safetensors")) == scales
+
+
+@pytest.mark.parametrize("name", ["a\n", "\0", "\u3000", "\ud800"])
+def test_names_that_scales_cannot_have_are_refused_at_once(name):
+    calibrator = Calibrator()
+    with pytest.raises(ValueError, match="name: expected the name of a layer, printable"):
+        calibrator.observe(name, *normal(0))
+    assert calibrator.layers == ()
 
 
 def test_unknown_layers_are_named_beside_those_there_are():

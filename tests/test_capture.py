@@ -248,6 +248,34 @@ def test_a_file_cut_short_is_an_error(tmp_path, suffix):
         load_capture(path)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_anywhere_in_an_npz_is_an_error_that_names_it(tmp_path, save):
+    path = tmp_path / "x.npz"
+    save(path, **dict(zip("qkv", arrays(2000, 16), strict=True)))
+    data, r = path.read_bytes(), np.random.default_rng(0)
+    for place in r.integers(100, len(data), 40):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << r.integers(8)
+        path.write_bytes(damaged)
+        try:
+            list(load_capture(path).values())
+        except ValueError as error:
+            assert str(path) in str(error)
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"x\.npz: not a readable \.npz file"):
+        list(load_capture(path).values())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", ["layer\u00b2", "1\u00b2", "\u0663", "9" * 5000])
+def test_names_with_digits_of_any_kind(tmp_path, suffix, name):
+    path = save_capture(tmp_path / f"x{suffix}", {"layer10": arrays(3, 4), name: arrays(3, 4), "layer9": arrays(3, 4)})
+    assert [x for x in load_capture(path) if x != name] == ["layer9", "layer10"]
+    assert name in load_capture(path)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_cannot_be_read_is_not_written(tmp_path, suffix):
     path = save_capture(tmp_path / f"x{suffix}", arrays(3, 4))
