@@ -60,10 +60,11 @@ def run(args):
 
 
 def _scales_of(scales, args, capture, name):
-    """(name of the scales, LayerScales) of a layer: one that is not there is an error, never a scale of 1."""
+    """(name of the scales, LayerScales, what is said about them) of a layer; one that is not there is an error, never a
+    scale of 1."""
     wanted = renamed(name, args.rename)
     try:
-        return wanted, scales[wanted]
+        return wanted, scales[wanted], scales.about.get(wanted, {})
     except KeyError as error:
         asked = "" if wanted == name else f", renamed {wanted!r},"
         raise ValueError(
@@ -80,11 +81,12 @@ def measure(chosen, given, limits, several):
     rows = []
     with progress_bar() as progress:
         task = progress.add_task("", total=len(chosen))
-        for capture, name, (wanted, scales) in chosen:
+        for capture, name, (wanted, scales, about) in chosen:
             label = f"{capture.path.stem}: {name}" if several else name
             progress.update(task, description=label, refresh=True)
             layer, options = capture[name], capture.options | given
             try:
+                _require_sizes(layer, about)
                 output = flash_attention_int8(*layer, quant=scales, **options)
                 error = compare(output, reference.attention(*layer, **options))._asdict()
             except (ValueError, TypeError) as problem:
@@ -93,6 +95,15 @@ def measure(chosen, given, limits, several):
             rows.append({"file": str(capture.path), "layer": name, "label": label, "scales": wanted, **error, "ok": ok})
             progress.advance(task)
     return rows
+
+
+def _require_sizes(layer, about):
+    """Raise unless heads and channels are those that the scales were found for."""
+    q, k, v = (x if x.ndim > 2 else x[None] for x in layer)
+    sizes = {"heads": q.shape[-3], "kv_heads": k.shape[-3], "head_dim": q.shape[-1], "v_head_dim": v.shape[-1]}
+    for size, got in sizes.items():
+        if about.get(size, got) != got:
+            raise ValueError(f"{size}: expected {about[size]}, as of the scales, got {got}")
 
 
 # Showing

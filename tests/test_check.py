@@ -160,3 +160,12 @@ def test_the_table_fits_the_terminal(tmp_path, columns, monkeypatch, capsys):
     lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= int(columns)
     assert any(name in line.split() for line in lines) and any("0.02, row 0.5" in line for line in lines)
+
+
+@pytest.mark.parametrize("size, found", [("heads", 4), ("kv_heads", 1), ("head_dim", 32), ("v_head_dim", 8)])
+def test_scales_of_another_shape_are_refused(tmp_path, capsys, size, found):
+    about = {"heads": 3, "kv_heads": 3, "head_dim": 16, "v_head_dim": 16} | {size: found}
+    scales = Scales({"a": LayerScales(0.03, 0.03, 0.03)}, about={"a": about}).save(tmp_path / "s.safetensors")
+    data = save_capture(tmp_path / "x.npz", {"a": layer(0)})
+    assert check(scales, data, "--max-rel-l1", "1") == 2
+    assert f"layer 'a': {size}: expected {found}, as of the scales, got" in capsys.readouterr().err
