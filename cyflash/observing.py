@@ -19,6 +19,7 @@ import tempfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -145,7 +146,21 @@ def _share_out(executor, path, how, workers, folder):
     except UNREADABLE as error:
         return error
     shares = [names[i::workers] for i in range(min(workers, len(names)))]
-    return [executor.submit(_observe_share, path, how, share, folder) for share in shares]
+    with _interrupts_later():  # submitting starts processes
+        return [executor.submit(_observe_share, path, how, share, folder) for share in shares]
+
+
+@contextmanager
+def _interrupts_later():
+    """Ctrl-C waits for the end of the block; processes that it starts never see it, not even while they start."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _merged(parts, how):
