@@ -58,6 +58,11 @@ def aligned(x):
     return x if x.flags.aligned else _copy(x, x.ndim)
 
 
+def once(x):
+    """A view of x in which axes that were broadcast have length 1."""
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+
+
 def _copy(x, axes):
     """A copy in which what is broadcast along the first `axes` axes stays so: no more memory than x takes."""
     once = x[tuple(slice(0, 1) if n < axes and stride == 0 else slice(None) for n, stride in enumerate(x.strides))]

@@ -1,4 +1,4 @@
-"""Files that appear only when they are complete."""
+"""Files that appear only when they are complete, and .safetensors files that say who wrote them."""
 import json
 import os
 from contextlib import contextmanager
@@ -20,6 +20,31 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def safetensors_path(path):
+    """`path` as a Path, or ValueError for another suffix."""
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path}: expected a file that ends in .safetensors")
+    return path
+
+
+def read_safetensors(path, file_format, writer):
+    """(metadata, {name: array}) of a file whose metadata say that it has `file_format`; writer: what errors call it."""
+    import safetensors
+
+    path = safetensors_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") != file_format:
+                raise ValueError(f"{path}: expected a file that {writer} wrote, got one with {sorted(names)}")
+            return metadata, {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
 
 
 def write_safetensors(path, tensors, metadata):

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, quantized
-from cyflash.quantized import LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
-
-PRODUCTS = ("int8", "bf16", "fp32")
+from cyflash.quantized import PRODUCTS, LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
 
 
 class Settings(NamedTuple):

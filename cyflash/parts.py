@@ -124,7 +124,7 @@ def _of_heads(x, heads):
     where = slice(len(heads)) if x.strides[-3] == 0 else _spacing(heads)
     if where is not None:
         return x[..., where, :, :]
-    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+    once = arrays.once(x)
     copy = np.stack([once[..., head, :, :] for head in heads], axis=-3)
     return np.broadcast_to(copy, (*x.shape[:-3], len(heads), *x.shape[-2:]))
 

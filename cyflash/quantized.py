@@ -12,13 +12,12 @@ import numbers
 import operator
 from dataclasses import KW_ONLY, dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
-from cyflash.files import replacing
+from cyflash.files import read_safetensors, replacing, safetensors_path
 
 __all__ = ["LayerScales", "QuantizedTensor", "checked_granularity", "checked_scale", "quantise_call", "quantize"]
 
@@ -358,7 +357,7 @@ class QuantizedTensor:
         """
         import safetensors.numpy
 
-        path = _safetensors_path(path)
+        path = safetensors_path(path)
         held = {name: np.array(x, order="C") for name, x in self._arrays().items()}
         metadata = {"format": FORMAT, "granularity": self.granularity}
         with replacing(path) as temporary:
@@ -384,30 +383,11 @@ class QuantizedTensor:
         ValueError
             For another suffix, or a file that holds something else.
         """
-        import safetensors
-
-        path = _safetensors_path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected a file that QuantizedTensor.save wrote, got one with {sorted(held)}")
+        metadata, held = read_safetensors(path, FORMAT, "QuantizedTensor.save")
         try:
             return cls(**held, granularity=metadata.get("granularity"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _safetensors_path(path):
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path}: expected a file that ends in .safetensors")
-    return path
 
 
 @dataclass(frozen=True, eq=False)

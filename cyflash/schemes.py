@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cyflash import arrays
 from cyflash.attention import flash_attention, flash_attention_int8
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.measure import blas_threads
@@ -124,7 +125,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, x):
         if type(x) is not np.ndarray or x.flags.c_contiguous:
             return NotImplemented
-        once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+        once = arrays.once(x)
         order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
         return _restored, (np.ascontiguousarray(once.transpose(order)), order, x.shape)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cyflash import arrays
 from cyflash.cpu import observe
 from cyflash.cpu.threads import for_call
 from cyflash.quant.histogram import INVALID, Counts
@@ -214,9 +215,7 @@ class Layer:
             digest.update(prints)
         for x in (plan.bias, plan.mask):
             if x is not None:
-                x = x[b]
-                once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
-                digest.update(np.array(once, order="C"))
+                digest.update(np.array(arrays.once(x[b]), order="C"))
         number = int.from_bytes(digest.digest()[:8], "little")
         tile = tile_of(q, k, v, plan, b, as_arguments(self.options), visible, number, self.reservoir.tile_limit)
         self.reservoir.add({digest.hexdigest(): tile})

@@ -20,14 +20,13 @@ a mean, and a part whose "layer" is null runs in float32.
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import safetensors
 
 import cyflash
 from cyflash.capture import natural
-from cyflash.files import write_safetensors
+from cyflash.files import safetensors_path, write_safetensors
 from cyflash.quant import vllm
 from cyflash.quantized import LayerScales
 
@@ -141,7 +140,7 @@ class Scales(Mapping):
         OSError
             Where it cannot be written.
         """
-        path, (text, tensors) = _checked_path(path), self._encoded()
+        path, (text, tensors) = safetensors_path(path), self._encoded()
         write_safetensors(path, tensors, {"format": FORMAT, "scales": text, "sha256": _digest(text, tensors)})
         return path
 
@@ -165,7 +164,7 @@ class Scales(Mapping):
             For another suffix, a file that holds something else, is damaged or is of a newer cyflash; for scales that
             are NaN, infinite, zero, negative or missing. The message names the layer and the field.
         """
-        path = _checked_path(path)
+        path = safetensors_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
@@ -317,13 +316,6 @@ def _entry(layer):
         "k_mean": layer.k_mean is not None,
         "dynamic": [x for x in OPERANDS if getattr(layer, f"{x}_scale") is None],
     }
-
-
-def _checked_path(path):
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path}: expected a file that ends in .safetensors")
-    return path
 
 
 def _digest(text, tensors):

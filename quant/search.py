@@ -91,7 +91,7 @@ def _rounding(layer, part, head, clip):
     return square_error(layer.counts[part].histogram(head), clip) if clip > 0.0 else 0.0
 
 
-def _layer_scales(layer, clips, smooth, fp32_sinks, pv="int8"):
+def _layer_scales(layer, clips, smooth, fp32_sinks):
     """LayerScales from the clip of each unit; smooth: for each unit of k, or for each kv head."""
     scales = {}
     for operand in "qkv":
@@ -103,7 +103,7 @@ def _layer_scales(layer, clips, smooth, fp32_sinks, pv="int8"):
     k_mean = None
     if clips["k"] is not None and smooth.any():
         k_mean = np.where(smooth[:, None, None], layer.k_mean, np.float32(0))
-    return LayerScales(**scales, k_mean=k_mean, fp32_sinks=fp32_sinks, pv=pv)
+    return LayerScales(**scales, k_mean=k_mean, fp32_sinks=fp32_sinks)
 
 
 # Measured on tiles

@@ -12,12 +12,10 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
-import safetensors
 
-from cyflash.files import write_safetensors
+from cyflash.files import read_safetensors, safetensors_path, write_safetensors
 from cyflash.quant.layer import PARTS, Layer, Shape, as_arguments
 from cyflash.quant.tiles import Tile
 
@@ -31,7 +29,7 @@ COUNTERS = ("observations", "longest", "nonfinite", "all_zero")
 
 def save(path, settings, layers):
     """Write {name: Layer}; the same observations give the same bytes."""
-    path = _checked_path(path)
+    path = safetensors_path(path)
     tensors, about = {}, {}
     for name, layer in layers.items():
         first = {}
@@ -64,17 +62,7 @@ def save(path, settings, layers):
 
 def load(path):
     """(settings, {name: Layer}) of a file that `save` wrote; ValueError for any other."""
-    path = _checked_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: expected a file that Calibrator.save wrote, got another one")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    metadata, tensors = read_safetensors(path, FORMAT, "Calibrator.save")
     text, left = metadata.get("calibrator", ""), dict(tensors)
     try:
         about = json.loads(text)
@@ -101,13 +89,6 @@ def _digest(text, tensors):
         digest.update(f"\n{name} {x.dtype} {x.shape}\n".encode())
         digest.update(np.ascontiguousarray(x))
     return digest.hexdigest()
-
-
-def _checked_path(path):
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path}: expected a file that ends in .safetensors")
-    return path
 
 
 def _filled(x):

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cyflash import arrays
 from cyflash.plan import UNBOUNDED
 
 __all__ = ["Reservoir", "Tile", "tile_of"]
 
 ROWS = 256
 SHARE = 4  # a tile is at most this part of the reservoir
-OPTIONS = ("causal", "causal_align", "scale", "window", "softcap", "bias", "mask", "alibi_slopes", "sinks")
 
 
 class Tile(NamedTuple):
@@ -36,8 +36,8 @@ class Tile(NamedTuple):
 
     @property
     def nbytes(self):
-        arrays = (*self[:3], *(x for x in self.options.values() if isinstance(x, np.ndarray)))
-        return sum(x.nbytes for x in arrays)
+        held = (*self[:3], *(x for x in self.options.values() if isinstance(x, np.ndarray)))
+        return sum(x.nbytes for x in held)
 
     @property
     def work(self):
@@ -71,19 +71,18 @@ def tile_of(q, k, v, plan, b, options, seen, number, limit):
     Tile
     """
     rows, keys, align = _cut(plan, number, limit)
-    arrays = [
+    qkv = [
         _copy(x, part, visible)
         for x, part, visible in ((q, rows, seen[0]), (k, keys, seen[1]), (v, keys, seen[1]))
     ]  # fmt: skip
     own = dict(options, causal_align=align)
     for name, x in (("bias", plan.bias), ("mask", plan.mask)):
         if x is not None:
-            x = x[b, :, rows, keys]
-            once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
-            own[name] = np.array(once, order="C") if name == "bias" else np.array(once, order="C").view(np.bool_)
+            piece = np.array(arrays.once(x[b, :, rows, keys]), order="C")
+            own[name] = piece if name == "bias" else piece.view(np.bool_)
     if plan.alibi_slopes is not None:
         own["alibi_slopes"] = plan.alibi_slopes[b].copy()
-    return Tile(*arrays, own)
+    return Tile(*qkv, own)
 
 
 def _cut(plan, number, limit):
