@@ -36,7 +36,7 @@ class Calibrator:
         The first so many keys and values will be used in float32; they are left out of the scales.
     smooth_k : {"auto", True, False}, default "auto"
         Whether keys lose their mean before they are quantised. "auto": where that makes the error less, decided for
-        each layer, or each head with granularity "head".
+        each layer, or each head with granularity "head". Keys with granularity "token" always do, in the call.
     reservoir_mb : float, default 64
         Megabytes (10^6 bytes) for tiles of real (q, k, v), for each layer: "output" and `plan` measure on them.
     nonfinite : {"raise", "ignore"}, default "raise"
@@ -87,6 +87,8 @@ class Calibrator:
         self.fp32_sinks = _index("fp32_sinks", fp32_sinks, 0)
         if not (smooth_k == "auto" or isinstance(smooth_k, bool)):
             raise ValueError(f"smooth_k: expected 'auto', True or False, got {smooth_k!r}")
+        if smooth_k is False and self.granularity[1] == "token":
+            raise ValueError("smooth_k: a k with granularity 'token' is smoothed in the call; expected 'auto' or True")
         self.smooth_k = smooth_k
         self.reservoir_mb = _positive("reservoir_mb", reservoir_mb)
         if nonfinite not in ("raise", "ignore"):

@@ -1052,3 +1052,10 @@ def test_the_reservoir_keeps_to_its_size_and_long_observations_still_have_tiles(
     training, held_out = calibrator.tiles("layer")
     assert sum(x.nbytes for tile in (*training, *held_out) for x in tile[:3]) <= 4 * 2**20
     assert training and held_out
+
+
+def test_keys_that_are_quantised_in_the_call_cannot_do_without_smoothing():
+    with pytest.raises(ValueError, match=r"^smooth_k: a k with granularity 'token' is smoothed in the call"):
+        Calibrator(("head", "token", "head"), smooth_k=False)
+    for smooth_k in ("auto", True):
+        assert Calibrator(("head", "token", "head"), smooth_k=smooth_k).smooth_k == smooth_k
