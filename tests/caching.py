@@ -106,6 +106,10 @@ class Oracle:
         """Whether the keys that the next query would see are all there."""
         return self.window is None or max(0, length - self.window[0]) >= self.first[row]
 
+    def can_attend(self, row, queries):
+        """Whether the keys that the last `queries` positions see are all there."""
+        return self.window is None or max(0, self.length(row) - queries - self.window[0]) >= self.first[row]
+
     def reset(self, rows=None):
         for row in list(self.rows) if rows is None else rows:
             self.rows[row], self.first[row] = self.empty, 0

@@ -2,7 +2,7 @@
 import cases
 import numpy as np
 import pytest
-from caching import D, DV, H, HK, Oracle, check, dense, judge, of_row, same_bits, tokens
+from caching import DV, HK, D, H, Oracle, check, dense, judge, of_row, same_bits, tokens
 
 from cyflash import LayerScales, flash_attention, reference
 
