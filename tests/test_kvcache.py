@@ -429,14 +429,15 @@ def test_truncate_within_a_window(build, dtype):
     cache, oracle = make(2, 64, dtype, window=(20, 0))
     q, k, v = tokens(120, 2)
     for start, stop in ((0, 40), (40, 70), (70, 100)):
-        cache.append(part(k, start, stop), part(v, start, stop)), oracle.append(part(k, start, stop), part(v, start, stop))
+        now = np.s_[:, :, start:stop]
+        cache.append(k[now], v[now]), oracle.append(k[now], v[now])
     for length in (95, 71):
         cache.truncate([length, 100]), oracle.truncate([length, 100])
         verify(cache, oracle, part(q, 0, 1), bound=False)
     cache.truncate([70, 100]), oracle.truncate([70, 100])  # the next query sees from 50 on: earlier ones were given up
     with pytest.raises(ValueError, match="window"):
         attend(part(q, 0, 1), cache)  # which would see from 49 on
-    with pytest.raises(ValueError, match="evicted|given up|window"):
+    with pytest.raises(ValueError, match="window"):
         cache.truncate([69, 100])
     verify(cache, oracle, part(q, 100, 110), part(k, 100, 110), part(v, 100, 110), bound=False)
     cache.reset(), oracle.reset()
