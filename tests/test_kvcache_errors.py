@@ -407,7 +407,7 @@ def test_bad_attention_appends_nothing(dtype, name, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_lengths_of_queries(dtype, tmp_path):
-    """Without new keys they count queries; with queries and keys of two lengths, queries are all valid or it is an error."""
+    """Without new keys they count queries."""
     cache = some(dtype)
     q = tokens(4, BATCH)[0]
     with unchanged(cache, tmp_path / "state"):
