@@ -1,4 +1,4 @@
-"""What tests of varlen calls are made of: sequences one after another in one array, and the loop that they must equal."""
+"""What tests of varlen calls are made of: sequences one after another in one array, and the loop they must equal."""
 from collections.abc import Callable
 
 import numpy as np
@@ -53,7 +53,8 @@ def options(name, batch, heads=H, seed=0):
         "bias": lambda: {"bias": each(lambda Lq, Lk: floats(heads, Lq, Lk))},
         "bias for all heads": lambda: {"bias": each(lambda Lq, Lk: floats(Lq, Lk))},
         "bias for all rows": lambda: {"bias": each(lambda Lq, Lk: floats(heads, 1, Lk))},
-        "bias for some": lambda: {"bias": [floats(heads, Lq, Lk) if i % 2 else None for i, (Lq, Lk) in enumerate(batch)]},
+        "bias for some": lambda: {"bias": [floats(heads, Lq, Lk) if i % 2 else None
+                                           for i, (Lq, Lk) in enumerate(batch)]},
         "bias for none": lambda: {"bias": [None] * len(batch)},
         "mask": lambda: {"mask": each(lambda Lq, Lk: r.random((heads, Lq, Lk)) < 0.5)},
         "mask padding": lambda: {"mask": each(lambda _, Lk: np.arange(Lk) < Lk // 2)},

@@ -1,4 +1,4 @@
-"""flash_attention_int8_varlen: bit for bit a loop of flash_attention_int8, scales and means of each sequence its own."""
+"""flash_attention_int8_varlen: bit for bit a loop of flash_attention_int8, each sequence with its own scales."""
 import cases_int8
 import numpy as np
 import pytest
@@ -228,7 +228,7 @@ def bad():
     yield of("dropout", TypeError, ["dropout_p"], dropout_p=0.1)
 
 
-@pytest.mark.parametrize(("call", "error", "parts"), bad())
+@pytest.mark.parametrize(("call", "error", "parts"), list(bad()))
 def test_bad_arguments(call, error, parts):
     out = call.setdefault("out", np.full((8, H, DV), 7, np.float32))
     before = out.copy()

@@ -1,4 +1,4 @@
-"""Few queries on many keys, whose keys are split: the same bits for any threads, any batch, any paging; always the bound.
+"""Few queries on many keys, whose keys are split: the same bits for any threads, batch and paging; the bound.
 
 The split is of each row's own keys, so nothing that belongs to other rows may show.
 """
@@ -68,7 +68,8 @@ def test_options(build, name):
         cases_int8.verify(*inputs(Lq, Lk, B=2), **options)
 
 
-@pytest.mark.parametrize("ignored", ["window", "softcap", "bias", "mask", "alibi_slopes", "sinks", "scale", "causal_align"])
+@pytest.mark.parametrize("ignored", ["window", "softcap", "bias", "mask", "alibi_slopes", "sinks", "scale",
+                                     "causal_align"])
 def test_no_option_is_ignored(build, ignored):
     """Over several chunks, one query: leaving an option out moves the result far beyond the bound."""
     q, k, v = inputs(2, 3000)
@@ -145,7 +146,8 @@ def test_finfo_min_is_finite(build):
 # The same bits
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 500), (1, 5000), (2, 3000), (8, 3000), (17, 2500), (48, 2000)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 500), (1, 5000), (2, 3000), (8, 3000), (17, 2500), (48, 2000)],
+                         ids=str)
 def test_threads(build, attention, lengths):
     for heads in ((1, 1), (8, 2)):
         q, k, v = cases.arrays(1, *heads, *lengths, D, DV)

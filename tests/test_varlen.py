@@ -52,7 +52,7 @@ def test_options(build, name):
 def test_no_option_is_ignored(build, ignored):
     batch = [(40, 50), (30, 44), (20, 64)]
     call = draw(batch)
-    options = all_options(batch) | ragged.options("mask", batch) | {"causal_align": "top-left"}
+    options = all_options(batch) | ragged.options("mask", batch) | {"window": (7, 3), "causal_align": "top-left"}
     rest = {name: value for name, value in options.items() if name != ignored}
     (out, _), (other, _) = run(call, **options), run(call, **rest)
     for i in range(3):
@@ -292,7 +292,7 @@ def bad():
     yield of("unknown", TypeError, ["max_seqlen"], max_seqlen=8)
 
 
-@pytest.mark.parametrize(("call", "error", "parts"), bad())
+@pytest.mark.parametrize(("call", "error", "parts"), list(bad()))
 def test_bad_arguments(call, error, parts):
     out = call.setdefault("out", np.full((8, H, DV), 7, np.float32))
     before = out.copy()
