@@ -112,7 +112,7 @@ def test_int8_per_token():
     def per_token(dtype):
         return (build_cache(1, 8192, dtype=dtype).nbytes - build_cache(1, 4096, dtype=dtype).nbytes) / 4096
 
-    assert per_token("float32") == 8 * (128 + 128) * 4
+    assert per_token("float32") == pytest.approx(8 * (128 + 128) * 4, rel=1e-3)
     assert per_token("float32") / per_token("int8") >= 3.6
 
 
@@ -131,7 +131,9 @@ def test_a_window_caches_memory_does_not_grow(dtype):
         return attend(q[:, :, :1], cache)
 
     _, held, peak = traced(go_on)
-    assert cache.lengths.tolist() == [10000] and cache.nbytes == before
+    assert cache.lengths.tolist() == [10000]
+    passed = 9000 * HK * (D + DV) * numpy_dtype(dtype).itemsize
+    assert cache.nbytes - before < passed / 100, "a table of pages may grow, keys and values may not"
     assert held < 65536 and peak < 1 << 20
     assert before < 2.1 * cyflash.KVCache(1, HK, D, 160, numpy_dtype(dtype), v_head_dim=DV).nbytes
 
