@@ -57,7 +57,7 @@ def test_batches(build, batch):
     equals_the_loop(call, **all_options(batch), causal_align="top-left", pv="bf16")
 
 
-def test_settings(build, settings):
+def test_settings(one_build, settings):
     for which in ("mixed", "without queries", "without keys", "decode"):
         batch = BATCHES[which]
         equals_the_loop(draw(batch), **settings)
@@ -65,7 +65,7 @@ def test_settings(build, settings):
 
 
 @pytest.mark.parametrize("name", ragged.NAMES)
-def test_options(build, name):
+def test_options(one_build, name):
     for which in ("mixed", "more queries than keys", "without keys"):
         batch = BATCHES[which]
         equals_the_loop(draw(batch), **ragged.options(name, batch))
@@ -73,7 +73,7 @@ def test_options(build, name):
 
 @pytest.mark.parametrize("pv", ["int8", "bf16", "fp32"])
 @pytest.mark.parametrize("sinks", [0, 1, 3, 16, 64, 100])
-def test_first_tokens_of_each_sequence_in_float32(build, sinks, pv):
+def test_first_tokens_of_each_sequence_in_float32(one_build, sinks, pv):
     """All tokens, of sequences with fewer."""
     batch = [(40, 150), (2, 1), (17, 100), (0, 40), (3, 64), (5, 0)]
     call = draw(batch)
@@ -85,7 +85,7 @@ def test_first_tokens_of_each_sequence_in_float32(build, sinks, pv):
         same_bits([x[rows] for x in result], [x.swapaxes(0, 1) for x in alone])
 
 
-def test_against_the_simulation(build, settings):
+def test_against_the_simulation(one_build, settings):
     batch = [(20, 60), (1, 150), (13, 9)]
     call = draw(batch)
     for options in ({"causal": True}, all_options(batch)):
@@ -102,7 +102,7 @@ def test_against_the_simulation(build, settings):
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "token"])
 @pytest.mark.parametrize("smooth", [True, False])
-def test_scales_and_means_are_those_of_the_sequence(build, granularity, smooth):
+def test_scales_and_means_are_those_of_the_sequence(one_build, granularity, smooth):
     """A neighbour a thousand times larger, and far off its mean, changes no bit."""
     batch = [(30, 40), (20, 50)]
     q, k, v, cu_q, cu_k = draw(batch)
@@ -116,7 +116,7 @@ def test_scales_and_means_are_those_of_the_sequence(build, granularity, smooth):
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "default"])
-def test_no_setting_is_ignored(build, name):
+def test_no_setting_is_ignored(one_build, name):
     call = draw([(40, 50), (30, 60)])
     call[1][...] += 3  # a common part, so that smoothing matters
     out, other = run(call, **SETTINGS[name])[0], run(call)[0]
@@ -125,7 +125,7 @@ def test_no_setting_is_ignored(build, name):
 
 
 @pytest.mark.parametrize("ignored", ["causal", "scale", "window", "softcap", "bias", "mask", "alibi_slopes", "sinks"])
-def test_no_option_is_ignored(build, ignored):
+def test_no_option_is_ignored(one_build, ignored):
     batch = [(40, 50), (30, 44)]
     call = draw(batch)
     options = all_options(batch) | ragged.options("mask", batch) | {"window": (9, 3)}
@@ -135,7 +135,7 @@ def test_no_option_is_ignored(build, ignored):
         assert np.abs(out - other)[rows].max() > 0.02
 
 
-def test_codes(build):
+def test_codes(one_build):
     """int8 arrays beside one scale each; output in float32."""
     batch = BATCHES["mixed"]
     q, k, v, cu_q, cu_k = draw(batch)
@@ -158,20 +158,20 @@ def test_threads_and_repeats(build):
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 1), (6, 2), (5, 5)], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1), (16, 33), (64, 64), (40, 128)], ids=str)
-def test_heads_and_widths(build, heads, sizes):
+def test_heads_and_widths(one_build, heads, sizes):
     batch = [(7, 40), (1, 90), (0, 3), (33, 20)]
     equals_the_loop(draw(batch, heads, sizes), causal=True, fp32_sinks=0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit(build, dtype):
+def test_16_bit(one_build, dtype):
     *arrays, cu_q, cu_k = draw(BATCHES["mixed"])
     call = (*(x.astype(numpy_dtype(dtype)) for x in arrays), cu_q, cu_k)
     out, _ = equals_the_loop(call, causal=True)
     assert out.dtype == call[0].dtype
 
 
-def test_layouts_out_and_config(build):
+def test_layouts_out_and_config(one_build):
     call = draw(BATCHES["mixed"])
     expected, lse = run(call, causal=True)
     heads_first = [np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1) for x in call[:3]]
@@ -183,7 +183,7 @@ def test_layouts_out_and_config(build):
     same_bits(run(call, config=config), loop(flash_attention_int8, *call, config=config))
 
 
-def test_packed_qkv(build):
+def test_packed_qkv(one_build):
     cu = bounds_of([30, 0, 45])
     packed = np.random.default_rng(0).standard_normal((75, 3, H, D), dtype=np.float32)
     q, k, v = packed.transpose(1, 0, 2, 3)
@@ -240,7 +240,7 @@ def test_bad_arguments(call, error, parts):
 
 
 @pytest.mark.parametrize("which", ["mixed", "without keys"])
-def test_a_planned_layer(build, which):
+def test_a_planned_layer(one_build, which):
     """Heads of a layer that differ: the parts of quant, as in single calls."""
     layer = LayerScales(parts=[([0], LayerScales(pv="bf16", fp32_sinks=2)), ([1], None)])
     call = draw(BATCHES[which])

@@ -187,7 +187,7 @@ def test_a_row_may_be_filled_to_its_capacity(dtype):
                 cache.append(k[: 1 if rows else 2, :, :1], v[: 1 if rows else 2, :, :1], rows=rows)
 
 
-def test_growth(build, dtype):
+def test_growth(one_build, dtype):
     cache, oracle = make(2, 20, dtype, grow=True)
     q, k, v = tokens(700, 2)
     start, sizes = 0, []
@@ -224,7 +224,7 @@ def test_growth_in_the_call_of_attention(dtype):
 
 
 @pytest.mark.parametrize("settings", [{}, INT8], ids=["plain", "int8"])
-def test_truncate_then_append_is_never_having_appended(build, dtype, settings):
+def test_truncate_then_append_is_never_having_appended(one_build, dtype, settings):
     if settings and dtype != "int8":
         pytest.skip("settings of int8 caches")
     q, k, v = tokens(150, 2)
@@ -244,7 +244,7 @@ def test_truncate_then_append_is_never_having_appended(build, dtype, settings):
             same_bits(attend(part(q, 0, Lq), cache), attend(part(q, 0, Lq), fresh))
 
 
-def test_speculative_decoding(build, dtype):
+def test_speculative_decoding(one_build, dtype):
     """Five drafted tokens, of which some are accepted, over and over: the rows of a plain decode."""
     cache, oracle = make(2, 100, dtype)
     q, k, v = tokens(80, 2)
@@ -290,7 +290,7 @@ def test_reset(dtype):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 1, 3]], ids=str)
-def test_reorder(build, dtype, order):
+def test_reorder(one_build, dtype, order):
     """New row i is old row order[i], and writing to one of two copies leaves the other."""
     cache, oracle = make(4, 64, dtype)
     q, k, v = tokens(64, 4)
@@ -323,7 +323,7 @@ def test_reorder_takes_no_room(dtype):
     assert cache.nbytes == before
 
 
-def test_beam_search(build, dtype):
+def test_beam_search(one_build, dtype):
     """Four beams over 40 steps with random survivors: always the rows of histories kept apart."""
     cache, oracle = make(4, 64, dtype)
     q, k, v = tokens(60, 4)
@@ -363,20 +363,20 @@ WINDOWS = {  # left, capacity, chunks
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_a_window_cache_gives_the_bits_of_an_unwindowed_one(build, dtype, name):
+def test_a_window_cache_gives_the_bits_of_an_unwindowed_one(one_build, dtype, name):
     for got, expected in run_window(dtype, *WINDOWS[name]):
         same_bits(got, expected)
 
 
 @pytest.mark.parametrize("sinks", [3, 40])
-def test_a_window_cache_with_first_tokens_in_float32(build, sinks):
+def test_a_window_cache_with_first_tokens_in_float32(one_build, sinks):
     """They leave the window as any key does."""
     for got, expected in run_window("int8", 20, 32, [5, 9] + [1] * 80, fp32_sinks=sinks):
         same_bits(got, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_chunk_longer_than_the_window_is_a_whole_prefill(build, dtype):
+def test_a_chunk_longer_than_the_window_is_a_whole_prefill(one_build, dtype):
     left = 10
     cache, oracle = make(1, 100, dtype, window=(left, 0))
     q, k, v = tokens(90)
@@ -385,7 +385,7 @@ def test_a_chunk_longer_than_the_window_is_a_whole_prefill(build, dtype):
     judge(oracle, 0, q[0], out, lse)
 
 
-def test_a_window_cache_has_all_the_other_options(build, dtype):
+def test_a_window_cache_has_all_the_other_options(one_build, dtype):
     """Ragged rows, some of them wrapped around, with everything on."""
     cache, oracle = make(3, 48, dtype, window=(20, 0))
     q, k, v = tokens(120, 3)
@@ -401,7 +401,7 @@ def test_a_window_cache_has_all_the_other_options(build, dtype):
     verify(cache, oracle, part(q, 0, 3), lengths=[3, 0, 2])
 
 
-def test_the_calls_window_may_be_narrower(build, dtype):
+def test_the_calls_window_may_be_narrower(one_build, dtype):
     cache, oracle = make(2, 48, dtype, window=(20, 0))
     q, k, v = tokens(90, 2)
     for start in range(0, 90, 10):
@@ -425,7 +425,7 @@ def test_queries_that_need_evicted_keys_are_refused(dtype):
         attend(part(q, 0, 5), cache)
 
 
-def test_truncate_within_a_window(build, dtype):
+def test_truncate_within_a_window(one_build, dtype):
     cache, oracle = make(2, 64, dtype, window=(20, 0))
     q, k, v = tokens(120, 2)
     for start, stop in ((0, 40), (40, 70), (70, 100)):
@@ -444,7 +444,7 @@ def test_truncate_within_a_window(build, dtype):
     verify(cache, oracle, part(q, 0, 44), part(k, 0, 44), part(v, 0, 44), bound=False)
 
 
-def test_reorder_with_a_window(build, dtype):
+def test_reorder_with_a_window(one_build, dtype):
     cache, oracle = make(3, 40, dtype, window=(20, 0))
     q, k, v = tokens(140, 3)
     for i in range(0, 140, 4):
@@ -455,7 +455,7 @@ def test_reorder_with_a_window(build, dtype):
             cache.reorder([2, 0, 0]), oracle.reorder([2, 0, 0])
 
 
-def test_an_evicted_nan_is_gone(build):
+def test_an_evicted_nan_is_gone(one_build):
     cache, oracle = make(1, 32, "float32", window=(10, 0))
     q, k, v = tokens(80)
     k[:, :, :12], v[:, :, :12] = np.nan, np.nan

@@ -64,7 +64,7 @@ CHUNKS = {"whole": [150], "halves": [75, 75], "ragged": [1, 15, 16, 17, 1, 63, 3
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-def test_chunked_prefill(build, kind, chunks):
+def test_chunked_prefill(one_build, kind, chunks):
     cache, oracle = make(1, 160, kind[0], **kind[1])
     q, k, v = tokens(150)
     parts, start = [], 0
@@ -75,7 +75,7 @@ def test_chunked_prefill(build, kind, chunks):
     whole(oracle, 0, q, parts)
 
 
-def test_decode_one_token_at_a_time(build, kind):
+def test_decode_one_token_at_a_time(one_build, kind):
     cache, oracle = make(1, 80, kind[0], **kind[1])
     q, k, v = tokens(72)
     parts = [attend(q[:, :, i : i + 1], cache, k[:, :, i : i + 1], v[:, :, i : i + 1]) for i in range(72)]
@@ -88,7 +88,7 @@ def test_decode_one_token_at_a_time(build, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prefill_then_decode_across_pages(build, dtype):
+def test_prefill_then_decode_across_pages(one_build, dtype):
     """Pages of a KVCache are at most 256 tokens: from 250 to 270, in a cache of three."""
     cache, oracle = make(2, 700, dtype)
     q, k, v = tokens(270, 2)
@@ -98,7 +98,7 @@ def test_prefill_then_decode_across_pages(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_append_then_attend_is_one_call(build, dtype):
+def test_append_then_attend_is_one_call(one_build, dtype):
     q, k, v = tokens(40, 2)
     together, _ = make(2, 64, dtype)
     apart, _ = make(2, 64, dtype)
@@ -107,7 +107,7 @@ def test_append_then_attend_is_one_call(build, dtype):
     assert together.lengths.tolist() == apart.lengths.tolist() == [40, 40]
 
 
-def test_queries_without_new_keys_stand_at_the_end(build, kind):
+def test_queries_without_new_keys_stand_at_the_end(one_build, kind):
     cache, oracle = make(2, 100, kind[0], **kind[1])
     q, k, v = tokens(90, 2)
     cache.append(k, v, lengths=[90, 30])
@@ -117,7 +117,7 @@ def test_queries_without_new_keys_stand_at_the_end(build, kind):
         verify(cache, oracle, q[:, :, :Lq], causal=False)
 
 
-def test_empty_rows(build, kind):
+def test_empty_rows(one_build, kind):
     """No key yet: output 0 and LSE -inf, or the sink."""
     cache, oracle = make(2, 32, kind[0], **kind[1])
     q, k, v = tokens(3, 2)
@@ -131,10 +131,24 @@ def test_empty_rows(build, kind):
     verify(cache, oracle, q[:0], rows=[])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_life_on_every_build(build, dtype):
+    """Prefill, chunks, ragged decode, every option, one query and many: what the tests below take apart."""
+    cache, oracle = make(3, 300, dtype, **({"k_mean": MEAN, "fp32_sinks": 5} if dtype == "int8" else {}))
+    q, k, v = tokens(280, 3)
+    start = 0
+    for n, lengths in ((100, [100, 64, 3]), (1, None), (17, [17, 1, 0]), (1, [0, 1, 1]), (1, None), (150, [150, 9, 2])):
+        now = np.s_[:, :, start : start + n]
+        verify(cache, oracle, q[now], k[now], v[now], lengths=lengths)
+        start += n
+    for Lq in (1, 4, 60):
+        verify(cache, oracle, q[:, :, :Lq], **ragged_options("all", 3, Lq, int(oracle.lengths.max())))
+
+
 # Ragged batches
 
 
-def test_lengths_per_row(build, kind):
+def test_lengths_per_row(one_build, kind):
     cache, oracle = make(4, 90, kind[0], **kind[1])
     q, k, v = tokens(80, 4)
     for start, stop, lengths in ((0, 40, [40, 1, 0, 23]), (40, 41, [1, 0, 1, 1]), (41, 80, [0, 39, 17, 2])):
@@ -144,7 +158,7 @@ def test_lengths_per_row(build, kind):
     assert cache.lengths.tolist() == [41, 40, 18, 26]
 
 
-def test_some_rows_in_any_order(build, kind):
+def test_some_rows_in_any_order(one_build, kind):
     cache, oracle = make(4, 64, kind[0], **kind[1])
     q, k, v = tokens(50, 4)
     for rows, n in (([2, 0], 20), ([3], 7), ([1, 3, 2], 11), (np.array([0]), 3)):
@@ -155,7 +169,7 @@ def test_some_rows_in_any_order(build, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_padding_holds_does_not_matter(build, dtype):
+def test_what_padding_holds_does_not_matter(one_build, dtype):
     """Tokens, and queries, beyond a row's length are neither read, nor checked, nor written."""
     q, k, v = tokens(20, 2)
     results = []
@@ -169,7 +183,7 @@ def test_what_padding_holds_does_not_matter(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_rows_change_nothing(build, dtype):
+def test_other_rows_change_nothing(one_build, dtype):
     """A row alone, in a cache of its own, and among rows of other lengths, NaN among them where that can be stored."""
     q, k, v = tokens(70, 3)
     among, _ = make(3, 300, dtype)
@@ -185,7 +199,7 @@ def test_other_rows_change_nothing(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads(build, dtype):
+def test_threads(one_build, dtype):
     q, k, v = tokens(130, 3)
     results = []
     for threads in (1, 2, 3, 8):
@@ -213,7 +227,7 @@ def ready(dtype, Lq=13, lengths=LENGTHS, **settings):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in (*cases.NAMES, "all") if "top-left" not in name])
-def test_options(build, dtype, name):
+def test_options(one_build, dtype, name):
     cache, oracle, q = ready(dtype)
     for causal in (True, False):
         options = ragged_options(name, 3, 13, 45) | {"causal": causal}
@@ -225,7 +239,7 @@ def test_options(build, dtype, name):
 
 @pytest.mark.parametrize("name", ["causal", "scale", "window", "softcap", "bias", "mask", "alibi_slopes", "sinks"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_no_option_is_ignored(build, dtype, name):
+def test_no_option_is_ignored(one_build, dtype, name):
     """With everything on, leaving one out moves the result far beyond the bound, to where the reference has it."""
     cache, oracle, q = ready(dtype, lengths=[45, 40, 37])
     options = cases.all_options(3, H, 13, 45) | {"window": (20, 5), "causal": False}
@@ -241,14 +255,14 @@ def test_no_option_is_ignored(build, dtype, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_causal_by_default(build, dtype):
+def test_causal_by_default(one_build, dtype):
     cache, _, q = ready(dtype, lengths=[45, 40, 37])
     same_bits(attend(q, cache), attend(q, cache, causal=True))
     assert np.abs(attend(q, cache)[0].astype(float) - attend(q, cache, causal=False)[0]).max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_top_left_is_no_place_in_a_cache(build, dtype):
+def test_top_left_is_no_place_in_a_cache(one_build, dtype):
     """Queries stand at the end of their row: the other alignment is refused, or honoured, and never ignored."""
     cache, oracle, q = ready(dtype)
     try:
@@ -258,7 +272,7 @@ def test_top_left_is_no_place_in_a_cache(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_config_out_and_lse(build, dtype):
+def test_config_out_and_lse(one_build, dtype):
     cache, _, q = ready(dtype)
     config = FlashAttentionConfig(head_dim=D, num_heads=H, scale=0.3, causal=False)
     expected = attend(q, cache, scale=0.3, causal=False)
@@ -275,7 +289,7 @@ def test_config_out_and_lse(build, dtype):
 
 @pytest.mark.parametrize("blocks", [(1, 16), (32, 128), (64, 64), (4096, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tile_sizes_stay_within_the_bound(build, dtype, blocks):
+def test_tile_sizes_stay_within_the_bound(one_build, dtype, blocks):
     """Blocks smaller and larger than pages, too."""
     cache, oracle = make(1, 700, dtype)
     q, k, v = tokens(600)
@@ -294,7 +308,7 @@ def test_tile_sizes_stay_within_the_bound(build, dtype, blocks):
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (8, 1), (17, 1), (48, 3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_groups(build, dtype, heads):
+def test_groups(one_build, dtype, heads):
     """Query heads share kv heads; a group fills part of a register, one, or several."""
     cache = cyflash.KVCache(2, heads[1], D, 100, numpy_dtype(dtype))
     oracle = Oracle(2, dtype, kv_heads=heads[1], v_head_dim=D)
@@ -306,7 +320,7 @@ def test_groups(build, dtype, heads):
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2), (16, 17), (33, 64), (128, 128), (80, 7), (256, 40)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_head_dims(build, dtype, sizes):
+def test_head_dims(one_build, dtype, sizes):
     cache = cyflash.KVCache(1, HK, sizes[0], 80, numpy_dtype(dtype), v_head_dim=sizes[1])
     oracle = Oracle(1, dtype, head_dim=sizes[0], v_head_dim=sizes[1])
     q, k, v = tokens(75, sizes=sizes)
@@ -317,7 +331,7 @@ def test_head_dims(build, dtype, sizes):
 @pytest.mark.parametrize("of_q", FLOATS)
 @pytest.mark.parametrize("of_kv", FLOATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_mix(build, dtype, of_q, of_kv):
+def test_dtypes_mix(one_build, dtype, of_q, of_kv):
     """Keys of any float dtype are converted on append; the output has q's dtype."""
     cache, oracle = make(1, 64, dtype)
     q, k, v = tokens(40)
@@ -330,7 +344,7 @@ def test_dtypes_mix(build, dtype, of_q, of_kv):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_layouts(build, dtype, layout):
+def test_layouts(one_build, dtype, layout):
     """Any strides and alignment of q, k and v give the bits of contiguous arrays."""
     q, k, v = tokens(30, 2)
     expected, got = (make(2, 32, dtype)[0] for _ in range(2))
@@ -356,13 +370,13 @@ def test_inputs_are_not_kept(dtype):
 
 @pytest.mark.parametrize("pv", ["int8", "bf16", "fp32"])
 @pytest.mark.parametrize("name", INT8)
-def test_products_of_an_int8_cache(build, name, pv):
+def test_products_of_an_int8_cache(one_build, name, pv):
     cache, oracle, q = ready("int8", lengths=[45, 2, 0], **INT8[name])
     verify(cache, oracle, q, pv=pv)
     verify(cache, oracle, q[:, :, :1], pv=pv, **ragged_options("all", 3, 1, 45))
 
 
-def test_products_differ(build):
+def test_products_differ(one_build):
     cache, _, q = ready("int8", lengths=[45, 40, 30])
     results = [attend(q, cache, pv=pv)[0] for pv in ("int8", "bf16", "fp32")]
     same_bits(attend(q, cache)[:1], results[:1])
@@ -377,7 +391,7 @@ def test_pv_is_of_int8_caches(dtype):
 
 
 @pytest.mark.parametrize("name", [name for name in INT8 if name != "token"])
-def test_no_setting_of_int8_is_ignored(build, name):
+def test_no_setting_of_int8_is_ignored(one_build, name):
     """Each changes the result beyond what its rounding explains, to that of flash_attention_int8 with the same."""
     rng = np.random.default_rng(0)
     k, v = (rng.standard_normal((1, HK, 60, d), dtype=np.float32) for d in (D, DV))
@@ -389,7 +403,7 @@ def test_no_setting_of_int8_is_ignored(build, name):
     assert np.median(np.abs(results[0] - results[1])) > 1e-4
 
 
-def test_quant_is_the_same_as_its_parts(build):
+def test_quant_is_the_same_as_its_parts(one_build):
     layer = LayerScales(**SCALES, k_mean=MEAN, fp32_sinks=4)
     one, _, q = ready("int8", granularity="head", quant=layer)
     other, _, _ = ready("int8", granularity="head", **SCALES, k_mean=MEAN, fp32_sinks=4)
@@ -397,7 +411,7 @@ def test_quant_is_the_same_as_its_parts(build):
     assert one.nbytes == other.nbytes
 
 
-def test_quant_alone_says_the_granularity(build):
+def test_quant_alone_says_the_granularity(one_build):
     """A LayerScales has its scales' shapes: nothing more need be said."""
     for scales, granularity in ((SCALES, "head"), ({"k_scale": 0.03, "v_scale": 0.02}, "tensor")):
         quant = LayerScales(**scales)
@@ -406,7 +420,7 @@ def test_quant_alone_says_the_granularity(build):
         same_bits(attend(q, got), attend(q, expected))
 
 
-def test_the_query_scale_of_quant_is_used(build):
+def test_the_query_scale_of_quant_is_used(one_build):
     """Queries are quantised by the call: with the scale that was calibrated for them."""
     cache, oracle, q = ready("int8", granularity="head", quant=LayerScales(0.05, **SCALES))
     verify(cache, oracle, q)
@@ -414,7 +428,7 @@ def test_the_query_scale_of_quant_is_used(build):
     assert not np.array_equal(attend(q, cache)[0], attend(q, other)[0])
 
 
-def test_pv_of_the_call_wins_over_quant(build):
+def test_pv_of_the_call_wins_over_quant(one_build):
     cache, oracle, q = ready("int8", **INT8["quant"])
     default, other = attend(q, cache), attend(q, cache, pv="int8")
     same_bits(default, attend(q, cache, pv="bf16"))
@@ -422,7 +436,7 @@ def test_pv_of_the_call_wins_over_quant(build):
     verify(cache, oracle, q, pv="int8")
 
 
-def test_codes_are_those_of_quantize(build):
+def test_codes_are_those_of_quantize(one_build):
     """With weights on one key the output is that key's value as quantize(v, "token") keeps it."""
     _, k, v = tokens(40)
     cache, _ = make(1, 64, "int8")
@@ -434,7 +448,7 @@ def test_codes_are_those_of_quantize(build):
         np.testing.assert_allclose(out[0, :, 0], kept[0, :, j], rtol=1e-6)
 
 
-def test_codes_do_not_depend_on_neighbours(build):
+def test_codes_do_not_depend_on_neighbours(one_build):
     """Scales are per token: a large token beside, before or after changes no other."""
     q, k, v = tokens(40)
     cache, oracle = make(1, 64, "int8")
@@ -450,7 +464,7 @@ def test_codes_do_not_depend_on_neighbours(build):
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 3, 4, 15, 16, 17, 40, 64, 100])
-def test_first_tokens_in_float32(build, sinks):
+def test_first_tokens_in_float32(one_build, sinks):
     """However they arrive: alone, in the chunk of the others, over several calls, fewer or more than there are."""
     q, k, v = tokens(60)
     for chunks in ([60], [1] * 20 + [40], [2, 3, 12, 43]):
@@ -464,7 +478,7 @@ def test_first_tokens_in_float32(build, sinks):
         verify(cache, oracle, q[:, :, :1], causal=False)
 
 
-def test_first_tokens_in_float32_are_exact(build):
+def test_first_tokens_in_float32_are_exact(one_build):
     cache, oracle = make(1, 64, "int8", fp32_sinks=20)
     q, k, v = tokens(20)
     out, lse = verify(cache, oracle, q.copy(), k, v)
@@ -494,7 +508,7 @@ def test_nan_reaches_only_the_rows_that_see_it(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_what_was_there_before_does_not_leak(build, dtype):
+def test_what_was_there_before_does_not_leak(one_build, dtype):
     """NaN in tokens that were truncated, reset or given to another row is gone, in every part of a block."""
     nan = np.float32(np.nan)
     for length in (1, 15, 16, 17, 63, 100):
@@ -512,7 +526,7 @@ def test_what_was_there_before_does_not_leak(build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_uninitialised_memory_does_not_leak(build, dtype):
+def test_uninitialised_memory_does_not_leak(one_build, dtype):
     """A fresh cache in memory that held NaN."""
     blocks = [np.full((HK, 4096, D), np.nan, np.float32) for _ in range(20)]
     del blocks
@@ -521,7 +535,7 @@ def test_uninitialised_memory_does_not_leak(build, dtype):
     verify(cache, oracle, q, k, v, lengths=[1, 30, 70], causal=False)
 
 
-def test_infinite_bias_and_masked_rows(build, kind):
+def test_infinite_bias_and_masked_rows(one_build, kind):
     cache, oracle = make(2, 64, kind[0], **kind[1])
     q, k, v = tokens(40, 2)
     cache.append(k, v, lengths=[40, 9]), oracle.append(k, v, lengths=[40, 9])
@@ -534,7 +548,7 @@ def test_infinite_bias_and_masked_rows(build, kind):
     assert not out.any() and (lse == 0.5).all()
 
 
-def test_columns_beyond_a_rows_length_are_ignored(build):
+def test_columns_beyond_a_rows_length_are_ignored(one_build):
     """Whatever mask and bias say there, NaN included."""
     cache, oracle, q = ready("float32", lengths=[45, 12, 30])
     bias = np.zeros((3, H, 13, 45), np.float32)
@@ -552,7 +566,7 @@ def test_columns_beyond_a_rows_length_are_ignored(build):
 @pytest.mark.parametrize("settings", [
     {}, {"fp32_sinks": 4}, {"mean": True}, {"mean": True, "fp32_sinks": 4}, {"mean": True, "pv": "bf16"},
 ], ids=str)
-def test_an_int8_cache_is_as_accurate_as_a_call(build, settings):
+def test_an_int8_cache_is_as_accurate_as_a_call(one_build, settings):
     """After 1,000 appends of one token, within 1.2 x of the error of one call; llm-like activations.
 
     The mean of keys comes from another draw of the same model, as calibration finds it.
@@ -578,7 +592,7 @@ def test_an_int8_cache_is_as_accurate_as_a_call(build, settings):
         assert ours < 0.8 * rough
 
 
-def test_a_float_cache_is_flash_attention(build):
+def test_a_float_cache_is_flash_attention(one_build):
     """The same array as keys of a cache and of a call, without any helper between."""
     q, k, v = tokens(50)
     cache = cyflash.KVCache(1, HK, D, 50, v_head_dim=DV)
@@ -586,7 +600,7 @@ def test_a_float_cache_is_flash_attention(build):
     same_bits([out], [flash_attention(q, k, v, causal=True)])
 
 
-def test_an_int8_cache_is_flash_attention_int8(build):
+def test_an_int8_cache_is_flash_attention_int8(one_build):
     q, k, v = tokens(50)
     cache = cyflash.KVCache(1, HK, D, 50, "int8", v_head_dim=DV, k_mean=MEAN)
     out = cyflash.flash_attention_with_kvcache(q, cache, k, v)

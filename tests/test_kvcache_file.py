@@ -48,7 +48,7 @@ def some(dtype, settings):
     return cache, oracle
 
 
-def test_everything_comes_back(build, kind, path, tmp_path):
+def test_everything_comes_back(one_build, kind, path, tmp_path):
     cache, oracle = some(*kind)
     cache.save(path)
     loaded = KVCache.load(path)
@@ -170,7 +170,7 @@ def test_the_file_is_safetensors(kind, path):
         assert len(list(file.keys())) > 0
 
 
-def test_paged(build, kind, path):
+def test_paged(one_build, kind, path):
     settings = {name: value for name, value in kind[1].items() if name != "grow"}
     cache, oracle = make_paged(12, 16, kind[0], **settings)
     q, k, v = tokens(40, 2)

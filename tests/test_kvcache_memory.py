@@ -147,10 +147,10 @@ def test_a_window_needs_no_more_than_its_capacity():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_does_not_copy_the_cache(dtype):
-    """A call of one query on 8,000 keys in float32, 16 bits or codes allocates a small part of what they take."""
-    cache = build_cache(1, 8192, dtype=dtype)
+    """A call of one query on 4,000 keys in float32, 16 bits or codes allocates a small part of what they take."""
+    cache = build_cache(1, 4096, dtype=dtype)
     r = np.random.default_rng(0)
-    for _ in range(8):
+    for _ in range(4):
         x = r.standard_normal((1, 8, 1000, 128), dtype=np.float32)
         cache.append(x, x)
     q = r.standard_normal((1, 32, 1, 128), dtype=np.float32)
@@ -161,13 +161,13 @@ def test_attention_does_not_copy_the_cache(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_growing_history_is_not_repacked(dtype):
-    """Appending one token allocates as little on 8,000 tokens as on none."""
-    cache = build_cache(1, 8192, dtype=dtype)
+    """Appending one token allocates as little on 4,000 tokens as on none."""
+    cache = build_cache(1, 4096, dtype=dtype)
     r = np.random.default_rng(0)
     one = r.standard_normal((1, 8, 1, 128), dtype=np.float32)
     cache.append(one, one)
     _, _, first = traced(lambda: cache.append(one, one))
-    for _ in range(8):
+    for _ in range(4):
         x = r.standard_normal((1, 8, 1000, 128), dtype=np.float32)
         cache.append(x, x)
     _, _, last = traced(lambda: cache.append(one, one))

@@ -52,7 +52,7 @@ def scattered(dtype, page_size, lengths, seed=0):
 
 
 @pytest.mark.parametrize("page_size", SIZES)
-def test_pages_in_any_order_are_contiguous_to_the_bit(build, dtype, page_size):
+def test_pages_in_any_order_are_contiguous_to_the_bit(one_build, dtype, page_size):
     """Against a KVCache of one page, and (in verify) against the functions that take whole arrays."""
     lengths = [3 * page_size + 5, 2 * page_size, 17]
     cache, oracle, rows = scattered(dtype, page_size, lengths)
@@ -84,7 +84,7 @@ def test_options_over_pages(build, dtype):
         verify(cache, oracle, q, rows=rows, **cases.all_options(3, H, Lq, 70))
 
 
-def test_threads_and_repeats(build, dtype):
+def test_threads_and_repeats(one_build, dtype):
     cache, oracle, rows = scattered(dtype, 32, [300, 45, 120])
     for Lq in (1, 30):
         q = tokens(Lq, 3)[0]
@@ -161,7 +161,7 @@ def test_truncate_gives_back_whole_pages(dtype):
     assert [int(cache.lengths[row]) for row in (a, b)] == [32, 32]
 
 
-def test_a_window_gives_back_pages(build, dtype):
+def test_a_window_gives_back_pages(one_build, dtype):
     """A row of any length in few pages, with the bits of a cache that keeps them all."""
     left = 20
     cache, _ = make_paged(4, 16, dtype, window=(left, 0))
@@ -178,7 +178,7 @@ def test_a_window_gives_back_pages(build, dtype):
 # fork
 
 
-def test_a_fork_parts_from_its_row(build, dtype):
+def test_a_fork_parts_from_its_row(one_build, dtype):
     """At every place in a page: both go on, each with its own tokens."""
     for length in (0, 1, 15, 16, 17, 31, 32, 40):
         cache, oracle = make_paged(16, 16, dtype, **settings_of(dtype))
@@ -216,7 +216,7 @@ def test_forks_share_whole_pages():
         assert table[fork][:9].tolist() == table[row][:9].tolist()
 
 
-def test_what_is_shared_outlives_its_first_row(build, dtype):
+def test_what_is_shared_outlives_its_first_row(one_build, dtype):
     """Free, reset or truncate the original: the fork keeps its tokens, and their pages are not given away."""
     for turn in range(3):
         cache, oracle = make_paged(8, 16, dtype, **settings_of(dtype))
@@ -238,7 +238,7 @@ def test_what_is_shared_outlives_its_first_row(build, dtype):
         verify(cache, oracle, q[:, :, :5], rows=[row, fork])
 
 
-def test_truncating_a_fork_leaves_the_row(build, dtype):
+def test_truncating_a_fork_leaves_the_row(one_build, dtype):
     cache, oracle = make_paged(8, 16, dtype)
     row = cache.add()
     oracle.add(row)
@@ -268,7 +268,7 @@ def test_pages_of_many_forks_all_come_back(dtype):
         cache.free(row)
 
 
-def test_a_fork_of_a_fork(build):
+def test_a_fork_of_a_fork(one_build):
     cache, oracle = make_paged(24, 16)
     rows = [cache.add()]
     oracle.add(rows[0])
@@ -284,7 +284,7 @@ def test_a_fork_of_a_fork(build):
     verify(cache, oracle, q[:2, :, :3], rows=rows[2:])
 
 
-def test_what_pages_held_before_does_not_leak(build):
+def test_what_pages_held_before_does_not_leak(one_build):
     """NaN of a freed row stays in no result of the next."""
     for dtype in DTYPES[:3]:
         cache, oracle = make_paged(3, 16, dtype)

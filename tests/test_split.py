@@ -46,7 +46,7 @@ def test_every_length_is_within_the_bound(build, Lq):
 
 
 @pytest.mark.parametrize("Lq", QUERIES)
-def test_every_number_of_queries_is_within_the_bound(build, Lq):
+def test_every_number_of_queries_is_within_the_bound(one_build, Lq):
     for Lk in (300, 3000):
         for causal in (False, True):
             cases.verify(*inputs(Lq, Lk), causal=causal)
@@ -60,7 +60,7 @@ def test_int8_is_within_its_bound(build, pv):
 
 
 @pytest.mark.parametrize("name", [*cases.NAMES, "all"])
-def test_options(build, name):
+def test_options(one_build, name):
     """Each option over several chunks, in both precisions; with one query and with a few."""
     for Lq, Lk in ((1, 3000), (5, 2100)):
         options = cases.all_options(2, 4, Lq, Lk) if name == "all" else cases.options(name, 2, 4, Lq, Lk)
@@ -70,10 +70,10 @@ def test_options(build, name):
 
 @pytest.mark.parametrize("ignored", ["window", "softcap", "bias", "mask", "alibi_slopes", "sinks", "scale",
                                      "causal_align"])
-def test_no_option_is_ignored(build, ignored):
+def test_no_option_is_ignored(one_build, ignored):
     """Over several chunks, one query: leaving an option out moves the result far beyond the bound."""
     q, k, v = inputs(2, 3000)
-    options = cases.all_options(1, 4, 2, 3000) | {"window": (2000, 500)}
+    options = cases.all_options(1, 4, 2, 3000) | {"window": (700, 500)}
     if ignored == "causal_align":
         options = {"causal": True, "causal_align": "top-left"}
     rest = {name: value for name, value in options.items() if name != ignored}
@@ -83,7 +83,7 @@ def test_no_option_is_ignored(build, ignored):
     assert case.distance_to(other) > 100
 
 
-def test_a_sink_counts_once(build, attention):
+def test_a_sink_counts_once(one_build, attention):
     """However many chunks a row has: sinks as large as all keys together."""
     for Lk in (64, 1000, 5000, 20000):
         q, k = np.zeros((1, 4, 1, D), np.float32), np.zeros((1, 2, Lk, D), np.float32)
@@ -93,7 +93,7 @@ def test_a_sink_counts_once(build, attention):
         np.testing.assert_allclose(lse, np.log(2 * Lk), rtol=1e-5)
 
 
-def test_chunks_without_a_visible_key(build, attention):
+def test_chunks_without_a_visible_key(one_build, attention):
     """A mask, a window or bias that hides the first chunks, the last, all but one key, or everything."""
     Lk = 6000
     q, k, v = inputs(1, Lk)
@@ -111,7 +111,7 @@ def test_chunks_without_a_visible_key(build, attention):
             assert not sunk[0].any() and (sunk[1] == 2.5).all()
 
 
-def test_scores_far_apart(build):
+def test_scores_far_apart(one_build):
     """Chunks whose maxima differ by hundreds: nothing overflows, nothing that counts is lost."""
     q, k, v = inputs(2, 5000)
     for place in (0, 1700, 4999):
@@ -135,7 +135,7 @@ def test_nan_and_infinity(build):
         bounds.Case(q, k, v, mask=mask).check(out, lse)
 
 
-def test_finfo_min_is_finite(build):
+def test_finfo_min_is_finite(one_build):
     """A row of finfo.min in bias is uniform over all chunks."""
     q, k, v = inputs(1, 3000)
     k[...] = 0
@@ -146,19 +146,19 @@ def test_finfo_min_is_finite(build):
 # The same bits
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 500), (1, 5000), (2, 3000), (8, 3000), (17, 2500), (48, 2000)],
+@pytest.mark.parametrize("lengths", [(1, 500), (1, 5000), (3, 3000), (17, 2000), (48, 1500)],
                          ids=str)
 def test_threads(build, attention, lengths):
-    for heads in ((1, 1), (8, 2)):
+    for heads in ((1, 1), (4, 2)):
         q, k, v = cases.arrays(1, *heads, *lengths, D, DV)
-        for options in ({}, {"causal": True}, cases.all_options(1, heads[0], *lengths)):
+        for options in ({}, cases.all_options(1, heads[0], *lengths)):
             one = attention((q, k, v), **options, num_threads=1)
-            for threads in (2, 3, 5, 16):
+            for threads in (2, 3, 16):
                 same_bits(attention((q, k, v), **options, num_threads=threads), one)
 
 
 @pytest.mark.parametrize("lengths", [(1, 5000), (3, 2500), (17, 1500)], ids=str)
-def test_any_batch(build, attention, lengths):
+def test_any_batch(one_build, attention, lengths):
     """A sequence alone, and as one of 2 or 9, first or last, with any number of threads."""
     q, k, v = inputs(*lengths, B=9)
     alone = attention((q[4:5], k[4:5], v[4:5]), num_threads=1)
@@ -168,7 +168,7 @@ def test_any_batch(build, attention, lengths):
             same_bits([x[4 - start : 5 - start] for x in among], alone)
 
 
-def test_any_number_of_heads(build, attention):
+def test_any_number_of_heads(one_build, attention):
     """A kv head with its group alone, and among others."""
     q, k, v = inputs(1, 4000, H=12, Hk=3)
     whole = attention((q, k, v), num_threads=2)
@@ -177,7 +177,7 @@ def test_any_number_of_heads(build, attention):
         same_bits(attention((q[heads], k[:, kv : kv + 1], v[:, kv : kv + 1])), [x[heads] for x in whole])
 
 
-def test_one_query_of_several_sees_what_it_sees_alone(build):
+def test_one_query_of_several_sees_what_it_sees_alone(one_build):
     """The last of a few causal queries within the bound of itself alone: chunks may differ, keys may not."""
     q, k, v = inputs(6, 3000)
     out, lse = run((q, k, v), causal=True)
@@ -186,10 +186,10 @@ def test_one_query_of_several_sees_what_it_sees_alone(build):
         bounds.Case(q[:, :, i : i + 1], k[:, :, :end], v[:, :, :end]).check(out[:, :, i : i + 1], lse[:, :, i : i + 1])
 
 
-def test_repeats(build, attention):
-    call = inputs(1, 9000)
+def test_repeats(one_build, attention):
+    call = inputs(1, 4000)
     first = attention(call, num_threads=2)
-    for _ in range(10):
+    for _ in range(5):
         same_bits(attention(call, num_threads=2), first)
 
 
@@ -197,11 +197,11 @@ def test_repeats(build, attention):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (16, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2)], ids=str)
 def test_a_long_row_of_a_cache(build, dtype, heads):
     """Any threads, any other rows, pages in any order: the bits of whole arrays."""
     H, Hk = heads
-    L = 2500
+    L = 1700
     q, k, v = cases.arrays(1, H, Hk, 4, L, D, DV)
     of = numpy_dtype(dtype)
     alone = cyflash.KVCache(1, Hk, D, L, of, v_head_dim=DV)
@@ -234,7 +234,7 @@ def test_a_long_row_of_a_cache(build, dtype, heads):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_long_row_with_a_window(build, dtype):
+def test_a_long_row_with_a_window(one_build, dtype):
     """Chunks are of the row's logical keys: a window cache that has given up thousands of keys gives the same bits."""
     q, k, v = cases.arrays(1, 4, 2, 4000, 4000, D, DV)
     left = 1500
@@ -249,7 +249,7 @@ def test_a_long_row_with_a_window(build, dtype):
                 same_bits(attend(x, ring), attend(x, whole, window=(left, 0)))
 
 
-def test_quantised_operands(build):
+def test_quantised_operands(one_build):
     """Codes given by the caller are split as those of the call are."""
     q, k, v = inputs(1, 5000)
     tensors = [quantize(x, "token", smooth=x is k) for x in (q, k, v)]

@@ -41,7 +41,7 @@ def test_batches(build, batch):
 
 
 @pytest.mark.parametrize("name", ragged.NAMES)
-def test_options(build, name):
+def test_options(one_build, name):
     for which in ("mixed", "without queries", "without keys", "more queries than keys"):
         batch = BATCHES[which]
         verify(draw(batch), **ragged.options(name, batch))
@@ -49,7 +49,7 @@ def test_options(build, name):
 
 @pytest.mark.parametrize("ignored", ["causal", "scale", "window", "softcap", "bias", "mask", "alibi_slopes", "sinks",
                                      "causal_align"])
-def test_no_option_is_ignored(build, ignored):
+def test_no_option_is_ignored(one_build, ignored):
     batch = [(40, 50), (30, 44), (20, 64)]
     call = draw(batch)
     options = all_options(batch) | ragged.options("mask", batch) | {"window": (7, 3), "causal_align": "top-left"}
@@ -62,7 +62,7 @@ def test_no_option_is_ignored(build, ignored):
         assert gap.max() > 100, f"sequence {i}"
 
 
-def test_each_sequence_has_its_own_slopes_bias_and_mask(build):
+def test_each_sequence_has_its_own_slopes_bias_and_mask(one_build):
     """Swapped between two sequences of one size they give another result."""
     batch = [(20, 30), (20, 30)]
     call = draw(batch)
@@ -73,7 +73,7 @@ def test_each_sequence_has_its_own_slopes_bias_and_mask(build):
         assert np.abs(out - other)[:20].max() > 1e-2 and np.abs(out - other)[20:].max() > 1e-2
 
 
-def test_rows_without_a_key(build):
+def test_rows_without_a_key(one_build):
     call = draw([(4, 0), (3, 2)])
     out, lse = run(call)
     assert not out[:4].any() and (lse[:4] == -np.inf).all() and np.isfinite(lse[4:]).all()
@@ -84,7 +84,7 @@ def test_rows_without_a_key(build):
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 1), (6, 2), (5, 5), (34, 2)], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1), (16, 33), (64, 64), (40, 128)], ids=str)
-def test_heads_and_widths(build, heads, sizes):
+def test_heads_and_widths(one_build, heads, sizes):
     batch = [(7, 40), (1, 90), (0, 3), (33, 20)]
     verify(draw(batch, heads, sizes), causal=True)
 
@@ -100,7 +100,7 @@ def test_threads_and_repeats(build):
         same_bits(run(call, **given), expected)
 
 
-def test_neighbours_change_nothing(build):
+def test_neighbours_change_nothing(one_build):
     """A sequence alone, and among others of any length and content, NaN included."""
     batch = [(30, 40), (1, 500), (20, 17)]
     call = draw(batch)
@@ -117,7 +117,7 @@ def test_neighbours_change_nothing(build):
     assert np.isnan(out[30:]).all()
 
 
-def test_a_thousandfold_difference_of_lengths(build):
+def test_a_thousandfold_difference_of_lengths(one_build):
     """One long sequence among many short ones."""
     batch = [(2, 2)] * 20 + [(4, 4000)] + [(2, 2)] * 20
     call = draw(batch, sizes=(16, 16))
@@ -127,7 +127,7 @@ def test_a_thousandfold_difference_of_lengths(build):
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.int32, np.int64, np.uint32, np.int16])
-def test_kinds_of_cu_seqlens(build, kind):
+def test_kinds_of_cu_seqlens(one_build, kind):
     call = draw(BATCHES["mixed"])
     expected = run(call, causal=True)
     for which in (3, 4):
@@ -144,7 +144,7 @@ def test_kinds_of_cu_seqlens(build, kind):
 @pytest.mark.parametrize("layout", ["heads first", "padded rows", "every other row", "off by 4 bytes", "off by 1 byte",
                                     "read-only", "strided last axis", "fortran", "reversed rows"])
 @pytest.mark.parametrize("which", ["q", "k", "v", "all"])
-def test_strides_and_alignment(build, layout, which):
+def test_strides_and_alignment(one_build, layout, which):
     """Views of any layout give the bits of contiguous arrays."""
     call = draw(BATCHES["mixed"])
     expected = run(call, causal=True)
@@ -158,7 +158,7 @@ def test_strides_and_alignment(build, layout, which):
     same_bits(run((*arrays, *call[3:]), causal=True), expected)
 
 
-def test_packed_qkv(build):
+def test_packed_qkv(one_build):
     """q, k and v as views of one array (total, 3, H, D), as packed projections have them."""
     cu = bounds_of([30, 0, 45])
     packed = np.random.default_rng(0).standard_normal((75, 3, H, D), dtype=np.float32)
@@ -166,7 +166,7 @@ def test_packed_qkv(build):
     same_bits(run((q, k, v, cu, cu), causal=True), run((q.copy(), k.copy(), v.copy(), cu, cu), causal=True))
 
 
-def test_inputs_are_not_written(build):
+def test_inputs_are_not_written(one_build):
     batch = BATCHES["mixed"]
     call, options = draw(batch), all_options(batch)
     everything = [*call, *options["bias"], *(x for x in options["mask"] if x is not None), options["alibi_slopes"]]
@@ -178,7 +178,7 @@ def test_inputs_are_not_written(build):
         assert np.array_equal(x, y)
 
 
-def test_out_and_lse(build):
+def test_out_and_lse(one_build):
     call = draw(BATCHES["without queries"])
     expected, lse = run(call, causal=True)
     assert np.array_equal(flash_attention_varlen(*call, causal=True), expected)
@@ -188,7 +188,7 @@ def test_out_and_lse(build):
         same_bits((out, got_lse), (expected, lse))
 
 
-def test_config(build):
+def test_config(one_build):
     call = draw(BATCHES["mixed"])
     config = FlashAttentionConfig(head_dim=D, num_heads=H, causal=True, scale=0.3)
     plain = FlashAttentionConfig(head_dim=D, num_heads=H)
@@ -203,7 +203,7 @@ def test_config(build):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bit(build, dtype):
+def test_16_bit(one_build, dtype):
     *arrays, cu_q, cu_k = draw(BATCHES["mixed"])
     call = (*(x.astype(numpy_dtype(dtype)) for x in arrays), cu_q, cu_k)
     out, lse = run(call, **all_options(BATCHES["mixed"]))
@@ -211,7 +211,7 @@ def test_16_bit(build, dtype):
     same_bits((out, lse), loop(flash_attention, *call, **all_options(BATCHES["mixed"])))
 
 
-def test_nan_and_infinity_stay_where_they_are(build):
+def test_nan_and_infinity_stay_where_they_are(one_build):
     call = draw([(20, 20), (20, 20)])
     call[1][7], call[2][7] = np.nan, np.inf
     verify(call, causal=True)
