@@ -81,7 +81,7 @@ def test_decode_one_token_at_a_time(one_build, kind):
     parts = [attend(q[:, :, i : i + 1], cache, k[:, :, i : i + 1], v[:, :, i : i + 1]) for i in range(72)]
     oracle.append(k, v)
     whole(oracle, 0, q, parts)
-    for i in (0, 1, 40, 71):
+    for i in (1, 2, 40, 71):
         short = Oracle(1, kind[0], **oracle.int8)
         short.append(k[:, :, : i + 1], v[:, :, : i + 1])
         same_bits([x[0] for x in parts[i]], dense(short, 0, q[0, :, i : i + 1]))

@@ -10,7 +10,7 @@ import pytest
 from caching import DTYPES, Oracle, attend, judge, numpy_dtype, same_bits
 
 import cyflash
-from cyflash import flash_attention, flash_attention_int8, quantize
+from cyflash import flash_attention, flash_attention_int8, quantize, reference
 
 KEYS = (63, 64, 65, 255, 256, 257, 511, 513, 1023, 1024, 1025, 2047, 2049, 4095, 4097, 8200)
 QUERIES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 48, 49)
@@ -52,11 +52,26 @@ def test_every_number_of_queries_is_within_the_bound(one_build, Lq):
             cases.verify(*inputs(Lq, Lk), causal=causal)
 
 
-@pytest.mark.parametrize("pv", ["int8", "bf16", "fp32"])
+LENGTHS = ((1, 255), (1, 1025), (1, 4097), (3, 2000), (17, 1500))
+
+
+@pytest.mark.parametrize("pv", ["int8", "fp32"])
 def test_int8_is_within_its_bound(build, pv):
-    for Lq, Lk in ((1, 255), (1, 1025), (1, 4097), (3, 2000), (17, 1500)):
+    for Lq, Lk in LENGTHS:
         cases_int8.verify(*inputs(Lq, Lk), pv=pv, causal=True)
         cases_int8.verify(*inputs(Lq, Lk), pv=pv, fp32_sinks=5)
+
+
+def test_weights_in_bfloat16(build):
+    """They are rounded relative to the greatest of their own chunk: each by at most 2^-9 of itself, as in one chunk."""
+    for Lq, Lk in LENGTHS:
+        q, k, v = inputs(Lq, Lk)
+        for arguments in ({"causal": True}, {"fp32_sinks": 5}):
+            out, lse = run_int8((q, k, v), pv="bf16", **arguments)
+            exact, exact_lse = reference.attention_int8(q, k, v, pv="fp32", **arguments, return_lse=True)
+            size = reference.attention_int8(q, k, np.abs(v), pv="fp32", **arguments)
+            assert (np.abs(out - exact) <= (2.0**-8 + 2.0**-16) * size).all()  # of the weight and of the value
+            np.testing.assert_allclose(lse, exact_lse, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*cases.NAMES, "all"])
