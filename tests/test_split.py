@@ -161,14 +161,14 @@ def test_finfo_min_is_finite(one_build):
 # The same bits
 
 
-@pytest.mark.parametrize("lengths", [(1, 500), (1, 5000), (3, 3000), (17, 2000), (48, 1500)],
+@pytest.mark.parametrize("lengths", [(1, 4000), (3, 2500), (17, 1200)],
                          ids=str)
 def test_threads(build, attention, lengths):
     for heads in ((1, 1), (4, 2)):
         q, k, v = cases.arrays(1, *heads, *lengths, D, DV)
         for options in ({}, cases.all_options(1, heads[0], *lengths)):
             one = attention((q, k, v), **options, num_threads=1)
-            for threads in (2, 3, 16):
+            for threads in (2, 5):
                 same_bits(attention((q, k, v), **options, num_threads=threads), one)
 
 
@@ -212,11 +212,10 @@ def test_repeats(one_build, attention):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(1, 1), (8, 2)], ids=str)
-def test_a_long_row_of_a_cache(build, dtype, heads):
+def test_a_long_row_of_a_cache(build, dtype):
     """Any threads, any other rows, pages in any order: the bits of whole arrays."""
-    H, Hk = heads
-    L = 1700
+    H, Hk = {"float32": (8, 2), "float16": (1, 1), "bfloat16": (16, 1), "int8": (6, 2)}[dtype]
+    L = 1300
     q, k, v = cases.arrays(1, H, Hk, 4, L, D, DV)
     of = numpy_dtype(dtype)
     alone = cyflash.KVCache(1, Hk, D, L, of, v_head_dim=DV)
