@@ -44,6 +44,14 @@ cdef extern from "simd.h" nogil:
     vi vi_load(const int*) noexcept
     vi vi_dot(vi acc, vi a, vi b) noexcept                       # acc + GROUP products; a's codes with ZERO_POINT
     vi vi_dot_at(vi acc, const int* a, vi b) noexcept            # the same, with a in memory
+    vi vi_load_part(const int*, Py_ssize_t n) noexcept           # as vf_load_part
+    vi vi_add(vi, vi) noexcept
+    vi vi_and(vi, vi) noexcept
+    vi vi_or(vi, vi) noexcept
+    vf vf_bits(vi) noexcept                                      # the same bits
+    vi vi_bits(vf) noexcept
+    vi vi_dot_bytes(vi acc, vi a, vi b) noexcept                 # acc + 4 products of unsigned bytes of a, signed of b
+    vf vf_byte(vi, int i) noexcept                               # signed byte i of each lane
     vf vf_from_int(vi) noexcept
     vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT
     void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups
@@ -60,7 +68,7 @@ cdef extern from "simd.h" nogil:
     void vf_store_bf16(unsigned short*, vf) noexcept
     void vf_store_bf16_part(unsigned short*, vf, Py_ssize_t n) noexcept
 
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cdef extern from "math.h" nogil:
     double exp(double) noexcept

@@ -77,7 +77,16 @@ typedef __m256i vi;
 
 WORD vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
 WORD vi vi_load(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+WORD vi vi_load_part(const int32_t *p, ptrdiff_t n) { return _mm256_maskload_epi32(p, first_lanes(n)); }
+WORD vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+WORD vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+WORD vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+WORD vf vf_bits(vi x) { return _mm256_castsi256_ps(x); }
+WORD vi vi_bits(vf x) { return _mm256_castps_si256(x); }
 WORD vf vf_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
+WORD vf vf_byte(vi x, int i) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(x, _mm256_set1_epi32(24 - 8 * i)), 24));
+}
 
 #ifdef __AVXVNNI__
 
@@ -90,10 +99,8 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     return acc;
 }
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
-WORD vf vf_code(vi x, int i) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(
-        _mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), _mm256_set1_epi32(24 - 8 * i)), 24));
-}
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) { return vi_dot(acc, a, b); }
+WORD vf vf_code(vi x, int i) { return vf_byte(_mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), i); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     __m256i low = _mm256_or_si256(_mm256_cvtps_epi32(x[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1]), 8));
     __m256i high = _mm256_or_si256(_mm256_cvtps_epi32(x[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[3]), 8));
@@ -118,6 +125,12 @@ WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) {
     __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
             : "+x"(acc), "=&x"(product) : "m"(*(const __m256i_u *)a), "x"(b));
     return acc;
+}
+/* Bytes 0, 2 and bytes 1, 3 as pairs of 16 bits. */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    __m256i even = _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8)));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8)));
 }
 WORD vf vf_code(vi x, int i) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(x, _mm256_set1_epi32(16 - 16 * i)), 16));

@@ -72,7 +72,16 @@ typedef __m512i vi;
 
 WORD vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 WORD vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+WORD vi vi_load_part(const int32_t *p, ptrdiff_t n) { return _mm512_maskz_loadu_epi32(first_lanes(n), p); }
+WORD vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+WORD vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+WORD vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+WORD vf vf_bits(vi x) { return _mm512_castsi512_ps(x); }
+WORD vi vi_bits(vf x) { return _mm512_castps_si512(x); }
 WORD vf vf_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
+WORD vf vf_byte(vi x, int i) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(x, _mm512_set1_epi32(24 - 8 * i)), 24));
+}
 
 #ifdef __AVX512VNNI__
 
@@ -84,10 +93,8 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 }
-WORD vf vf_code(vi x, int i) {
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(
-        _mm512_xor_si512(x, _mm512_set1_epi32((int)0x80808080)), _mm512_set1_epi32(24 - 8 * i)), 24));
-}
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) { return vi_dot(acc, a, b); }
+WORD vf vf_code(vi x, int i) { return vf_byte(_mm512_xor_si512(x, _mm512_set1_epi32((int)0x80808080)), i); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     __m512i low = _mm512_or_si512(_mm512_cvtps_epi32(x[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(x[1]), 8));
     __m512i high = _mm512_or_si512(_mm512_cvtps_epi32(x[2]), _mm512_slli_epi32(_mm512_cvtps_epi32(x[3]), 8));
@@ -105,6 +112,12 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     __m512i product;
     __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(a), "v"(b));
     return acc;
+}
+/* Bytes 0, 2 and bytes 1, 3 as pairs of 16 bits. */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    __m512i even = _mm512_and_si512(a, _mm512_set1_epi32(0x00ff00ff));
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8)));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8)));
 }
 WORD vf vf_code(vi x, int i) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(x, _mm512_set1_epi32(16 - 16 * i)), 16));

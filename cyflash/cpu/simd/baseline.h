@@ -65,7 +65,18 @@ typedef int16_t code;
 
 WORD vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
 WORD vi vi_load(const int32_t *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+WORD vi vi_load_part(const int32_t *p, ptrdiff_t n) {
+    vi x = vi_set(0);
+    for (int i = 0; i < LANES; i++) if (i < n) x[i] = p[i];
+    return x;
+}
+WORD vi vi_add(vi a, vi b) { return a + b; }
+WORD vi vi_and(vi a, vi b) { return a & b; }
+WORD vi vi_or(vi a, vi b) { return a | b; }
+WORD vf vf_bits(vi x) { return (vf)x; }
+WORD vi vi_bits(vf x) { return (vi)x; }
 WORD vf vf_from_int(vi x) { return __builtin_convertvector(x, vf); }
+WORD vf vf_byte(vi x, int i) { return vf_from_int(x << (24 - 8 * i) >> 24); }
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -74,6 +85,13 @@ WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a,
 WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 #endif
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
+/* Bytes 0, 2 and bytes 1, 3 as pairs of 16 bits. */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    typedef int16_t words __attribute__((vector_size(16)));
+    words odd = (words)b >> 8, even = (words)((words)b << 8) >> 8;
+    acc = vi_dot(acc, a & 0x00ff00ff, (vi)even);
+    return vi_dot(acc, (vi)((vi)((uint32_t __attribute__((vector_size(16))))a >> 8) & 0x00ff00ff), (vi)odd);
+}
 
 WORD vf vf_code(vi x, int i) { return vf_from_int(i ? x >> 16 : x << 16 >> 16); }
 
