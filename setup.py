@@ -19,8 +19,8 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mpre
 SIMD_BUILDS = {"baseline": []}
 if X86:
     SIMD_BUILDS |= {
-        "avx2": ["-mavx2", "-mfma"],
-        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
         "avx512": AVX512,
         "avx512_vnni": [*AVX512, "-mavx512vnni"],
         "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],

@@ -244,6 +244,19 @@ def quantising():
                     assert build.encode(x, None, given, None, skip, codes, 1)
 
 
+def converting():
+    """Loads and stores of 16-bit floats, with every tail."""
+    build = cyflash.cpu.active()
+    fences = [Fence(PAGE) for _ in range(4)]
+    for n in range(1, 40):
+        for at_end in (True, False):
+            floats, bits = fences[0].put(np.ones(n, np.float32), at_end), fences[1].put(np.ones(n, np.uint16), at_end)
+            to_floats, to_bits = fences[2].put(floats, at_end), fences[3].put(bits, at_end)
+            for kind in ("fp16", "bf16"):
+                build.load_bits(bits, to_floats, kind)
+                build.store_bits(floats, to_bits, kind)
+
+
 def control():
     """Reads what is forbidden: must die, or the others prove nothing."""
     x = pages(np.ones((1024, 64), np.float32))
@@ -267,6 +280,7 @@ def control_skipping():
 SCENARIOS = (
     causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
     bias_of_skipped_tiles, beyond_the_ends, beyond_the_ends_int8, quantising,
+    converting,
 )
 CONTROLS = (control, control_fence, control_skipping)
 

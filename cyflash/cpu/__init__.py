@@ -24,8 +24,8 @@ AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 # build: the CPU features that it needs. The last one that is built and that this machine can run is used.
 BUILDS = {
     "baseline": (),
-    "avx2": ("avx2", "fma"),
-    "avxvnni": ("avx2", "fma", "avxvnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avxvnni": ("avx2", "fma", "f16c", "avxvnni"),
     "avx512": AVX512,
     "avx512_vnni": (*AVX512, "avx512_vnni"),
     "avx512_bf16": (*AVX512, "avx512_vnni", "avx512_bf16"),

@@ -65,6 +65,35 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     return sums
 
 
+def load_bits(const unsigned short[::1] x not None, float[::1] out not None, str kind not None):
+    """out = the values of x, of kind "fp16" or "bf16", whole vectors and then a part of one."""
+    cdef Py_ssize_t i = 0, n = x.shape[0]
+    cdef bint half = kind == "fp16"
+    while i + LANES <= n:
+        vf_store(&out[i], vf_load_half(&x[i]) if half else vf_load_bf16(&x[i]))
+        i += LANES
+    if i < n:
+        vf_store_part(&out[i], vf_load_half_part(&x[i], n - i) if half else vf_load_bf16_part(&x[i], n - i), n - i)
+
+
+def store_bits(const float[::1] x not None, unsigned short[::1] out not None, str kind not None):
+    """The reverse."""
+    cdef Py_ssize_t i = 0, n = x.shape[0]
+    cdef bint half = kind == "fp16"
+    cdef vf a
+    while i < n:
+        a = vf_load(&x[i]) if i + LANES <= n else vf_load_part(&x[i], n - i)
+        if i + LANES <= n and half:
+            vf_store_half(&out[i], a)
+        elif i + LANES <= n:
+            vf_store_bf16(&out[i], a)
+        elif half:
+            vf_store_half_part(&out[i], a, n - i)
+        else:
+            vf_store_bf16_part(&out[i], a, n - i)
+        i += LANES
+
+
 cdef float fma_chains(Py_ssize_t n, float a, float b) noexcept nogil:
     """n steps of x = x * a + b on as many independent vectors as a product tile has accumulators; their sum."""
     cdef vf acc[ROWS * VECTORS]

@@ -50,6 +50,15 @@ cdef extern from "simd.h" nogil:
     vf vf_dot_bf16(vf acc, vi a, vi b) noexcept                  # acc + BF16_GROUP products
     void vi_store_bf16(int*, const vf*) noexcept                 # BF16_GROUP vectors, rounded half to even
     unsigned int bf16_bits(float) noexcept
+    # LANES values of 16 bits; stores round half to even, to infinity beyond the largest value, and keep NaN
+    vf vf_load_half(const unsigned short*) noexcept
+    vf vf_load_half_part(const unsigned short*, Py_ssize_t n) noexcept  # as vf_load_part
+    void vf_store_half(unsigned short*, vf) noexcept
+    void vf_store_half_part(unsigned short*, vf, Py_ssize_t n) noexcept
+    vf vf_load_bf16(const unsigned short*) noexcept
+    vf vf_load_bf16_part(const unsigned short*, Py_ssize_t n) noexcept
+    void vf_store_bf16(unsigned short*, vf) noexcept
+    void vf_store_bf16_part(unsigned short*, vf, Py_ssize_t n) noexcept
 
 from libc.string cimport memset
 

@@ -154,3 +154,26 @@ WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
     int64_t codes = codes_of(x);
     memcpy(p, &codes, (size_t)n);
 }
+
+/* ---- 16-bit floats in memory ---- */
+
+WORD vf from_half(__m128i x) { return _mm256_cvtph_ps(x); }
+WORD vf from_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+WORD __m128i to_half(vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+WORD __m128i to_bf16(vf x) {
+    __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256 nan = _mm256_or_ps(_mm256_and_ps(x, _mm256_set1_ps(-0.0f)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+    u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    u = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(u), nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    u = _mm256_srli_epi32(u, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+}
+
+WORD __m128i load_16(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
+WORD __m128i load_16_part(const uint16_t *p, ptrdiff_t n) {
+    __m128i x = _mm_setzero_si128();
+    memcpy(&x, p, (size_t)n * sizeof *p);
+    return x;
+}
+WORD void store_16(uint16_t *p, __m128i x) { _mm_storeu_si128((__m128i *)p, x); }
+WORD void store_16_part(uint16_t *p, __m128i x, ptrdiff_t n) { memcpy(p, &x, (size_t)n * sizeof *p); }

@@ -156,3 +156,21 @@ WORD __m128i codes_of(vf x) {
 }
 WORD void vf_store_codes(signed char *p, vf x) { _mm_storeu_si128((__m128i *)p, codes_of(x)); }
 WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) { _mm_mask_storeu_epi8(p, first_lanes(n), codes_of(x)); }
+
+/* ---- 16-bit floats in memory. vcvtneps2bf16 is not used: it takes denormals for 0. ---- */
+
+WORD vf from_half(__m256i x) { return _mm512_cvtph_ps(x); }
+WORD vf from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+WORD __m256i to_half(vf x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+WORD __m256i to_bf16(vf x) {
+    __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i nan = _mm512_or_si512(_mm512_and_si512(u, _mm512_set1_epi32((int)0x80000000)), _mm512_set1_epi32(0x7fc00000));
+    u = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    u = _mm512_mask_mov_epi32(u, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
+}
+
+WORD __m256i load_16(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+WORD __m256i load_16_part(const uint16_t *p, ptrdiff_t n) { return _mm256_maskz_loadu_epi16(first_lanes(n), p); }
+WORD void store_16(uint16_t *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
+WORD void store_16_part(uint16_t *p, __m256i x, ptrdiff_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), x); }

@@ -109,3 +109,38 @@ WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
     vcodes codes = codes_of(x);
     for (int i = 0; i < LANES; i++) if (i < n) p[i] = codes[i];
 }
+
+/* ---- 16-bit floats in memory, converted with integers, and with additions that neither meet nor give a denormal ---- */
+
+typedef uint16_t v16 __attribute__((vector_size(2 * LANES)));
+
+WORD vi choose_int(vi take, vi a, vi b) { return (a & take) | (b & ~take); }
+
+WORD vf from_half(v16 x) {
+    vi h = __builtin_convertvector(x, vi), size = h & 0x7fff, u = (size << 13) + (112 << 23);
+    vf denormal = (vf)(u + (1 << 23)) - (vf)vi_set(113 << 23); /* 2^-14 (1 + size / 2^10) - 2^-14 */
+    u = choose_int(size < 0x400, (vi)denormal, choose_int(size < 0x7c00, u, u + (112 << 23)));
+    return (vf)(u | (h & 0x8000) << 16);
+}
+WORD v16 to_half(vf x) {
+    vi size = (vi)x & 0x7fffffff;
+    vi normal = (size - (112 << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    vi denormal = (vi)((vf)size + 0.5f) - (vi)vf_set(0.5f); /* the last bit of 0.5 is 2^-24, as a denormal half's */
+    vi special = choose_int(size > 0x7f800000, 0x7e00 | (size >> 13 & 0x3ff), vi_set(0x7c00));
+    vi h = choose_int(size < 113 << 23, denormal, choose_int(size < 143 << 23, normal, special));
+    return __builtin_convertvector(h | ((vi)x >> 16 & 0x8000), v16);
+}
+WORD vf from_bf16(v16 x) { return (vf)(__builtin_convertvector(x, vi) << 16); }
+WORD v16 to_bf16(vf x) {
+    vi u = (vi)x, nan = (u >> 16 & 0x8000) | 0x7fc0;
+    return __builtin_convertvector(choose_int(x != x, nan, (u + 0x7fff + (u >> 16 & 1)) >> 16), v16);
+}
+
+WORD v16 load_16(const uint16_t *p) { v16 x; memcpy(&x, p, sizeof x); return x; }
+WORD void store_16(uint16_t *p, v16 x) { memcpy(p, &x, sizeof x); }
+WORD v16 load_16_part(const uint16_t *p, ptrdiff_t n) {
+    v16 x = {0};
+    for (int i = 0; i < LANES; i++) if (i < n) x[i] = p[i];
+    return x;
+}
+WORD void store_16_part(uint16_t *p, v16 x, ptrdiff_t n) { for (int i = 0; i < LANES; i++) if (i < n) p[i] = x[i]; }
