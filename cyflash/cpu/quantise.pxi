@@ -9,14 +9,14 @@
 # A value saturates where that rint is beyond +-127, which only a given scale can do: encode() counts them when asked.
 #
 # All of it in float32, each operation rounded once: the same codes on every build. Values of 16 bits become float32 as
-# they are loaded, so theirs are the codes of the float32 array. Where nothing is subtracted the mean is 0, which changes
-# no bit. The first `skip` rows of a head are used in float32 by the kernels: they count for the
-# mean, but not for a scale, and their codes are 0.
+# they are loaded (floats.pxi), so theirs are the codes of the float32 array. Where nothing is subtracted the mean is 0,
+# which changes no bit. The first `skip` rows of a head are used in float32 by the kernels: they count for the mean, but
+# not for a scale, and their codes are 0.
 #
 # Work is cut into runs of RUN rows of one head, whatever the threads, and sums of runs are merged in order: bits depend
 # on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
 
-from cyflash.arrays import kind_of
+include "floats.pxi"
 
 cdef extern from "simd.h" nogil:
     vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
@@ -32,56 +32,13 @@ cdef enum:
 cdef float SUM_UNIT = 1.0 / (2 * RUN)
 
 
-cdef enum Element:
-    OF_FLOAT32, OF_FLOAT16, OF_BFLOAT16
-
-
-cdef struct Floats:
-    # An array (B, H, L, D), the last axis contiguous. Strides in bytes.
-    const char* data
-    Py_ssize_t stride[3]
-    Element element
-
-
-cdef Floats floats_of(x) except *:
-    """Where x lies, which its caller holds: a NumPy array of one of the three dtypes, no axis empty."""
-    cdef Floats found
-    cdef const float[:, :, :, :] whole
-    cdef const unsigned short[:, :, :, :] bits
-    cdef int i
-    found.element = {"fp32": OF_FLOAT32, "fp16": OF_FLOAT16, "bf16": OF_BFLOAT16}[kind_of(x.dtype)]
-    if found.element == OF_FLOAT32:
-        whole = x
-        found.data = <const char*> &whole[0, 0, 0, 0]
-    else:
-        bits = x.view(np.uint16)  # bfloat16 has no buffer of its own
-        found.data = <const char*> &bits[0, 0, 0, 0]
-    for i in range(3):
-        found.stride[i] = x.strides[i]
-    return found
-
-
-cdef inline const char* at(const Floats* x, Py_ssize_t b, Py_ssize_t h, Py_ssize_t row) noexcept nogil:
-    return x.data + b * x.stride[0] + h * x.stride[1] + row * x.stride[2]
-
-
-cdef inline const char* beyond(const char* p, Py_ssize_t n, const Element element) noexcept nogil:
-    """p, n values on."""
-    return p + n * (4 if element == OF_FLOAT32 else 2)
-
-
 cdef inline vf load_column(
     const char* p, const int j, const int vectors, Py_ssize_t n, const Element element
 ) noexcept nogil:
     """Vector j of `vectors` that hold n values: only the last can be part of one, with 0 in its other lanes."""
-    cdef bint whole = j < vectors - 1 or n >= vectors * LANES
-    p = beyond(p, j * LANES, element)
-    n -= j * LANES
-    if element == OF_FLOAT16:
-        return vf_load_half(<const unsigned short*> p) if whole else vf_load_half_part(<const unsigned short*> p, n)
-    if element == OF_BFLOAT16:
-        return vf_load_bf16(<const unsigned short*> p) if whole else vf_load_bf16_part(<const unsigned short*> p, n)
-    return vf_load(<const float*> p) if whole else vf_load_part(<const float*> p, n)
+    if j < vectors - 1 or n >= vectors * LANES:
+        return load_floats(beyond(p, j * LANES, element), element)
+    return load_floats_part(beyond(p, j * LANES, element), n - j * LANES, element)
 
 
 cdef inline void store_column(float* p, vf x, const int j, const int vectors, Py_ssize_t n) noexcept nogil:
@@ -199,9 +156,9 @@ def find_range(
 ):
     """Writes top[b, h], the greatest |x - mean| of rows from `skip` on; returns whether every value of x is finite.
 
-    x: (B, H, L, D) float32, float16 or bfloat16, no axis empty, the last one contiguous. mean: (B, H, D), the last axis contiguous: written if
-    `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference is. Nothing written is of
-    use where it returns False. May raise MemoryError before anything is written.
+    x: (B, H, L, D) float32, float16 or bfloat16, no axis empty, the last one contiguous. mean: (B, H, D), the last axis
+    contiguous: written if `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference
+    is. Nothing written is of use where it returns False. May raise MemoryError before anything is written.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t skipped = (skip + RUN - 1) // RUN
@@ -428,9 +385,9 @@ def encode(
     """Writes the codes of x; returns whether every value of x is finite.
 
     x, codes: (B, H, L, D), no axis empty, the last ones contiguous; x float32, float16 or bfloat16. mean: (B, H, D),
-    the last axis contiguous, or None for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to
-    `found`, (B, H, L). saturated: one number, beside `given`: receives how many values saturate from row `skip` on;
-    None to save the time. Nothing written is of use where it returns False.
+    the last axis contiguous, or None for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each
+    token's own is written to `found`, (B, H, L). saturated: one number, beside `given`: receives how many values
+    saturate from row `skip` on; None to save the time. Nothing written is of use where it returns False.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t n = (L + RUN - 1) // RUN
