@@ -35,7 +35,6 @@ GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
 # Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 CPU = "cyflash/cpu"
-OPENMP = f"{CPU}/simd/openmp.h"
 SHARED = [*glob.glob(f"{CPU}/*.pxi"), *glob.glob(f"{CPU}/simd/*.h")]
 
 
@@ -98,8 +97,9 @@ plain = [
         f"cyflash.cpu.{name}",
         [f"{CPU}/{name}.pyx"],
         include_dirs=[f"{CPU}/simd"],
+        define_macros=[("CYFLASH_SIMD", '"baseline.h"')],
         extra_compile_args=FLAGS.copy(),
-        depends=[OPENMP],
+        depends=SHARED,
     )
     for name in ("detect", "observe")
 ]

@@ -1,10 +1,9 @@
 """The words that load and store 16-bit floats, on every build: bit for bit as NumPy and ml_dtypes convert."""
 import numpy as np
 import pytest
+from halves import KINDS, dtype_of
 
 import cyflash
-
-KINDS = {"fp16": lambda: np.float16, "bf16": lambda: pytest.importorskip("ml_dtypes").bfloat16}
 
 
 @pytest.fixture(params=KINDS)
@@ -35,7 +34,7 @@ def floats_to_store(dtype):
 
 
 def test_every_value_is_loaded(build, kind):
-    x = every_value(KINDS[kind]())
+    x = every_value(dtype_of(kind))
     out = np.empty(x.size, np.float32)
     cyflash.cpu.active().load_bits(x.view(np.uint16), out, kind)
     expected = x.astype(np.float32)
@@ -45,7 +44,7 @@ def test_every_value_is_loaded(build, kind):
 
 
 def test_floats_are_stored_rounded_half_to_even(build, kind):
-    dtype = KINDS[kind]()
+    dtype = dtype_of(kind)
     x = floats_to_store(dtype)
     out = np.empty(x.size, np.uint16)
     cyflash.cpu.active().store_bits(x, out, kind)
@@ -67,7 +66,7 @@ def test_nan_is_stored_as_a_quiet_nan_of_its_sign(build, kind):
 
 
 def test_part_of_a_vector_leaves_the_rest_alone(build, kind):
-    dtype, module = KINDS[kind](), cyflash.cpu.active()
+    dtype, module = dtype_of(kind), cyflash.cpu.active()
     x = np.random.default_rng(0).standard_normal(40).astype(dtype)
     for n in range(1, 40):
         floats, bits = np.full(41, 7, np.float32), np.full(41, 7, np.uint16)

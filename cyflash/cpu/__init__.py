@@ -5,6 +5,7 @@
     simd/*.h       the vocabulary of each build; simd.h picks one; vocabulary.pxi is how Cython sees it
     kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes product.pxi, softmax.pxi,
                    int8.pxi, change.pxi: a file for each step
+    floats.pxi     arrays of float32, float16 and bfloat16, read as floats
     quantise.pxi   from floats to codes; pack.pxi: from codes to what the products read
     driver.pxi     tasks, threads, scratch; the entries `forward` and `forward_codes`
     inspect.pxi    windows into the kernels for tests and benchmarks
