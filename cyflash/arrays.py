@@ -118,6 +118,13 @@ def _bfloat16(name, asked):
     return np.dtype(ml_dtypes.bfloat16)
 
 
+class Shape:
+    """Stands for an array of which only the shape counts."""
+
+    def __init__(self, shape):
+        self.shape, self.ndim = tuple(shape), len(shape)
+
+
 def dtype_name(dtype):
     return dtype.name if dtype.isnative else f"{dtype.name} in foreign byte order ({dtype.str})"
 

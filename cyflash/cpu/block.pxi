@@ -13,20 +13,13 @@ cdef inline Py_ssize_t size_of(Kind kind) noexcept nogil:
     return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
 
 
-cdef inline vf load_floats(const char* row, Kind kind, Py_ssize_t d, Py_ssize_t n) noexcept nogil:
-    """Elements d <= i < d + n of a row, n <= LANES; 0 in the other lanes. Nothing beyond them is read."""
-    if kind == FLOAT32:
-        return vf_load(<const float*> row + d) if n == LANES else vf_load_part(<const float*> row + d, n)
-    if kind == FLOAT16:
-        if n == LANES:
-            return vf_load_half(<const unsigned short*> row + d)
-        return vf_load_half_part(<const unsigned short*> row + d, n)
-    if n == LANES:
-        return vf_load_bf16(<const unsigned short*> row + d)
-    return vf_load_bf16_part(<const unsigned short*> row + d, n)
+cdef inline vf load_part(const char* row, Kind kind, Py_ssize_t d, Py_ssize_t n) noexcept nogil:
+    """Floats d <= i < d + n of a row, n <= LANES; 0 in the other lanes. Nothing beyond them is read."""
+    row = beyond(row, d, kind)
+    return load_floats(row, kind) if n == LANES else load_floats_part(row, n, kind)
 
 
-cdef inline void store_floats_at(char* row, Kind kind, Py_ssize_t d, Py_ssize_t n, vf x) noexcept nogil:
+cdef inline void store_part(char* row, Kind kind, Py_ssize_t d, Py_ssize_t n, vf x) noexcept nogil:
     """Writes elements d <= i < d + n of a row, n <= LANES."""
     if kind == FLOAT32:
         vf_store_part(<float*> row + d, x, n)
@@ -36,8 +29,7 @@ cdef inline void store_floats_at(char* row, Kind kind, Py_ssize_t d, Py_ssize_t 
         vf_store_bf16_part(<unsigned short*> row + d, x, n)
 
 
-cdef enum:
-    UNPAGED = 1 << 60  # the page size where each sequence is one page
+cdef Py_ssize_t UNPAGED = <Py_ssize_t> 1 << 60  # the page size where each sequence is one page
 
 
 cdef struct Rows:
@@ -79,7 +71,7 @@ cdef void copy_floats(
         row = row_at(rows, j)
         d = 0
         while d < D:
-            vf_store(to + d, load_floats(row, rows.pages.kind, d, min(<Py_ssize_t> LANES, D - d)))
+            vf_store(to + d, load_part(row, rows.pages.kind, d, min(<Py_ssize_t> LANES, D - d)))
             d += LANES
         to += stride
 
@@ -127,7 +119,7 @@ cdef inline vf load_value(const Rows* rows, Py_ssize_t key, Py_ssize_t d, Py_ssi
     """Values of one key as floats, codes without their scale."""
     if rows.pages.kind == INT8:
         return vf_byte(vi_load_part(<const int*> row_at(rows, key // 4 * 4) + d, n), <int> (key % 4))
-    return load_floats(row_at(rows, key), rows.pages.kind, d, n)
+    return load_part(row_at(rows, key), rows.pages.kind, d, n)
 
 
 cdef void group_values(

@@ -272,7 +272,7 @@ cdef void merge_row(const Problem* x, const Head* head, Py_ssize_t row) noexcept
             part = first + piece * size
             if part[1] != 0.0:  # the row sees something there
                 sum = vf_fma(vf_set(part[0]), vf_load_part(part + 3 + d, n), sum)
-        store_floats_at(head.out + row * x.out_stride[1], x.out_kind, d, n, vf_mul(sum, vf_set(factor)))
+        store_part(head.out + row * x.out_stride[1], x.out_kind, d, n, vf_mul(sum, vf_set(factor)))
         d += LANES
 
 
@@ -403,10 +403,9 @@ cdef void merge_heads(const Problem* x, int threads) noexcept nogil:
 KINDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8}
 
 
-cdef int describe_pages(
-    Pages* pages, const unsigned char[:, :, :, :] x, str kind, bint ragged, Py_ssize_t keys_of_row
-) except -1:
+cdef int describe_pages(Pages* pages, array, str kind, bint ragged, Py_ssize_t keys_of_row) except -1:
     """Keys or values. ragged: pages are numbered by their first row. keys_of_row: keys that a row of the array holds."""
+    cdef const unsigned char[:, :, :, :] x = array.view(np.uint8)
     pages.kind = KINDS[kind]
     pages.data = <const char*> &x[0, 0, 0, 0] if x.shape[0] and x.shape[1] and x.shape[2] else NULL
     pages.head = x.strides[1]
@@ -415,11 +414,9 @@ cdef int describe_pages(
     return 0
 
 
-cdef int describe_scales(
-    Scales* scales, const float[:, :, :] x, bint tokens, bint ragged
-) except -1:
-    """tokens: (pages, Hk, page_size); else one of each head, (sequences or 1, Hk, 1)."""
-    scales.tokens = tokens
+cdef int describe_scales(Scales* scales, const float[:, :, :] x, bint ragged) except -1:
+    """(pages, Hk, page_size), of tokens; or one of each head, (sequences or 1, Hk, 1)."""
+    scales.tokens = x.shape[2] > 1
     scales.data = &x[0, 0, 0] if x.shape[0] and x.shape[2] else NULL
     scales.head = x.strides[1] // <Py_ssize_t> sizeof(float)
     scales.page = 1 if ragged else x.strides[0] // <Py_ssize_t> sizeof(float)
@@ -526,32 +523,34 @@ def tile_bytes(
 
 def forward(
     q, str q_kind not None, stored not None, const Py_ssize_t[:, ::1] sequences not None,
-    const Py_ssize_t[:, ::1] pages not None, codes, out not None, str out_kind not None, float[:, :, :] lse, options,
-    bias, mask, const float[:, :] slopes, bint ragged_q, bint ragged_k, bint native,
-    Py_ssize_t Br, Py_ssize_t Bc, int threads,
+    const Py_ssize_t[:, ::1] pages not None, codes, out not None, str out_kind not None, float[:, :, :] lse,
+    options not None, bint ragged, bint native, Py_ssize_t Br, Py_ssize_t Bc, int threads,
 ):
     """Attention of checked arrays (attention.py). Writes out and, unless None, lse.
 
-    q, out: bytes of (B, H, Lq, D) and (B, H, Lq, Dv) of these kinds; ragged_q: (1, H, total, D), with sequences one
-    after another. stored: a Stored (stored.py). sequences: (n, 5) of number, first (of B, or of total rows), Lq, Lk,
-    offset. pages: (n, P) page numbers; ragged_k: these are first rows. codes: an operands.Codes, or None where stored
-    is floats. bias, mask: None or (B, H, Lq, Lk); a list of None and (H, Lq, Lk), of each sequence by number.
-    slopes: (B, H). native: all of q, k, v are bfloat16, and so are the products.
+    q: (B, H, Lq, D), of kind q_kind; None where codes are enough. out, lse: (B, H, Lq, Dv), (B, H, Lq). stored: a
+    Stored (stored.py). sequences: (n, 6) of number, index along B, Lq, Lk, offset, page of stored.float_k and float_v.
+    pages: (n, P), page numbers. ragged: B is 1 everywhere, sequences lie one after another along L, and an index or a
+    page number is that of the first token. codes: an operands.Codes, or None where stored is floats. options: a Plan
+    (plan.py), its bias and mask by number of the sequence. native: q, k and v are bfloat16, and so are the products.
+
     The last axes of q, k, v and out are contiguous. Br and Bc are multiples of PANEL and ROWS. May raise MemoryError
     before anything is written, and KeyboardInterrupt between two tasks.
     """
     cdef Problem x
-    cdef const unsigned char[:, :, :, :] q_bytes = q
-    cdef unsigned char[:, :, :, :] out_bytes = out
-    cdef Py_ssize_t s, number, first, axis = 2 if ragged_q else 0
+    cdef const unsigned char[:, :, :, :] q_bytes = None if q is None else q.view(np.uint8)
+    cdef unsigned char[:, :, :, :] out_bytes = out.view(np.uint8)
+    cdef const float[:, :] slopes = options.alibi_slopes
+    cdef Py_ssize_t s, number, first, axis = 2 if ragged else 0
     cdef Sequence* sequence
+    bias, mask = options.bias, options.mask
     memset(&x, 0, sizeof(x))
     x.n, x.H, x.group = sequences.shape[0], out_bytes.shape[1], out_bytes.shape[1] // stored.k.shape[1]
     x.D, x.Dv, x.Br, x.Bc, x.native = stored.D, stored.Dv, Br, Bc, native
     x.page_size = UNPAGED if stored.page_size is None else stored.page_size
     describe_options(&x, options)
-    describe_pages(&x.k, stored.k, stored.kind, ragged_k, 1)
-    describe_pages(&x.v, stored.v, stored.v_kind, ragged_k, 4 if stored.v_kind == "int8" else 1)
+    describe_pages(&x.k, stored.k, stored.kind, ragged, 1)
+    describe_pages(&x.v, stored.v, stored.v_kind, ragged, 4 if stored.v_kind == "int8" else 1)
     x.q_kind, x.out_kind = KINDS[q_kind], KINDS[out_kind]
     x.out_stride[0], x.out_stride[1] = out_bytes.strides[1], out_bytes.strides[2]
     if q is not None:
@@ -562,7 +561,7 @@ def forward(
     if slopes is not None:
         x.slopes_stride = slopes.strides[1] // <Py_ssize_t> sizeof(float)
     if codes is not None:
-        describe_codes(&x, stored, codes, ragged_k)
+        describe_codes(&x, stored, codes, ragged)
     x.sequences = <Sequence*> calloc(x.n, sizeof(Sequence))
     if x.sequences == NULL:
         raise MemoryError(f"cannot allocate what is to be known of {x.n} sequences")
@@ -571,12 +570,13 @@ def forward(
             sequence = &x.sequences[s]
             number, first = sequences[s, 0], sequences[s, 1]
             sequence.number, sequence.Lq, sequence.Lk = number, sequences[s, 2], sequences[s, 3]
-            sequence.offset, sequence.pages, sequence.first_page = sequences[s, 4], &pages[s, 0], sequences[s, 5]
+            sequence.offset, sequence.first_page = sequences[s, 4], sequences[s, 5]
+            sequence.pages = &pages[s, 0]
             sequence.out = <char*> &out_bytes[0, 0, 0, 0] + first * out_bytes.strides[axis]
             if q is not None:
                 sequence.q = <const char*> &q_bytes[0, 0, 0, 0] + first * q_bytes.strides[axis]
             if lse is not None:
-                sequence.lse = &lse[0, 0, 0] + first * lse.strides[axis] // <Py_ssize_t> sizeof(float)
+                sequence.lse = &lse[0, 0, 0] + first * (lse.strides[axis] // <Py_ssize_t> sizeof(float))
             if slopes is not None:
                 sequence.slopes = &slopes[number, 0]
             if bias is not None:
@@ -606,16 +606,16 @@ cdef int describe_codes(Problem* x, stored, codes, bint ragged) except -1:
     x.codes.k_correction = &correction[0, 0, 0] if correction.shape[0] and correction.shape[2] else NULL
     x.codes.k_correction_page = 1 if ragged else correction.strides[0] // <Py_ssize_t> sizeof(int)
     x.codes.k_correction_head = correction.strides[1] // <Py_ssize_t> sizeof(int)
-    describe_scales(&x.codes.k_scale, stored.k_scale, stored.k_tokens, ragged)
+    describe_scales(&x.codes.k_scale, stored.k_scale, ragged)
     if stored.v_scale is not None:
-        describe_scales(&x.codes.v_scale, stored.v_scale, stored.v_tokens, ragged)
+        describe_scales(&x.codes.v_scale, stored.v_scale, ragged)
     if mean is not None:
         x.codes.k_mean = &mean[0, 0, 0]
         x.codes.k_mean_stride[0] = 0 if mean.shape[0] == 1 else mean.strides[0] // <Py_ssize_t> sizeof(float)
         x.codes.k_mean_stride[1] = mean.strides[1] // <Py_ssize_t> sizeof(float)
     if x.precise:
-        describe_pages(&x.first_k, stored.first_k, "fp32", ragged, 1)
-        describe_pages(&x.first_v, stored.first_v, "fp32", ragged, 1)
+        describe_pages(&x.first_k, stored.float_k, "fp32", ragged, 1)
+        describe_pages(&x.first_v, stored.float_v, "fp32", ragged, 1)
     x.codes.trace = &trace[0, 0, 0, 0] if trace is not None else NULL
     return 0
 
@@ -624,7 +624,7 @@ cdef int describe_coded_queries(Sequence* sequence, codes, Py_ssize_t first, Py_
     cdef const signed char[:, :, :, :] q = codes.q
     cdef const float[:, :, :] q_scale = codes.q_scale
     sequence.q_codes = &q[0, 0, 0, 0] + first * q.strides[axis]
-    sequence.q_scale = &q_scale[0, 0, 0] + first * q_scale.strides[axis] // <Py_ssize_t> sizeof(float)
+    sequence.q_scale = &q_scale[0, 0, 0] + first * (q_scale.strides[axis] // <Py_ssize_t> sizeof(float))
     return 0
 
 

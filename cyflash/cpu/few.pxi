@@ -34,7 +34,7 @@ cdef void few_pack(const Problem* x, const Head* head, Panel* panel) noexcept no
         while d < x.D:
             vf_store(
                 panel.q + r * width + d,
-                vf_mul(scale, load_floats(q, x.q_kind, d, min(<Py_ssize_t> LANES, x.D - d))),
+                vf_mul(scale, load_part(q, x.q_kind, d, min(<Py_ssize_t> LANES, x.D - d))),
             )
             d += LANES
 
@@ -447,7 +447,7 @@ cdef void few_write_rows(
         place = out + lane_at(panel, r, head_stride, row_stride)
         d = 0
         while d < Dv:
-            store_floats_at(
+            store_part(
                 place, kind, d, min(<Py_ssize_t> LANES, Dv - d),
                 vf_mul(vf_load(panel.o + r * width + d), vf_set(panel.l[r])),
             )

@@ -4,15 +4,16 @@
 from cyflash.arrays import kind_of
 
 
-cdef enum Element:
-    OF_FLOAT32, OF_FLOAT16, OF_BFLOAT16
+cdef enum Kind:
+    # What arrays hold, and what products multiply
+    FLOAT32, FLOAT16, BFLOAT16, INT8
 
 
 cdef struct Floats:
     # An array (B, H, L, D), the last axis contiguous. Strides in bytes.
     const char* data
     Py_ssize_t stride[3]
-    Element element
+    Kind kind
 
 
 cdef Floats floats_of(x) except *:
@@ -21,8 +22,8 @@ cdef Floats floats_of(x) except *:
     cdef const float[:, :, :, :] whole
     cdef const unsigned short[:, :, :, :] bits
     cdef int i
-    found.element = {"fp32": OF_FLOAT32, "fp16": OF_FLOAT16, "bf16": OF_BFLOAT16}[kind_of(x.dtype)]
-    if found.element == OF_FLOAT32:
+    found.kind = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}[kind_of(x.dtype)]
+    if found.kind == FLOAT32:
         whole = x
         found.data = <const char*> &whole[0, 0, 0, 0]
     else:
@@ -37,23 +38,23 @@ cdef inline const char* at(const Floats* x, Py_ssize_t b, Py_ssize_t h, Py_ssize
     return x.data + b * x.stride[0] + h * x.stride[1] + row * x.stride[2]
 
 
-cdef inline const char* beyond(const char* p, Py_ssize_t n, const Element element) noexcept nogil:
+cdef inline const char* beyond(const char* p, Py_ssize_t n, const Kind kind) noexcept nogil:
     """p, n values on."""
-    return p + n * (4 if element == OF_FLOAT32 else 2)
+    return p + n * (4 if kind == FLOAT32 else 2)
 
 
-cdef inline vf load_floats(const char* p, const Element element) noexcept nogil:
-    if element == OF_FLOAT16:
+cdef inline vf load_floats(const char* p, const Kind kind) noexcept nogil:
+    if kind == FLOAT16:
         return vf_load_half(<const unsigned short*> p)
-    if element == OF_BFLOAT16:
+    if kind == BFLOAT16:
         return vf_load_bf16(<const unsigned short*> p)
     return vf_load(<const float*> p)
 
 
-cdef inline vf load_floats_part(const char* p, Py_ssize_t n, const Element element) noexcept nogil:
+cdef inline vf load_floats_part(const char* p, Py_ssize_t n, const Kind kind) noexcept nogil:
     """The first n lanes; 0 elsewhere; reads nothing beyond."""
-    if element == OF_FLOAT16:
+    if kind == FLOAT16:
         return vf_load_half_part(<const unsigned short*> p, n)
-    if element == OF_BFLOAT16:
+    if kind == BFLOAT16:
         return vf_load_bf16_part(<const unsigned short*> p, n)
     return vf_load_part(<const float*> p, n)

@@ -19,11 +19,7 @@
 # queries; what they compute is never written.
 
 include "vocabulary.pxi"
-
-cdef enum Kind:
-    # What arrays hold, and what the second product of quantised attention multiplies
-    FLOAT32, FLOAT16, BFLOAT16, INT8
-
+include "floats.pxi"
 
 cdef struct Pages:
     # Keys or values where they are kept: row j of a sequence is row j % page_size of its page j // page_size.
@@ -478,7 +474,7 @@ cdef void pack_floats(const Problem* x, const Head* head, Panel* panel) noexcept
                 for r in range(LANES):
                     t[r] = vf_set(0.0)
                     if row + r < panel.lanes:
-                        t[r] = vf_mul(scale, load_floats(
+                        t[r] = vf_mul(scale, load_part(
                             head.q + lane_at(panel, row + r, x.q_stride[0], x.q_stride[1]), x.q_kind, d, n,
                         ))
                 vf_transpose(t)
@@ -566,5 +562,5 @@ cdef void write_rows(
                     vf_store(<float*> (place + r * row_stride), t[r])
             else:
                 for r in range(rows):
-                    store_floats_at(out + lane_at(panel, row + r, head_stride, row_stride), kind, d, n, t[r])
+                    store_part(out + lane_at(panel, row + r, head_stride, row_stride), kind, d, n, t[r])
             d += LANES

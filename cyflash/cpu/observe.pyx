@@ -44,24 +44,24 @@ cdef Floats heads_of(x) except *:
     return floats_of(x[None])
 
 
-cdef inline void convert(const char* p, Py_ssize_t n, float* room, const Element element) noexcept nogil:
+cdef inline void convert(const char* p, Py_ssize_t n, float* room, const Kind kind) noexcept nogil:
     cdef Py_ssize_t i = 0
     while i + LANES <= n:
-        vf_store(room + i, load_floats(beyond(p, i, element), element))
+        vf_store(room + i, load_floats(beyond(p, i, kind), kind))
         i += LANES
     if i < n:
-        vf_store_part(room + i, load_floats_part(beyond(p, i, element), n - i, element), n - i)
+        vf_store_part(room + i, load_floats_part(beyond(p, i, kind), n - i, kind), n - i)
 
 
 cdef inline const float* values(
     const Floats* x, Py_ssize_t h, Py_ssize_t row, Py_ssize_t d, Py_ssize_t n, float* room
 ) noexcept nogil:
     """n <= PIECE values of a row, from channel d on: where they are, or in `room`, converted."""
-    cdef const char* p = beyond(at(x, 0, h, row), d, x.element)
-    if x.element == OF_FLOAT16:
-        convert(p, n, room, OF_FLOAT16)
-    elif x.element == OF_BFLOAT16:
-        convert(p, n, room, OF_BFLOAT16)
+    cdef const char* p = beyond(at(x, 0, h, row), d, x.kind)
+    if x.kind == FLOAT16:
+        convert(p, n, room, FLOAT16)
+    elif x.kind == BFLOAT16:
+        convert(p, n, room, BFLOAT16)
     else:
         return <const float*> p
     return room

@@ -16,8 +16,6 @@
 # Work is cut into runs of RUN rows of one head, whatever the threads, and sums of runs are merged in order: bits depend
 # on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
 
-include "floats.pxi"
-
 cdef extern from "simd.h" nogil:
     vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     # clips to -127 .. 127, rounds half to even, stores int8; n: the first n lanes only
@@ -33,12 +31,12 @@ cdef float SUM_UNIT = 1.0 / (2 * RUN)
 
 
 cdef inline vf load_column(
-    const char* p, const int j, const int vectors, Py_ssize_t n, const Element element
+    const char* p, const int j, const int vectors, Py_ssize_t n, const Kind kind
 ) noexcept nogil:
     """Vector j of `vectors` that hold n values: only the last can be part of one, with 0 in its other lanes."""
     if j < vectors - 1 or n >= vectors * LANES:
-        return load_floats(beyond(p, j * LANES, element), element)
-    return load_floats_part(beyond(p, j * LANES, element), n - j * LANES, element)
+        return load_floats(beyond(p, j * LANES, kind), kind)
+    return load_floats_part(beyond(p, j * LANES, kind), n - j * LANES, kind)
 
 
 cdef inline void store_column(float* p, vf x, const int j, const int vectors, Py_ssize_t n) noexcept nogil:
@@ -54,7 +52,7 @@ cdef inline void store_column(float* p, vf x, const int j, const int vectors, Py
 
 cdef inline void range_of_columns(
     const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t n, float* low, float* high, float* total,
-    const int vectors, const Element element
+    const int vectors, const Kind kind
 ) noexcept nogil:
     """range_of_run for n channels, or as many of them as `vectors` hold."""
     cdef vf l[COLUMNS]
@@ -67,7 +65,7 @@ cdef inline void range_of_columns(
         l[j], h[j], t[j] = vf_set(INFINITY), vf_set(-INFINITY), vf_set(0.0)
     for i in range(rows):
         for j in range(vectors):
-            a = load_column(x + i * stride, j, vectors, n, element)
+            a = load_column(x + i * stride, j, vectors, n, kind)
             l[j] = vf_min(a, l[j])
             h[j] = vf_max(a, h[j])
             t[j] = vf_add(t[j], vf_mul(a, unit))
@@ -79,26 +77,26 @@ cdef inline void range_of_columns(
 
 cdef inline void range_of_elements(
     const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, float* low, float* high, float* total,
-    const Element element
+    const Kind kind
 ) noexcept nogil:
     """range_of_run for one type of values."""
     cdef Py_ssize_t d = 0
     cdef const char* p
     while d < D:
-        p = beyond(x, d, element)
+        p = beyond(x, d, kind)
         if D - d > 3 * LANES:
-            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 4, element)
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 4, kind)
         elif D - d > 2 * LANES:
-            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 3, element)
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 3, kind)
         elif D - d > LANES:
-            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 2, element)
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 2, kind)
         else:
-            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 1, element)
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 1, kind)
         d += COLUMNS * LANES
 
 
 cdef void range_of_run(
-    const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, Element element, float* low, float* high,
+    const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, Kind kind, float* low, float* high,
     float* total
 ) noexcept nogil:
     """Least and greatest value and sum * SUM_UNIT of each channel of some rows.
@@ -106,12 +104,12 @@ cdef void range_of_run(
     x: rows x D, `stride` bytes between rows. low, high, total: D floats each. NaN is left out of low and high; NaN and
     inf make their channel's total NaN or infinite, and nothing else does. No rows: inf, -inf and 0.
     """
-    if element == OF_FLOAT16:
-        range_of_elements(x, stride, rows, D, low, high, total, OF_FLOAT16)
-    elif element == OF_BFLOAT16:
-        range_of_elements(x, stride, rows, D, low, high, total, OF_BFLOAT16)
+    if kind == FLOAT16:
+        range_of_elements(x, stride, rows, D, low, high, total, FLOAT16)
+    elif kind == BFLOAT16:
+        range_of_elements(x, stride, rows, D, low, high, total, BFLOAT16)
     else:
-        range_of_elements(x, stride, rows, D, low, high, total, OF_FLOAT32)
+        range_of_elements(x, stride, rows, D, low, high, total, FLOAT32)
 
 
 cdef bint merge_runs(
@@ -179,7 +177,7 @@ def find_range(
             end = min(begin + RUN, skip if run < skipped else L)
             part = runs + task * 3 * D
             range_of_run(
-                at(&source, head // H, head % H, begin), source.stride[2], end - begin, D, source.element,
+                at(&source, head // H, head % H, begin), source.stride[2], end - begin, D, source.kind,
                 part, part + D, part + 2 * D,
             )
         for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
@@ -201,12 +199,12 @@ cdef inline void load_mean(vf* m, const float* mean, Py_ssize_t d, Py_ssize_t D,
     """The mean of channels from d on; 0 where `mean` is NULL."""
     cdef int j
     for j in range(vectors):
-        m[j] = load_column(<const char*> (mean + d), j, vectors, D - d, OF_FLOAT32) if mean != NULL else vf_set(0.0)
+        m[j] = load_column(<const char*> (mean + d), j, vectors, D - d, FLOAT32) if mean != NULL else vf_set(0.0)
 
 
 cdef inline void largest_of_columns(
     vf* top, const char* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t d, Py_ssize_t D,
-    const int vectors, const Element element
+    const int vectors, const Kind kind
 ) noexcept nogil:
     """largest_of_rows for the channels from d on, as many of them as `vectors` hold."""
     cdef vf m[COLUMNS]
@@ -217,21 +215,21 @@ cdef inline void largest_of_columns(
     for i in range(rows):
         highest = top[i]
         for j in range(vectors):
-            a = load_column(beyond(x + i * stride, d, element), j, vectors, D - d, element)
+            a = load_column(beyond(x + i * stride, d, kind), j, vectors, D - d, kind)
             highest = vf_max(vf_abs(vf_sub(a, m[j])), highest)
         top[i] = highest
 
 
 cdef inline void largest_of_rows(
-    vf* top, const char* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t D, const Element element
+    vf* top, const char* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t D, const Kind kind
 ) noexcept nogil:
     """top[i], 0 before: per lane, the greatest |x - mean| of row i. NaN is left out."""
     cdef Py_ssize_t d = 0
     while d + (COLUMNS - 1) * LANES < D:
-        largest_of_columns(top, x, stride, rows, mean, d, D, COLUMNS, element)
+        largest_of_columns(top, x, stride, rows, mean, d, D, COLUMNS, kind)
         d += COLUMNS * LANES
     while d < D:
-        largest_of_columns(top, x, stride, rows, mean, d, D, 1, element)
+        largest_of_columns(top, x, stride, rows, mean, d, D, 1, kind)
         d += LANES
 
 
@@ -246,7 +244,7 @@ cdef inline vf scales_of(vf* top) noexcept nogil:
 
 cdef inline vf encode_columns(
     const char* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t d,
-    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, vf* saturated, const int vectors, const Element element
+    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, vf* saturated, const int vectors, const Kind kind
 ) noexcept nogil:
     """encode_rows for the channels from d on, as many of them as `vectors` hold."""
     cdef vf m[COLUMNS]
@@ -260,7 +258,7 @@ cdef inline vf encode_columns(
         wrong = vf_set(0.0)
         factor = vf_set(inverse[i])
         for j in range(vectors):
-            a[j] = load_column(beyond(x + i * x_stride, d, element), j, vectors, D - d, element)
+            a[j] = load_column(beyond(x + i * x_stride, d, kind), j, vectors, D - d, kind)
             wrong = vf_fma(a[j], vf_set(0.0), wrong)
             a[j] = vf_mul(vf_sub(a[j], m[j]), factor)
             if saturated != NULL:
@@ -277,7 +275,7 @@ cdef inline vf encode_columns(
 
 cdef inline vf encode_rows(
     const char* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t D,
-    signed char* codes, Py_ssize_t codes_stride, vf* saturated, const Element element
+    signed char* codes, Py_ssize_t codes_stride, vf* saturated, const Kind kind
 ) noexcept nogil:
     """Codes of some rows, `inverse` being 1 / scale of each; returns 0, or NaN in a lane that met NaN or inf.
 
@@ -287,12 +285,12 @@ cdef inline vf encode_rows(
     cdef vf wrong = vf_set(0.0)
     while d + (COLUMNS - 1) * LANES < D:
         wrong = vf_add(wrong, encode_columns(
-            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, COLUMNS, element,
+            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, COLUMNS, kind,
         ))
         d += COLUMNS * LANES
     while d < D:
         wrong = vf_add(wrong, encode_columns(
-            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, 1, element,
+            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, 1, kind,
         ))
         d += LANES
     return wrong
@@ -301,7 +299,7 @@ cdef inline vf encode_rows(
 cdef inline Py_ssize_t encode_elements(
     const char* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
     float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
-    signed char* codes, Py_ssize_t codes_stride, bint counted, const Element element
+    signed char* codes, Py_ssize_t codes_stride, bint counted, const Kind kind
 ) noexcept nogil:
     """encode_run for one type of values, LANES rows at a time."""
     cdef vf top[LANES]
@@ -321,7 +319,7 @@ cdef inline Py_ssize_t encode_elements(
             for i in range(LANES):
                 top[i] = vf_set(0.0)
             largest_of_rows(
-                top + skipped, x + (first + skipped) * x_stride, x_stride, n - skipped, mean, D, element,
+                top + skipped, x + (first + skipped) * x_stride, x_stride, n - skipped, mean, D, kind,
             )
             scale = scales_of(top)
             vf_store(scales, scale)
@@ -331,12 +329,12 @@ cdef inline Py_ssize_t encode_elements(
         plain = skipped if counted else n
         wrong = vf_add(wrong, encode_rows(
             x + first * x_stride, x_stride, plain, mean, inverse, D, codes + first * codes_stride, codes_stride, NULL,
-            element,
+            kind,
         ))
         if counted:
             wrong = vf_add(wrong, encode_rows(
                 x + (first + plain) * x_stride, x_stride, n - plain, mean, inverse + plain, D,
-                codes + (first + plain) * codes_stride, codes_stride, &over, element,
+                codes + (first + plain) * codes_stride, codes_stride, &over, kind,
             ))
         for i in range(skipped):
             memset(codes + (first + i) * codes_stride, 0, D)
@@ -351,7 +349,7 @@ cdef inline Py_ssize_t encode_elements(
 
 
 cdef Py_ssize_t encode_run(
-    const char* x, Py_ssize_t x_stride, Element element, const float* mean, const float* given, Py_ssize_t given_stride,
+    const char* x, Py_ssize_t x_stride, Kind kind, const float* mean, const float* given, Py_ssize_t given_stride,
     float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
     signed char* codes, Py_ssize_t codes_stride, bint counted
 ) noexcept nogil:
@@ -361,19 +359,19 @@ cdef Py_ssize_t encode_run(
     written to `found`. Rows before `skip` get codes 0 and, in `found`, the least scale, and are not counted. -1 where a
     value is not finite, whatever its row; 0 unless `counted`, which wants `given`. Exact for D <= 2^24 / RUN.
     """
-    if element == OF_FLOAT16:
+    if kind == FLOAT16:
         return encode_elements(
             x, x_stride, mean, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride, counted,
-            OF_FLOAT16,
+            FLOAT16,
         )
-    if element == OF_BFLOAT16:
+    if kind == BFLOAT16:
         return encode_elements(
             x, x_stride, mean, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride, counted,
-            OF_BFLOAT16,
+            BFLOAT16,
         )
     return encode_elements(
         x, x_stride, mean, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride, counted,
-        OF_FLOAT32,
+        FLOAT32,
     )
 
 
@@ -401,7 +399,7 @@ def encode(
     for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
         b, h, begin = task // n // H, task // n % H, task % n * RUN
         count = encode_run(
-            at(&source, b, h, begin), source.stride[2], source.element, &mean[b, h, 0] if centre else NULL,
+            at(&source, b, h, begin), source.stride[2], source.kind, &mean[b, h, 0] if centre else NULL,
             &given[b, h, begin] if static else NULL, given_stride,
             &found[b, h, begin] if not static else NULL, found_stride,
             skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride, counted,
