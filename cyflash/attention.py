@@ -433,7 +433,7 @@ def _check_config(config, q):
 def _check_out(out, shape, dtype, memory, options):
     arrays.require_array("out", out, dtype=f"np.{dtype.name}")
     if out.dtype != dtype:
-        raise TypeError(f"out: expected {dtype.name}, the output's, got {arrays.dtype_name(out.dtype)}")
+        raise TypeError(f"out: expected {dtype.name}, got {arrays.dtype_name(out.dtype)}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape q.shape[:-1] + (Dv,) = {shape}, got {out.shape}")
     if not out.flags.writeable:

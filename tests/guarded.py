@@ -217,9 +217,15 @@ def _fencing_what_is_made(fences, at_end):
     def together(others, **wanted):
         return {name: next(put).put(np.empty(*how), at_end) for name, how in wanted.items()}
 
+    def fenced(operands):
+        return operands._replace(**{
+            name: _fenced(put, x, at_end)
+            for name, x in operands._asdict().items() if isinstance(x, np.ndarray)
+        })
+
     def prepared(*arguments):
-        ready = prepare(*arguments)
-        return operands.Operands(*(_fenced(put, x, at_end) for x in ready))
+        floats, stored, codes = prepare(*arguments)
+        return floats, fenced(stored), fenced(codes)
 
     with mock.patch.object(arrays, "together", together), mock.patch.object(operands, "prepare", prepared):
         yield

@@ -122,6 +122,12 @@ cdef inline vf load_value(const Rows* rows, Py_ssize_t key, Py_ssize_t d, Py_ssi
     return load_part(row_at(rows, key), rows.pages.kind, d, n)
 
 
+cdef inline vf within_bf16(vf x) noexcept nogil:
+    """What is finite stays finite when it is rounded to bfloat16."""
+    cdef vf largest = vf_set(BF16_MAX)
+    return vf_max(vf_min(x, largest), vf_sub(vf_set(0.0), largest))
+
+
 cdef void group_values(
     int* to, Py_ssize_t pitch, const Rows* rows, Py_ssize_t low, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t Dv
 ) noexcept nogil:
@@ -129,6 +135,7 @@ cdef void group_values(
     outside [begin, end)."""
     cdef Py_ssize_t d, n, j = low
     cdef int i
+    cdef bint rounds = rows.pages.kind == FLOAT32
     cdef vf x[BF16_GROUP]
     while j < end:
         d = 0
@@ -136,6 +143,8 @@ cdef void group_values(
             n = min(<Py_ssize_t> LANES, Dv - d)
             for i in range(BF16_GROUP):
                 x[i] = load_value(rows, j + i, d, n) if begin <= j + i < end else vf_set(0.0)
+                if rounds:
+                    x[i] = within_bf16(x[i])
             vi_store_bf16(to + d, x)
             d += LANES
         to += pitch
@@ -144,17 +153,25 @@ cdef void group_values(
 
 cdef void float_values(
     float* to, Py_ssize_t stride, const Rows* rows, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t Dv,
-    const float* scale, bint tokens
+    const float* scale, bint tokens, bint rounds
 ) noexcept nogil:
-    """Codes of values as rows of floats, times the scale of each token or of the head, unless that is NULL."""
+    """Values as rows of floats: codes times the scale of each token or of the head, unless that is NULL; floats rounded
+    to bfloat16, where `rounds`. What is finite stays finite."""
     cdef Py_ssize_t j, d
-    cdef vf factor = vf_set(1.0)
+    cdef vf x, factor = vf_set(1.0), largest = vf_set(FLT_MAX)
+    cdef unsigned short halves[LANES]
     for j in range(begin, end):
         if scale != NULL:
             factor = vf_set(scale[j - begin] if tokens else scale[0])
         d = 0
         while d < Dv:
-            vf_store(to + d, vf_mul(load_value(rows, j, d, min(<Py_ssize_t> LANES, Dv - d)), factor))
+            x = load_value(rows, j, d, min(<Py_ssize_t> LANES, Dv - d))
+            if rounds:
+                vf_store_bf16(halves, within_bf16(x))
+                x = vf_load_bf16(halves)
+            else:
+                x = vf_max(vf_min(vf_mul(x, factor), largest), vf_sub(vf_set(0.0), largest))
+            vf_store(to + d, x)
             d += LANES
         to += stride
 
@@ -279,9 +296,13 @@ cdef void load_values(
         block.v_stride = round_up(x.Dv, LANES)
         float_values(
             <float*> scratch.v, block.v_stride, &rows, low, first + end, x.Dv,
-            block.v_scale if product == FLOAT32 else NULL, scale.tokens,
+            block.v_scale if product == FLOAT32 else NULL, scale.tokens, False,
         )
         block.v = <const float*> scratch.v - (low - first) * block.v_stride
+    elif product == BFLOAT16 and not x.native:
+        block.v_stride = round_up(x.Dv, LANES)
+        float_values(<float*> scratch.v, block.v_stride, &rows, low, high, x.Dv, NULL, False, True)
+        block.v = <const float*> scratch.v - begin * block.v_stride
     elif rows.pages.kind == FLOAT32 and in_one_page(&rows, low, high):
         block.v_stride = rows.pages.row // <Py_ssize_t> sizeof(float)
         block.v = <const float*> row_at(&rows, low) - begin * block.v_stride

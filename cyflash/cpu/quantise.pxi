@@ -17,7 +17,6 @@
 # on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
 
 cdef extern from "simd.h" nogil:
-    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     # clips to -127 .. 127, rounds half to even, stores int8; n: the first n lanes only
     void vf_store_codes(signed char*, vf) noexcept
     void vf_store_codes_part(signed char*, vf, Py_ssize_t n) noexcept

@@ -23,6 +23,7 @@ cdef extern from "simd.h" nogil:
     vf vf_div(vf, vf) noexcept
     vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
     vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
+    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     vf vf_abs(vf) noexcept
     vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
     vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
@@ -57,7 +58,6 @@ cdef extern from "simd.h" nogil:
     void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups
     vf vf_dot_bf16(vf acc, vi a, vi b) noexcept                  # acc + BF16_GROUP products
     void vi_store_bf16(int*, const vf*) noexcept                 # BF16_GROUP vectors, rounded half to even
-    unsigned int bf16_bits(float) noexcept
     # LANES values of 16 bits; stores round half to even, to infinity beyond the largest value, and keep NaN
     vf vf_load_half(const unsigned short*) noexcept
     vf vf_load_half_part(const unsigned short*, Py_ssize_t n) noexcept  # as vf_load_part
@@ -77,3 +77,5 @@ cdef extern from "math.h" nogil:
 
 cdef extern from "float.h" nogil:
     float FLT_MAX, FLT_MIN
+
+cdef float BF16_MAX = 3.3895313892515355e38  # the largest bfloat16

@@ -25,15 +25,6 @@ enum { CACHE_LINE = 64 };
 /* Query rows of a full panel: one in each lane of VECTORS vectors. */
 enum { PANEL = LANES * VECTORS };
 
-/* A float's bfloat16, rounded half to even, as its upper 16 bits; what is finite stays finite. */
-WORD uint32_t bf16_bits(float x) {
-    uint32_t u, size;
-    memcpy(&u, &x, sizeof u);
-    size = u & 0x7fffffff;
-    if (size > 0x7f7f7fff && size < 0x7f800000) return (u >> 31 << 15) | 0x7f7f;
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-
 /* LANES values of 16 bits in memory, as floats: every header says how it moves and how it converts them. Stores round
  * half to even, beyond the largest value to infinity, and keep NaN. */
 WORD vf vf_load_half(const uint16_t *p) { return from_half(load_16(p)); }
