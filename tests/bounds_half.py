@@ -10,9 +10,9 @@ It becomes infinite from `limit` on, half a unit beyond the largest number: wher
 to be infinite, where |expected| + b < limit it must not be, and between either is right.
 
 Where the CPU multiplies bfloat16 (`native`), and all of q, k and v are in it, the weights are rounded to it as well,
-each relative to its own size by at most 2^-9, while the denominator sums those that were not rounded:
+each relative to its own size by at most 2^-8, while the denominator sums those that were not rounded:
 
-    b + 2^-9 sum_j p_j |v_j|          and a hundredth of that for terms of second order
+    b + 2^-8 sum_j p_j |v_j|          and a hundredth of that for terms of second order
 
 Its sums are float32 of exact products, as in bounds.py, but it takes denormal numbers for 0, whether they are factors,
 weights or sums. With T = 2^-126 a product loses at most T times the other factor, and each of D sums T:
@@ -31,7 +31,7 @@ from cyflash import reference
 BITS = {"float16": 11, "bfloat16": 8}               # of the significand, the hidden one too
 LEAST_EXPONENT = {"float16": -14, "bfloat16": -126}
 LARGEST_EXPONENT = {"float16": 15, "bfloat16": 127}
-WEIGHT = 2.0**-9                                    # relative rounding of a weight to bfloat16
+WEIGHT = 2.0**-8                                    # relative rounding of a weight to bfloat16
 
 
 class Case:
