@@ -25,7 +25,8 @@ def require_alone(q, k, v, how):
         if not isinstance(x, np.ndarray) or arrays.kind_of(x.dtype) not in arrays.FLOATS:
             got = arrays.dtype_name(x.dtype) if isinstance(x, np.ndarray) else type(x).__name__
             raise TypeError(
-                f"{name}: expected a float32 (or float16, bfloat16) array beside a planned layer (quant.parts), got {got}"
+                f"{name}: expected an array of float32 (or float16, bfloat16) beside a planned layer (quant.parts), "
+                f"got {got}"
             )
         arrays.require_float(name, x, (2, 3, 4))
     for name, value in how.items():
