@@ -412,7 +412,7 @@ class LayerScales:
         exactly one part. kv_heads are integers in ascending order, from 0 to the layer's last over all parts. None runs
         these heads as `flash_attention` does. Scales and means of a part have the shapes of its own heads, so (n, 1, 1)
         for n kv heads and (n * group, 1, 1) for their query heads. Beside parts all other fields stay at their
-        defaults, the arrays of the call must be float32, and a part has no parts.
+        defaults, the arrays of the call must be of floats, and a part has no parts.
 
     Raises
     ------

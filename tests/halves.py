@@ -12,6 +12,15 @@ def dtype_of(kind):
     return np.dtype({"fp32": np.float32, "fp16": np.float16}[kind])
 
 
+def installed():
+    """The dtypes of 16 bits that there are here."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        return (np.float16,)
+    return np.float16, ml_dtypes.bfloat16
+
+
 def as_kind(kind, *arrays):
     """The arrays, rounded to this dtype."""
     return tuple(x.astype(dtype_of(kind)) for x in arrays)

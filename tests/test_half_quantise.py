@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from halves import KINDS, as_kind, assert_same_bits, dtype_of, exact
 
-from cyflash import arrays, cpu
+from cyflash import arrays, cpu, reference
 from cyflash.quant import QuantizedTensor, quantize
 from cyflash.quantized import GRANULARITIES, quantise_call
 
@@ -235,3 +235,17 @@ def test_the_passes_refuse_other_dtypes():
         cpu.active().encode(x, None, np.ones((1, 1, 3), np.float32), None, 0, np.empty(x.shape, np.int8), 1)
 
 
+
+
+# The simulation of int8 attention
+
+
+@pytest.mark.parametrize("options", [{}, {"pv": "bf16"}, {"pv": "fp32", "fp32_sinks": 3}], ids=str)
+def test_the_specification_takes_16_bits(kind, options):
+    qkv = as_kind(kind, *cases.arrays(1, 4, 2, 10, 30, 8))
+    expected = reference.attention_int8(*exact(*qkv), **options)
+    assert_same_bits(reference.attention_int8(*qkv, **options), expected)
+    mixed = (qkv[0], *exact(*qkv[1:]))
+    assert_same_bits(reference.attention_int8(*mixed, **options), expected)
+    with pytest.raises(TypeError, match=r"expected float32 \(or float16, bfloat16\) or int8 arrays, got float64"):
+        reference.attention_int8(qkv[0], qkv[1], qkv[2].astype(np.float64), **options)
