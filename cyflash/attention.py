@@ -212,7 +212,7 @@ def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
-    call = _describe(q, k, v, (q, k, v), config, **options)
+    call = _describe(q, k, v, (q, k, v), config, kind=_kind(k.dtype, v.dtype), **options)
     dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
     if dropout_p is not None or seed is not None:
         checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
@@ -232,7 +232,7 @@ def attend_int8(
         return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         operands.require_operand(name, x)
-    call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, int8=True, **options)
+    call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, kind="int8", **options)
     settings = operands.settle(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
         fp32_sinks=fp32_sinks, pv=pv, quant=quant,
@@ -279,7 +279,7 @@ def attend_stored(
     Hk = stored.k.shape[1]
     k, v = arrays.Shape((n, Hk, longest, stored.D)), arrays.Shape((n, Hk, longest, stored.Dv))
     coded = stored.kind == "int8"
-    call = _describe(q, k, v, (q,), config, int8=coded, causal_align=causal_align, **options)
+    call = _describe(q, k, v, (q,), config, kind=_kind(stored.k.dtype, stored.v.dtype) if not coded else "int8", causal_align=causal_align, **options)
     if pv is not None and (not coded or pv not in PRODUCTS):
         raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
     if config is not None and config.dropout_p:
@@ -302,6 +302,11 @@ def attend_stored(
     return _run(call, q, stored, ready, sequences=sequences, pages=np.ascontiguousarray(table, np.intp))[:2]
 
 
+def _kind(*dtypes):
+    """What decides tile sizes: that of the arrays that is not float32, if any."""
+    return next((kind for kind in map(arrays.kind_of, dtypes) if kind != "fp32"), "fp32")
+
+
 def _floats(k, v):
     """Arrays (B, Hk, L, D) of floats as the kernels read them."""
     return Stored(arrays.kind_of(k.dtype), None, k, v, k.shape[3], v.shape[3], arrays.kind_of(v.dtype))
@@ -310,7 +315,7 @@ def _floats(k, v):
 def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
     """`attend_int8` of a planned layer: a call for each part, on its heads, into its heads of out and lse."""
     parts.require_alone(q, k, v, how)
-    call = _describe(q, k, v, (q, k, v), config, int8=True, num_threads=num_threads, **options)
+    call = _describe(q, k, v, (q, k, v), config, kind="int8", num_threads=num_threads, **options)
     if config is not None and config.dropout_p:
         checked_dropout(config.dropout_p, None)
     works = []
@@ -342,7 +347,7 @@ class _Call(NamedTuple):
 
 
 def _describe(
-    q, k, v, memory, config, *, int8=False, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
+    q, k, v, memory, config, *, kind, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
     **options,
 ):
     """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
@@ -362,7 +367,7 @@ def _describe(
         _check_out(out, shape, dtype, memory, options)
     lse = np.empty(shape[:-1], np.float32) if return_lse else None
     build = cpu.active()
-    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, int8)
+    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, kind)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
