@@ -28,6 +28,7 @@ from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionO
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
+from cyflash.varlen import flash_attention_int8_varlen, flash_attention_varlen
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,8 @@ __all__ = [
     "cpu_info",
     "flash_attention",
     "flash_attention_int8",
+    "flash_attention_int8_varlen",
+    "flash_attention_varlen",
     "quantize",
     "reference",
     "set_implementation",

@@ -212,12 +212,12 @@ def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
-    call = _describe(q, k, v, (q, k, v), config, kind=_kind(k.dtype, v.dtype), **options)
+    call = describe(q, k, v, (q, k, v), config, kind=kind_of_tiles(k.dtype, v.dtype), **options)
     dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
     if dropout_p is not None or seed is not None:
         checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
     q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
-    return _run(call, q, _floats(k, v))
+    return run(call, q, floats(k, v))
 
 
 def attend_int8(
@@ -232,7 +232,7 @@ def attend_int8(
         return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         operands.require_operand(name, x)
-    call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, kind="int8", **options)
+    call = describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, kind="int8", **options)
     settings = operands.settle(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
         fp32_sinks=fp32_sinks, pv=pv, quant=quant,
@@ -243,12 +243,12 @@ def attend_int8(
         checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
         q, k, v = operands.float_operands(q, k, v, settings)
-        return _run(call, q, _floats(k, v))
+        return run(call, q, floats(k, v))
     others = call.out.nbytes + call.threads * call.tile_bytes(
         k_kind="int8", v_kind="int8", product=settings.pv, precise=settings.fp32_sinks
     )
     q, stored, ready = operands.prepare(q, k, v, settings, call.build, call.threads, others)
-    return _run(call, q, stored, ready._replace(trace=codes))
+    return run(call, q, stored, ready._replace(trace=codes))
 
 
 def attend_stored(
@@ -279,7 +279,7 @@ def attend_stored(
     Hk = stored.k.shape[1]
     k, v = arrays.Shape((n, Hk, longest, stored.D)), arrays.Shape((n, Hk, longest, stored.Dv))
     coded = stored.kind == "int8"
-    call = _describe(q, k, v, (q,), config, kind=_kind(stored.k.dtype, stored.v.dtype) if not coded else "int8", causal_align=causal_align, **options)
+    call = describe(q, k, v, (q,), config, kind="int8" if coded else kind_of_tiles(stored.k.dtype, stored.v.dtype), causal_align=causal_align, **options)
     if pv is not None and (not coded or pv not in PRODUCTS):
         raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
     if config is not None and config.dropout_p:
@@ -288,8 +288,8 @@ def attend_stored(
     q = arrays.rows_in_place(q)
     if coded:
         ready = operands.prepare_queries(q, q_scale, pv or "int8", call.build, call.threads)
-    sequences = np.zeros((n, 6), np.intp)
-    sequences[:, 0] = sequences[:, 1] = sequences[:, 5] = np.arange(n)
+    sequences = np.zeros((n, 5), np.intp)
+    sequences[:, 0] = sequences[:, 1] = np.arange(n)
     sequences[:, 2] = Lq if queries is None else queries
     sequences[:, 3] = keys
     if causal_align == "bottom-right":
@@ -299,15 +299,15 @@ def attend_stored(
             call.out[row, :, sequences[row, 2] :] = 0
             if call.lse is not None:
                 call.lse[row, :, sequences[row, 2] :] = -np.inf
-    return _run(call, q, stored, ready, sequences=sequences, pages=np.ascontiguousarray(table, np.intp))[:2]
+    return run(call, q, stored, ready, sequences=sequences, pages=np.ascontiguousarray(table, np.intp))[:2]
 
 
-def _kind(*dtypes):
+def kind_of_tiles(*dtypes):
     """What decides tile sizes: that of the arrays that is not float32, if any."""
     return next((kind for kind in map(arrays.kind_of, dtypes) if kind != "fp32"), "fp32")
 
 
-def _floats(k, v):
+def floats(k, v):
     """Arrays (B, Hk, L, D) of floats as the kernels read them."""
     return Stored(arrays.kind_of(k.dtype), None, k, v, k.shape[3], v.shape[3], arrays.kind_of(v.dtype))
 
@@ -315,7 +315,7 @@ def _floats(k, v):
 def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
     """`attend_int8` of a planned layer: a call for each part, on its heads, into its heads of out and lse."""
     parts.require_alone(q, k, v, how)
-    call = _describe(q, k, v, (q, k, v), config, kind="int8", num_threads=num_threads, **options)
+    call = describe(q, k, v, (q, k, v), config, kind="int8", num_threads=num_threads, **options)
     if config is not None and config.dropout_p:
         checked_dropout(config.dropout_p, None)
     works = []
@@ -340,18 +340,23 @@ class _Call(NamedTuple):
     Br: int
     Bc: int
     threads: int
+    top_left: bool  # of plan.py's causal_align, where offsets differ between sequences
 
     def tile_bytes(self, **kinds):
         """Of one thread; kinds: as the kernels' tile_bytes takes them."""
         return self.build.tile_bytes(self.Br, self.Bc, self.plan.D, self.plan.Dv, **kinds)
 
 
-def _describe(
-    q, k, v, memory, config, *, kind, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
-    **options,
+def describe(
+    q, k, v, memory, config, *, kind, causal=None, scale=None, return_lse=False, out=None, num_threads=None, dtype=None,
+    out_shape=None, pairs=None, **options,
 ):
     """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
-    changes no bit, so that small calls stay small."""
+    changes no bit, so that small calls stay small.
+
+    memory: the arrays that q, k and v lie in. kind: that of the tiles. dtype, out_shape, pairs: of the output, and how
+    many queries meet how many keys of a head, where q, k and v are only the shapes that the sequences fit in.
+    """
     block_size_q = block_size_kv = None
     if config is not None:
         _check_config(config, q)
@@ -360,7 +365,8 @@ def _describe(
         block_size_q, block_size_kv = config.block_size_q, config.block_size_kv
     plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
 
-    shape, dtype = (*q.shape[:-1], plan.Dv), _output_dtype(q)
+    shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape
+    dtype = output_dtype(q) if dtype is None else dtype
     if out is None:
         out = np.empty(shape, dtype)
     else:
@@ -371,14 +377,14 @@ def _describe(
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    flops = _visible_flops(plan)
+    flops = _visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
     work = flops if plan.Lq >= FEW_ROWS else flops * FEW_ROWS // max(plan.Lq, 1)
     count = threads.for_call(1 + int(work / FLOPS_PER_THREAD), num_threads)
-    return _Call(plan, out, lse, flops, build, Br, Bc, count)
+    return _Call(plan, out, lse, flops, build, Br, Bc, count, options.get("causal_align") == "top-left")
 
 
-def _output_dtype(q):
-    """Of the output: q's, float32 for codes."""
+def output_dtype(q):
+    """The output's: q's, float32 for codes."""
     dtype = operands.memory_of(q).dtype
     return arrays.FLOAT32 if dtype == np.int8 else dtype
 
@@ -387,13 +393,13 @@ def _output_dtype(q):
 def _dense(B, Lq, Lk, offset):
     """(sequences, pages) of B sequences of the same lengths, see `forward` in cpu/driver.pxi."""
     number = np.arange(B, dtype=np.intp)
-    sequences = np.empty((B, 6), np.intp)
-    sequences[:, 0] = sequences[:, 1] = sequences[:, 5] = number
-    sequences[:, 2:5] = Lq, Lk, offset
+    sequences = np.empty((B, 5), np.intp)
+    sequences[:, 0] = sequences[:, 1] = number
+    sequences[:, 2:] = Lq, Lk, offset
     return sequences, number[:, None]
 
 
-def _run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
+def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
     """One kernel call. q: with four axes, or None; sequences, pages: default those of dense arrays."""
     plan, out, lse = call.plan, call.out, call.lse
     if sequences is None:

@@ -206,14 +206,14 @@ def prepare(q, k, v, settings, build, threads, others=0):
     B, Hk, Lk, D = operands["k"].shape
     Dv = operands["v"].shape[3]
     padded = -(-Lk // KEYS_UNIT) * KEYS_UNIT
-    packs_v = _packs_v(v, settings)
+    packed_v = packs_v(v, settings)
     wanted = {
         f"{name}_codes": (x.shape, np.int8)
-        for name, x in operands.items() if x.dtype != np.int8 and (name != "v" or packs_v)
+        for name, x in operands.items() if x.dtype != np.int8 and (name != "v" or packed_v)
     }
     wanted["k"] = (B, Hk, padded, -(-D // 4) * 4), np.int8
     wanted["k_correction"] = (B, Hk, padded), np.int32
-    if packs_v:
+    if packed_v:
         wanted["v"] = (B, Hk, padded // 4, -(-Dv // 16) * 16), np.int32
     room = arrays.together(others, **wanted)
 
@@ -224,18 +224,18 @@ def prepare(q, k, v, settings, build, threads, others=0):
     where = np.arange(B)[:, None], np.zeros(B, np.intp), np.full(B, Lk)
     room["k_correction"][:, :, Lk:] = 0
     build.pack_keys(k_codes, room["k"], room["k_correction"], *where, threads)
-    if packs_v:
+    if packed_v:
         v_codes, v_scale, _ = _codes("v", v, settings, build, threads, room, counts)
         build.pack_values(v_codes, room["v"], *where, threads)
     else:
-        _require_finite("v", v)
+        require_finite("v", v)
         v_scale = None
     for tell in watchers:
         tell(counts)
     floats = float_operands(q, k, v, settings) if settings.fp32_sinks else (None, None, None)
-    values = room["v"] if packs_v else arrays.four_axes(arrays.rows_in_place(v))
+    values = room["v"] if packed_v else arrays.four_axes(arrays.rows_in_place(v))
     stored = Stored(
-        "int8", None, room["k"], values, D, Dv, "int8" if packs_v else arrays.kind_of(values.dtype),
+        "int8", None, room["k"], values, D, Dv, "int8" if packed_v else arrays.kind_of(values.dtype),
         k_correction=room["k_correction"],
         k_scale=_per_key(k_scale, (B, Hk, Lk), padded),
         v_scale=None if v_scale is None else _per_key(v_scale, (B, Hk, Lk), padded),
@@ -255,7 +255,7 @@ def prepare_queries(q, scale, pv, build, threads):
     return Codes(codes, _spread(scale, q.shape[:3]), pv)
 
 
-def _packs_v(v, settings):
+def packs_v(v, settings):
     """Whether the second product takes codes of v: else it takes the floats themselves."""
     return memory_of(v).dtype == np.int8 or settings.scales["v"] is not None or settings.pv == "int8"
 
@@ -263,13 +263,16 @@ def _packs_v(v, settings):
 def float_operands(q, k, v, settings):
     """(q, k, v) as floats with four axes: of k and v at least the rows of fp32_sinks, in float32 unless all are
     computed so; codes of q are dequantised."""
-    codes = memory_of(q)
-    if codes.dtype == np.int8:
-        q = QuantizedTensor(codes, settings.scales["q"]).dequantize()
-    floats = (q, _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
+    floats = (float_queries(q, settings), _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
     for name, x in zip("qkv", floats, strict=True):
-        _require_finite(name, x)
+        require_finite(name, x)
     return tuple(arrays.four_axes(arrays.rows_in_place(x)) for x in floats)
+
+
+def float_queries(q, settings):
+    """q as floats."""
+    codes = memory_of(q)
+    return QuantizedTensor(codes, settings.scales["q"]).dequantize() if codes.dtype == np.int8 else q
 
 
 def _float_rows(x, n):
@@ -298,7 +301,7 @@ def _codes(name, x, settings, build, threads, room, counts):
     return result
 
 
-def _require_finite(name, x):
+def require_finite(name, x):
     if not np.isfinite(x).all():
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
         raise ValueError(f"{name}: expected finite values, got {x[place]} at {place}")

@@ -44,7 +44,7 @@ cdef inline Rows rows_of(const Problem* x, const Head* head, const Pages* pages,
     """Rows of `pages`; precise: these are the keys that are in float32 though others are codes, one page of them."""
     cdef Rows rows
     rows.pages = pages
-    rows.table = &head.sequence.first_page if precise else head.sequence.pages
+    rows.table = &head.sequence.number if precise else head.sequence.pages
     rows.size = UNPAGED if precise else x.page_size
     rows.head = head.kv * pages.head
     return rows

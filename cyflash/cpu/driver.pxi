@@ -529,7 +529,7 @@ def forward(
     """Attention of checked arrays (attention.py). Writes out and, unless None, lse.
 
     q: (B, H, Lq, D), of kind q_kind; None where codes are enough. out, lse: (B, H, Lq, Dv), (B, H, Lq). stored: a
-    Stored (stored.py). sequences: (n, 6) of number, index along B, Lq, Lk, offset, page of stored.float_k and float_v.
+    Stored (stored.py). sequences: (n, 5) of number, index along B, Lq, Lk, offset.
     pages: (n, P), page numbers. ragged: B is 1 everywhere, sequences lie one after another along L, and an index or a
     page number is that of the first token. codes: an operands.Codes, or None where stored is floats. options: a Plan
     (plan.py), its bias and mask by number of the sequence. native: q, k and v are bfloat16, and so are the products.
@@ -570,7 +570,7 @@ def forward(
             sequence = &x.sequences[s]
             number, first = sequences[s, 0], sequences[s, 1]
             sequence.number, sequence.Lq, sequence.Lk = number, sequences[s, 2], sequences[s, 3]
-            sequence.offset, sequence.first_page = sequences[s, 4], sequences[s, 5]
+            sequence.offset = sequences[s, 4]
             sequence.pages = &pages[s, 0]
             sequence.out = <char*> &out_bytes[0, 0, 0, 0] + first * out_bytes.strides[axis]
             if q is not None:
@@ -614,8 +614,8 @@ cdef int describe_codes(Problem* x, stored, codes, bint ragged) except -1:
         x.codes.k_mean_stride[0] = 0 if mean.shape[0] == 1 else mean.strides[0] // <Py_ssize_t> sizeof(float)
         x.codes.k_mean_stride[1] = mean.strides[1] // <Py_ssize_t> sizeof(float)
     if x.precise:
-        describe_pages(&x.first_k, stored.float_k, "fp32", ragged, 1)
-        describe_pages(&x.first_v, stored.float_v, "fp32", ragged, 1)
+        describe_pages(&x.first_k, stored.float_k, "fp32", False, 1)
+        describe_pages(&x.first_v, stored.float_v, "fp32", False, 1)
     x.codes.trace = &trace[0, 0, 0, 0] if trace is not None else NULL
     return 0
 

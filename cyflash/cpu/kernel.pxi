@@ -63,7 +63,6 @@ cdef struct Sequence:
     Py_ssize_t Lk
     Py_ssize_t offset           # query i stands at position i + offset
     const Py_ssize_t* pages     # of its keys and values
-    Py_ssize_t first_page       # of its keys in float32 where others are codes
     const char* q               # (H, Lq, D)
     char* out                   # (H, Lq, Dv)
     float* lse                  # (H, Lq)
@@ -90,7 +89,7 @@ cdef struct Problem:
     Py_ssize_t page_size
     Pages k                     # (Hk, Lk, D), the last axis contiguous, as in q, v and out
     Pages v                     # (Hk, Lk, Dv)
-    Pages first_k               # in float32: keys before `precise` where others are codes
+    Pages first_k               # in float32, a page of each sequence: keys before `precise` where others are codes
     Pages first_v
     Kind q_kind                 # of queries that are not codes
     Kind out_kind
