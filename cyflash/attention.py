@@ -101,11 +101,12 @@ def flash_attention(
     -----
     The algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691) with the online softmax of Milakov and Gimelshein
     (2018, arXiv:1805.02867). Memory beyond inputs and output is a few hundred kilobytes for each thread, whatever the
-    lengths. Where query rows are few enough for one tile, keys are cut into chunks of 512 or so, whose results are merged;
-    these take Dv + 3 floats for each row and chunk.
+    lengths. Where query rows are few enough for one tile, keys are cut into chunks of 512 or so, whose results are
+    merged; these take Dv + 3 floats for each row and chunk.
 
-    Where q, k and v all are bfloat16 and the build multiplies it (avx512_bf16), both products are of bfloat16: weights
-    are rounded to it, as the output is. Everywhere else 16 bits are computed as the float32 numbers that they stand for.
+    Where q, k and v all are bfloat16 and the build multiplies it (avx512_bf16), both products are of bfloat16, with
+    weights rounded to it as the output is, unless query rows are few. Everywhere else 16 bits are computed as the
+    float32 numbers that they stand for.
 
     Examples
     --------
@@ -135,12 +136,12 @@ def flash_attention_int8(
 
     Parameters
     ----------
-    q : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor, shape (Lq, D), (H, Lq, D) or (B, H, Lq, D)
-        Queries. Any strides, as in `flash_attention`.
-    k : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor, shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D)
-        Keys. Hk must divide H.
-    v : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor, shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv)
-        Values.
+    q : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor
+        Queries, of shape (Lq, D), (H, Lq, D) or (B, H, Lq, D). Any strides, as in `flash_attention`.
+    k : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor
+        Keys, of shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D). Hk must divide H.
+    v : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor
+        Values, of shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv).
     q_scale, k_scale, v_scale : float or array_like, optional
         x ~ code * scale. A number, or an array that broadcasts as in NumPy: (H, 1, 1) or (B, H, 1, 1) per head,
         (H, L, 1) or (B, H, L, 1) per token. Required for an int8 array; makes the quantisation of a float array
@@ -273,13 +274,14 @@ def attend_stored(
 
     The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)).
     """
-    n, _, Lq, D = arrays.require_float("q", q, (4,)).shape
+    n, _, Lq, _ = arrays.require_float("q", q, (4,)).shape
     keys = np.asarray(keys)
     longest = int(keys.max(initial=0))
     Hk = stored.k.shape[1]
     k, v = arrays.Shape((n, Hk, longest, stored.D)), arrays.Shape((n, Hk, longest, stored.Dv))
     coded = stored.kind == "int8"
-    call = describe(q, k, v, (q,), config, kind="int8" if coded else kind_of_tiles(stored.k.dtype, stored.v.dtype), causal_align=causal_align, **options)
+    kind = "int8" if coded else kind_of_tiles(stored.k.dtype, stored.v.dtype)
+    call = describe(q, k, v, (q,), config, kind=kind, causal_align=causal_align, **options)
     if pv is not None and (not coded or pv not in PRODUCTS):
         raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
     if config is not None and config.dropout_p:

@@ -176,7 +176,8 @@ class Lengths(NamedTuple):
         cu_k = _checked_offsets("cu_seqlens_k", cu_seqlens_k, "k", k)
         if len(cu_q) != len(cu_k):
             raise ValueError(
-                f"cu_seqlens_k: expected {len(cu_q)} entries as in cu_seqlens_q, one more than sequences, got {len(cu_k)}"
+                f"cu_seqlens_k: expected {len(cu_q)} entries as in cu_seqlens_q, one more than sequences, "
+                f"got {len(cu_k)}"
             )
         return cls(cu_q[:-1], np.diff(cu_q), cu_k[:-1], np.diff(cu_k))
 
@@ -249,7 +250,8 @@ def _describe(q, k, v, lengths, config, kind, *, bias, mask, out, **options):
     )
     rows = [(H, int(Lq), int(Lk)) for Lq, Lk in zip(lengths.Lq, lengths.Lk, strict=True)]
     plan = call.plan._replace(
-        bias=_of_sequences("bias", bias, broadcast_bias, rows, out), mask=_of_sequences("mask", mask, broadcast_mask, rows, out)
+        bias=_of_sequences("bias", bias, broadcast_bias, rows, out),
+        mask=_of_sequences("mask", mask, broadcast_mask, rows, out),
     )
     return call._replace(plan=plan)
 
@@ -307,15 +309,16 @@ def _prepare(call, lengths, q, k, v, settings):
     room = -(-room // KEYS_UNIT) * KEYS_UNIT
     counts = {}
 
-    q_codes, q_scale, _ = _quantised("q", q, lengths.begin_q, lengths.Lq, lengths.begin_q, q.shape[2], call, settings, counts)
-    k_codes, k_scale, k_mean = _quantised("k", k, lengths.begin_k, lengths.Lk, begin, room, call, settings, counts)
+    of_q, of_k = (lengths.begin_q, lengths.Lq, lengths.begin_q, q.shape[2]), (lengths.begin_k, lengths.Lk, begin, room)
+    q_codes, q_scale, _ = _quantised("q", q, *of_q, call, settings, counts)
+    k_codes, k_scale, k_mean = _quantised("k", k, *of_k, call, settings, counts)
     where = np.zeros((1, 1), np.intp), np.zeros(1, np.intp), np.array([room])
     packed = np.empty((1, Hk, room, -(-D // 4) * 4), np.int8)
     correction = np.empty((1, Hk, room), np.int32)
     call.build.pack_keys(k_codes, packed, correction, *where, call.threads)
     v_scale, values, v_kind = None, v, arrays.kind_of(v.dtype)
     if packs_v:
-        v_codes, v_scale, _ = _quantised("v", v, lengths.begin_k, lengths.Lk, begin, room, call, settings, counts)
+        v_codes, v_scale, _ = _quantised("v", v, *of_k, call, settings, counts)
         values, v_kind = np.empty((1, Hk, room // 4, -(-Dv // 16) * 16), np.int32), "int8"
         call.build.pack_values(v_codes, values, *where, call.threads)
     else:
@@ -346,7 +349,7 @@ def _quantised(name, x, begins, lengths, places, room, call, settings, counts):
 
     Scales: of queries (1, H, room); of keys and values that, or (n or 1, H, 1) where each head of a sequence has one.
     """
-    _, H, total, D = x.shape
+    H, D = x.shape[1], x.shape[3]
     n, given, sinks = len(begins), settings.scales[name], 0 if name == "q" else settings.fp32_sinks
     given = None if given is None else arrays.four_axes(given)
     mean = settings.k_mean if name == "k" else None
@@ -391,7 +394,7 @@ def _run_planned(call, lengths, q, k, v, bias, mask, config, options):
     for i in range(len(lengths.Lq)):
         of_q, of_k = lengths.of_sequence(i)
         end = of_q.stop
-        out, lse, _ = attention.attend_int8(
+        _, lse, _ = attention.attend_int8(
             *(x[rows].swapaxes(0, 1) for x, rows in ((q, of_q), (k, of_k), (v, of_k))), **options,
             bias=None if bias is None else bias[i], mask=None if mask is None else mask[i], config=config,
             alibi_slopes=None if slopes is None else call.plan.alibi_slopes[i],

@@ -34,14 +34,14 @@ BUILDS = {
 
 # Keys of a block, when the caller does not say. A task's working set is PANEL * 4 bytes * (D queries + D outputs + Bc
 # scores) and streams Bc * D * 8 bytes of keys and values: at PANEL = 48, D = 64, Bc = 128 that is 24 + 24 KB of the
-# 48 KB first-level cache of a Zen 5. Codes take a quarter of that and bfloat16 half, and each block costs a pass over the
-# output, which weighs more beside faster products: 256 is faster there, for codes by 1 to 2 %.
+# 48 KB first-level cache of a Zen 5. Codes take a quarter of that and bfloat16 half, and each block costs a pass over
+# the output, which weighs more beside faster products: 256 is faster there, for codes by 1 to 2 %.
 BLOCK_SIZE_KV = 128
 LONG_BLOCK_SIZE_KV = 256
 
 # Query rows of a task are one panel; of keys and values of 16 bits four, so that a block is converted for all of them
-# (at D = 64, D = 128: bfloat16 1.36, 1.49 times as fast as float32 with one panel, 1.65, 1.80 with four, 1.70, 1.82 with
-# eight).
+# (at D = 64, D = 128: bfloat16 1.36, 1.49 times as fast as float32 with one panel, 1.65, 1.80 with four, 1.70, 1.82
+# with eight).
 PANELS_16 = 4
 
 # A block is summed before it is added to what earlier blocks gave, so its length decides the rounding error; and beyond

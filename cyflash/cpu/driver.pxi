@@ -1,6 +1,6 @@
-# Cuts a call into tasks and threads. A task is a block of query rows of one head of one sequence, or where these are few,
-# a chunk of the keys of some heads. Chunks are merged in their order; otherwise no task shares a sum with another one, so
-# a row's bits depend neither on threads nor on what else is in the batch.
+# Cuts a call into tasks and threads. A task is a block of query rows of one head of one sequence, or where these are
+# few, a chunk of the keys of some heads. Chunks are merged in their order; otherwise no task shares a sum with another
+# one, so a row's bits depend neither on threads nor on what else is in the batch.
 
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange
@@ -404,7 +404,7 @@ KINDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8}
 
 
 cdef int describe_pages(Pages* pages, array, str kind, bint ragged, Py_ssize_t keys_of_row) except -1:
-    """Keys or values. ragged: pages are numbered by their first row. keys_of_row: keys that a row of the array holds."""
+    """Keys or values. ragged: pages are numbered by their first row. keys_of_row: keys that a row of x holds."""
     cdef const unsigned char[:, :, :, :] x = array.view(np.uint8)
     pages.kind = KINDS[kind]
     pages.data = <const char*> &x[0, 0, 0, 0] if x.shape[0] and x.shape[1] and x.shape[2] else NULL

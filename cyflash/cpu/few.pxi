@@ -325,7 +325,7 @@ cdef void few_accumulate(
     const Panel* panel, const Scratch* scratch, const float* v, Py_ssize_t stride, Py_ssize_t Dv, Py_ssize_t begin,
     Py_ssize_t end, float beta, bint hides
 ) noexcept nogil:
-    """accumulate() of few rows: O[r] = alpha[r] O[r] + beta sum over begin <= c < end of P[r][c] V[c], summed from zero.
+    """accumulate() of few rows: O[r] = alpha[r] O[r] + beta sum over begin <= c < end of P[r][c] V[c], that from zero.
 
     hides: only keys that scratch.hidden shows to a row count, whatever their values.
     """

@@ -2,7 +2,7 @@
 
 
 def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::1] k not None, bint few=False):
-    """float32 (Lq, Lk): the sums q k^T as scores_of_codes() makes them, exact below 2^24; few: few_scores_of_codes()."""
+    """float32 (Lq, Lk): the sums q k^T as scores_of_codes() makes them, exact below 2^24; few: those of few.pxi."""
     cdef Py_ssize_t Lq = q.shape[0], Lk = k.shape[0], r, c, rows = round_up(Lk, 16)
     cdef Py_ssize_t words = round_up(q.shape[1], 4) // 4, step = FEW if few else PANEL, first_page = 0
     cdef Problem x
@@ -52,7 +52,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
 
 
 def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, ::1] v not None, bint few=False):
-    """float32 (Lq, Dv): the sums p v as accumulate_codes() makes them, exact below 2^24; few: few_accumulate_codes()."""
+    """float32 (Lq, Dv): the sums p v as accumulate_codes() makes them, exact below 2^24; few: those of few.pxi."""
     cdef Py_ssize_t Lq = p.shape[0], Lk = p.shape[1], Dv = v.shape[1], rows = round_up(Lk, 16)
     cdef Py_ssize_t columns = round_up(Dv, 16), row = 0, n, r, c, d, step = FEW if few else PANEL, first_page = 0
     cdef Problem x

@@ -162,8 +162,8 @@ cdef void accumulate_codes(
 ) noexcept nogil:
     """O^T[d][r] = alpha[r] O^T[d][r] + sum over parts of beta[part][r] (sum of V8[c][d] P8^T[c][r] over its keys).
 
-    p, v: groups of the block, of which begin <= t < end count. columns: Dv rounded up to ROWS. A tile has half as many rows as elsewhere: beside its
-    sums of codes it holds as many of floats, into which each part goes.
+    p, v: groups of the block, of which begin <= t < end count. columns: Dv rounded up to ROWS. A tile has half as many
+    rows as elsewhere: beside its sums of codes it holds as many of floats, into which each part goes.
     """
     if vectors == 1:
         accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, 1)

@@ -125,8 +125,8 @@ cdef struct Panel:
     bint few                    # computed by few.pxi
     Py_ssize_t first_key        # keys that its first row ...
     Py_ssize_t last_key         # ... to its last row may see: [first_key, last_key]
-    float* q                    # [D][PANEL] queries times scale, where keys are computed in float32; few: [lanes][width]
-    int* codes                  # [groups of D][PANEL] codes of the queries, with ZERO_POINT; few: [lanes][width]
+    float* q                    # [D][PANEL] queries times scale, where keys are in float32; few: [lanes][width]
+    int* codes                  # [groups of D][PANEL] queries as codes with ZERO_POINT or bfloat16; few: [lanes][width]
     float* factor               # [PANEL] makes sums of products of codes scores: scale, q's, that of a head of k
     # what subtracting the mean of the keys took from every score of a row, scale * q . mean, is in one of these two
     float* shift                # [PANEL] added to each score, where softcap needs them whole
