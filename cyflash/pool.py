@@ -72,9 +72,9 @@ class Pool:
         """Have `pages` pages, the first of which are those of now. May raise MemoryError before anything changes."""
         grown = {name: np.zeros((pages, *x.shape[1:]), x.dtype) for name, x in self.arrays.items()}
         references = np.zeros(pages, np.int32)
-        used = np.flatnonzero(self.references)
+        used = 1 + int(np.flatnonzero(self.references).max(initial=-1))  # what nobody wrote takes no memory, if left so
         for name, x in self.arrays.items():
-            grown[name][used] = x[used]
+            grown[name][:used] = x[:used]
         references[: self.pages] = self.references
         self.arrays, self.references = grown, references
 
