@@ -1,0 +1,231 @@
+"""What the pages of a cache hold: floats, or codes with their scales; and how new tokens become that.
+
+    ready(k, v, ...)    everything that can fail for the numbers in k and v: quantises
+    write(ready, ...)   into the pages that the rows' table names; nothing is read or packed again later
+
+`Floats` and `Codes` have the same methods; a cache (kvcache.py) keeps the arrays that they describe.
+"""
+import numpy as np
+
+from cyflash import arrays, cpu, quantized
+from cyflash.cpu import threads
+from cyflash.quantized import LayerScales, checked_granularity, checked_scale, quantise_call
+from cyflash.stored import Stored
+
+# Of a copy: some 10 us of a thread's time. Below that, waking another one does not pay.
+NUMBERS_PER_THREAD = 1 << 16
+
+KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_kinds = {}  # the same by dtype, of those met
+
+
+def kind_of(name, x):
+    """"fp32", "fp16" or "bf16", what an array of floats holds, else TypeError."""
+    kind = _kinds.get(x.dtype)
+    if kind is None:
+        kind = KINDS.get(x.dtype.name) if x.dtype.isnative else None
+        if kind is None:
+            raise TypeError(
+                f"{name}: expected float32 (or float16, bfloat16), got {arrays.dtype_name(x.dtype)}; "
+                + ("a cache quantises what it is given: pass the floats" if x.dtype == np.int8 else
+                   f"write {name}.astype(np.float32)")
+            )
+        _kinds[x.dtype] = kind
+    return kind
+
+
+def threads_for(x, num_threads=None):
+    return threads.for_call(1 + x.size // NUMBERS_PER_THREAD, num_threads)
+
+
+def store(x, pages, table, begins, counts):
+    """Write floats (n, Hk, L, D) to their places in the pages (pages, Hk, page_size, D), in the precision of these."""
+    cpu.active().store_floats(
+        x.view(np.uint8), _kinds[x.dtype], pages.view(np.uint8), _kinds[pages.dtype], table, begins, counts,
+        threads_for(x),
+    )
+
+
+class Floats:
+    """Keys and values as floats of one type. They are rounded to it half to even."""
+
+    fp32_sinks = 0
+    quant = None
+    pv = None
+    granularity = None
+
+    def __init__(self, dtype, kv_heads, D, Dv):
+        self.dtype, self.kv_heads, self.D, self.Dv = dtype, kv_heads, D, Dv
+        self.kind = kind_of("dtype", np.empty(0, dtype))
+
+    def page_shapes(self, page_size):
+        """{name: (shape of one page, dtype)} of what pages hold."""
+        shape = self.kv_heads, page_size
+        return {"k": ((*shape, self.D), self.dtype), "v": ((*shape, self.Dv), self.dtype)}
+
+    def row_shapes(self):
+        """The same of what is kept for each row beside the pages."""
+        return {}
+
+    def constants(self):
+        """{name: array} of what is the same for all tokens."""
+        return {}
+
+    def ready(self, k, v, begins, counts):
+        return arrays.rows_in_place(k), arrays.rows_in_place(v)
+
+    def write(self, ready, pages, by_row, rows, table, begins, counts):
+        """rows: numbers of the rows in `by_row`, one for each row of the table."""
+        store(ready[0], pages["k"], table, begins, counts)
+        store(ready[1], pages["v"], table, begins, counts)
+
+    def stored(self, pages, by_row, page_size):
+        return Stored(self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv)
+
+
+class Codes:
+    """Keys and values as int8 codes, quantised when they come; the first tokens of each row in float32."""
+
+    dtype = np.dtype(np.int8)
+    kind = "int8"
+
+    def __init__(self, kv_heads, D, Dv, granularity="token", k_scale=None, v_scale=None, k_mean=None, quant=None,
+                 fp32_sinks=0):
+        self.kv_heads, self.D, self.Dv = kv_heads, D, Dv
+        self.quant, self.pv, prefix = quant, "int8", ""
+        if quant is not None:
+            _check_quant(quant, {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean})
+            if fp32_sinks not in (0, quant.fp32_sinks):
+                raise ValueError(f"fp32_sinks: expected quant's {quant.fp32_sinks} or none, got {fp32_sinks}")
+            k_scale, v_scale, k_mean, fp32_sinks = quant.k_scale, quant.v_scale, quant.k_mean, quant.fp32_sinks
+            self.pv, prefix = quant.pv, "quant."
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        self.k_scale, self.v_scale = (
+            None if x is None else _of_heads(prefix + name, checked_scale(prefix + name, x), (kv_heads, 1, 1))[:, 0]
+            for name, x in scales.items()
+        )
+        if k_mean is not None:
+            k_mean = _of_heads(f"{prefix}k_mean", LayerScales(k_mean=k_mean).k_mean, (kv_heads, 1, D))
+        self.k_mean = k_mean
+        self.fp32_sinks = fp32_sinks
+        self.granularity = self._settled(checked_granularity(granularity))
+
+    def _settled(self, granularity):
+        """What scales are for: given ones decide, if there are any."""
+        given = [x for x in (self.k_scale, self.v_scale) if x is not None]
+        if granularity != "token" and len(given) < 2:
+            name = "k_scale" if self.k_scale is None else "v_scale"
+            raise ValueError(
+                f"{name}: expected a scale with granularity {granularity!r}, since codes that are kept cannot change it "
+                "as tokens come, got None; pass k_scale and v_scale, or quant, or use granularity='token'"
+            )
+        if granularity == "tensor" and any((x != x[0]).any() for x in given):
+            raise ValueError("granularity: expected 'head' for scales that differ between heads, got 'tensor'")
+        return granularity
+
+    def page_shapes(self, page_size):
+        shape = self.kv_heads, page_size
+        shapes = {
+            "k": ((*shape, -(-self.D // 4) * 4), np.int8),
+            "v": ((self.kv_heads, page_size // 4, -(-self.Dv // 16) * 16), np.int32),
+            "k_sum": (shape, np.int32),
+        }
+        if self.k_scale is None:
+            shapes["k_scale"] = (shape, np.float32)
+        if self.v_scale is None:
+            shapes["v_scale"] = (shape, np.float32)
+        return shapes
+
+    def row_shapes(self):
+        if not self.fp32_sinks:
+            return {}
+        shape = self.kv_heads, self.fp32_sinks
+        return {"float_k": ((*shape, self.D), np.float32), "float_v": ((*shape, self.Dv), np.float32)}
+
+    def constants(self):
+        held = {"k_scale": self.k_scale, "v_scale": self.v_scale, "k_mean": self.k_mean}
+        return {name: x for name, x in held.items() if x is not None}
+
+    def ready(self, k, v, begins, counts):
+        """(k, v, codes and scales of both, what watchers are told)."""
+        told = {} if quantized.watched.get(self.quant) else None
+        coded = []
+        for name, x, scale, mean in (("k", k, self.k_scale, self.k_mean), ("v", v, self.v_scale, None)):
+            coded.append(self._encode(name, arrays.rows_in_place(x), scale, mean, begins, counts, told))
+        return k, v, *coded, told
+
+    def _encode(self, name, x, scale, mean, begins, counts, told):
+        """(codes, scales for each token or None) of the tokens that count."""
+        how = {"mean": None if mean is None else mean[:, None], "scale": None, "threads": threads_for(x)}
+        how["build"] = cpu.active()
+        if scale is not None:
+            how["scale"] = scale[None, :, None, None]
+        saturated = np.zeros(1, np.intp) if told is not None and scale is not None else None
+        L = x.shape[2]
+        if (counts == L).all() and (not self.fp32_sinks or (begins >= self.fp32_sinks).all()):
+            codes, found, _ = quantise_call(name, x, "token", saturated=saturated, **how)
+            total, values = saturated, x.size
+        else:
+            codes = np.empty(x.shape, np.int8)
+            found = np.empty((*x.shape[:3], 1), np.float32)
+            total, values = 0, 0
+            for i, count in enumerate(counts):
+                first = int(min(max(self.fp32_sinks - begins[i], 0), count))  # so many are in float32
+                _, found[i : i + 1, :, :count], _ = quantise_call(
+                    f"{name}[{i}]", x[i : i + 1, :, :count], "token", fp32_sinks=first, ndim=3,
+                    codes=codes[i : i + 1, :, :count], saturated=saturated, **how,
+                )
+                if saturated is not None:
+                    total, values = total + saturated, values + (count - first) * x[i, :, 0].size
+        if saturated is not None:
+            told[name] = (int(total[0]), int(values))
+        return codes, None if scale is not None else found
+
+    def write(self, ready, pages, by_row, rows, table, begins, counts):
+        k, v, (k_codes, k_scale), (v_codes, v_scale), told = ready
+        build, count = cpu.active(), threads_for(k)
+        build.pack_keys(k_codes, pages["k"], pages["k_sum"], table, begins, counts, count)
+        build.pack_values(v_codes, pages["v"], table, begins, counts, count)
+        if k_scale is not None:
+            store(k_scale, pages["k_scale"][..., None], table, begins, counts)
+        if v_scale is not None:
+            store(v_scale, pages["v_scale"][..., None], table, begins, counts)
+        if self.fp32_sinks:
+            for i in np.flatnonzero(begins < self.fp32_sinks):
+                begin, end = begins[i], min(self.fp32_sinks, begins[i] + counts[i])
+                by_row["float_k"][rows[i], :, begin:end] = k[i, :, : end - begin]
+                by_row["float_v"][rows[i], :, begin:end] = v[i, :, : end - begin]
+        if told:
+            for tell in quantized.watched.get(self.quant, ()):
+                tell(told)
+
+    def stored(self, pages, by_row, page_size):
+        return Stored(
+            self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv, pages["k_sum"],
+            pages["k_scale"] if self.k_scale is None else self.k_scale,
+            pages["v_scale"] if self.v_scale is None else self.v_scale,
+            self.k_mean, self.fp32_sinks, by_row.get("float_k"), by_row.get("float_v"),
+        )
+
+
+def _of_heads(name, x, shape):
+    """x, which broadcasts to `shape`, (Hk, 1, columns), as a contiguous (Hk, columns)."""
+    try:
+        return np.array(np.broadcast_to(x[0] if x.ndim == 4 and len(x) == 1 else x, shape)[:, 0])
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected a number or a shape that broadcasts to {shape}, the same for all tokens, got {x.shape}"
+        ) from None
+
+
+def _check_quant(quant, others):
+    if not isinstance(quant, LayerScales):
+        raise TypeError(f"quant: expected a LayerScales, got {type(quant).__name__}")
+    if quant.parts is not None:
+        raise ValueError(
+            "quant: expected a LayerScales without parts, since a cache keeps all heads in one way; make a cache for "
+            "the kv heads of each part"
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None beside quant, which has its own; pass one of the two")
