@@ -158,6 +158,26 @@ class Rows:
         self.lengths = np.concatenate([self.lengths, np.zeros(more, np.int64)])
         self.first = np.concatenate([self.first, np.zeros(more, np.int64)])
 
+    def restore(self, table, used):
+        """Take the table of a file, whose pages are the first `used` of the pool; lengths and first are set already.
+
+        ValueError where it breaks one of the rules above.
+        """
+        if (self.first < 0).any() or (self.first > self.lengths).any():
+            raise ValueError("first: expected 0 to the row's length")
+        ends = self._pages(self.lengths)
+        shape = len(self), int(ends.max(initial=0))
+        if table.shape != shape or table.dtype != np.int64:
+            raise ValueError(f"table: expected int64 {shape}, got {table.dtype} {table.shape}")
+        expected = np.full(shape, False)
+        expected[_entries(np.arange(len(self)), self.first // self.page_size, ends)] = True
+        pages = table[expected]
+        if (table[~expected] != -1).any() or (pages < 0).any() or (pages >= used).any():
+            raise ValueError(f"table: expected pages 0 to {used - 1} where rows have tokens, and -1 elsewhere")
+        self._widen(shape[1])
+        self.table[:, : shape[1]] = table
+        self.pool.references[:] = np.bincount(pages, minlength=self.pool.pages)
+
     def _pages(self, lengths):
         """How many pages reach to `lengths` tokens."""
         return -(-lengths // self.page_size)
