@@ -314,7 +314,7 @@ class KVCache:
         fits = most <= self._room
         if not fits and not self._grows:
             self._check_capacity(rows, begins - first, counts)
-        ready = self._tokens.ready(k, v, begins, counts)
+        ready = self._tokens.ready(k, v, begins, counts, lengths is not None)
         return _Tokens(rows, whole, begins, begins + counts, counts, first, most, fits, ready)
 
     def _write(self, tokens):

@@ -71,7 +71,8 @@ class Floats:
         """{name: array} of what is the same for all tokens."""
         return {}
 
-    def ready(self, k, v, begins, counts):
+    def ready(self, k, v, begins, counts, padded):
+        """What write() takes. padded: some rows get fewer than all of their tokens."""
         return arrays.rows_in_place(k), arrays.rows_in_place(v)
 
     def write(self, ready, pages, by_row, rows, table, begins, counts):
@@ -107,6 +108,9 @@ class Codes:
         if k_mean is not None:
             k_mean = _of_heads(f"{prefix}k_mean", LayerScales(k_mean=k_mean).k_mean, (kv_heads, 1, D))
         self.k_mean = k_mean
+        # the same with the axes of (n, Hk, L, D)
+        self._static = [None if x is None else x[None, :, None, None] for x in (self.k_scale, self.v_scale)]
+        self._mean = None if k_mean is None else k_mean[None, :, None]
         self.fp32_sinks = fp32_sinks
         self.granularity = self._settled(checked_granularity(granularity))
 
@@ -146,39 +150,41 @@ class Codes:
         held = {"k_scale": self.k_scale, "v_scale": self.v_scale, "k_mean": self.k_mean}
         return {name: x for name, x in held.items() if x is not None}
 
-    def ready(self, k, v, begins, counts):
+    def ready(self, k, v, begins, counts, padded):
         """(k, v, codes and scales of both, what watchers are told)."""
         told = {} if quantized.watched.get(self.quant) else None
-        coded = []
-        for name, x, scale, mean in (("k", k, self.k_scale, self.k_mean), ("v", v, self.v_scale, None)):
-            coded.append(self._encode(name, arrays.rows_in_place(x), scale, mean, begins, counts, told))
+        by_row = padded or (self.fp32_sinks and begins.min(initial=self.fp32_sinks) < self.fp32_sinks)
+        encode = self._encode_rows if by_row else self._encode
+        coded = [encode("k", k, self._static[0], self._mean, begins, counts, told)]
+        coded.append(encode("v", v, self._static[1], None, begins, counts, told))
         return k, v, *coded, told
 
     def _encode(self, name, x, scale, mean, begins, counts, told):
-        """(codes, scales for each token or None) of the tokens that count."""
-        how = {"mean": None if mean is None else mean[:, None], "scale": None, "threads": threads_for(x)}
-        how["build"] = cpu.active()
-        if scale is not None:
-            how["scale"] = scale[None, :, None, None]
-        saturated = np.zeros(1, np.intp) if told is not None and scale is not None else None
-        L = x.shape[2]
-        if (counts == L).all() and (not self.fp32_sinks or (begins >= self.fp32_sinks).all()):
-            codes, found, _ = quantise_call(name, x, "token", saturated=saturated, **how)
-            total, values = saturated, x.size
-        else:
-            codes = np.empty(x.shape, np.int8)
-            found = np.empty((*x.shape[:3], 1), np.float32)
-            total, values = 0, 0
-            for i, count in enumerate(counts):
-                first = int(min(max(self.fp32_sinks - begins[i], 0), count))  # so many are in float32
-                _, found[i : i + 1, :, :count], _ = quantise_call(
-                    f"{name}[{i}]", x[i : i + 1, :, :count], "token", fp32_sinks=first, ndim=3,
-                    codes=codes[i : i + 1, :, :count], saturated=saturated, **how,
-                )
-                if saturated is not None:
-                    total, values = total + saturated, values + (count - first) * x[i, :, 0].size
+        """(codes, scales for each token or None) of all tokens."""
+        x, saturated = arrays.rows_in_place(x), _counter(scale, told)
+        codes, found, _ = quantise_call(
+            name, x, "token", scale=scale, mean=mean, threads=threads_for(x), saturated=saturated
+        )
         if saturated is not None:
-            told[name] = (int(total[0]), int(values))
+            told[name] = (int(saturated[0]), x.size)
+        return codes, None if scale is not None else found
+
+    def _encode_rows(self, name, x, scale, mean, begins, counts, told):
+        """The same, row by row: of the tokens that count, and are not among the first, which stay in float32."""
+        x, saturated = arrays.rows_in_place(x), _counter(scale, told)
+        codes, found = np.empty(x.shape, np.int8), np.empty((*x.shape[:3], 1), np.float32)
+        total = values = 0
+        for i, count in enumerate(counts.tolist()):
+            first = min(max(self.fp32_sinks - int(begins[i]), 0), count)
+            one = np.s_[i : i + 1, :, :count]
+            _, found[one], _ = quantise_call(
+                f"{name}[{i}]", x[one], "token", scale=scale, mean=mean, fp32_sinks=first, threads=threads_for(x[one]),
+                ndim=3, codes=codes[one], saturated=saturated,
+            )
+            if saturated is not None:
+                total, values = total + int(saturated[0]), values + (count - first) * x[i, :, 0].size
+        if saturated is not None:
+            told[name] = (total, values)
         return codes, None if scale is not None else found
 
     def write(self, ready, pages, by_row, rows, table, begins, counts):
@@ -216,6 +222,11 @@ def _of_heads(name, x, shape):
         raise ValueError(
             f"{name}: expected a number or a shape that broadcasts to {shape}, the same for all tokens, got {x.shape}"
         ) from None
+
+
+def _counter(scale, told):
+    """Where quantise_call counts what saturates, if somebody watches and anything can."""
+    return np.zeros(1, np.intp) if told is not None and scale is not None else None
 
 
 def _check_quant(quant, others):
