@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import arrays, plan
+from cyflash import arrays, attention, plan
 from cyflash.files import read_safetensors, safetensors_path, write_safetensors
 from cyflash.plan import UNBOUNDED
 from cyflash.pool import Pool, Rows
@@ -301,10 +301,8 @@ class KVCache:
         if lengths is None:
             counts, most = np.full(len(rows), L), L
         else:
-            counts = _integers("lengths", lengths, len(rows))
+            counts = _checked_counts(lengths, len(rows), "k", k)
             most = int(counts.max(initial=0))
-            if most > L or counts.min(initial=0) < 0:
-                raise ValueError(f"lengths: expected 0 to {L}, the tokens of k {k.shape}, got {counts.tolist()}")
         begins = self._rows.lengths if whole else self._rows.lengths[rows]
         first = self._rows.first if whole else self._rows.first[rows]
         if self._left is not None:
@@ -720,15 +718,66 @@ def flash_attention_with_kvcache(
         raise TypeError(f"cache: expected a KVCache or PagedKVCache, got {type(cache).__name__}")
     arrays.require_array("q", q, (4,))
     if (k is None) != (v is None):
-        raise ValueError("v: expected k and v together, or none of them, got one")
+        raise ValueError("k, v: expected both or neither, got one of them")
+    rows = None if rows is None else cache._checked_rows(rows)
+    _, _, keys = cache.stored(rows)
+    _check_queries(q, cache, len(keys))
     if k is None:
-        tokens, numbers = None, None if rows is None else cache._checked_rows(rows)
-        queries = lengths
+        tokens, queries = None, None if lengths is None else _checked_counts(lengths, len(keys), "q", q)
+        first = cache._rows.first[cache._all if rows is None else rows]
     else:
         tokens = cache._ready(k, v, rows, lengths)
-        queries = None if lengths is None or q.shape[2] != k.shape[2] else tokens.counts
-        ...
-    return None
+        keys, first = tokens.ends, tokens.first
+        queries = tokens.counts if lengths is not None and q.shape[2] == k.shape[2] else None
+    options = {
+        "causal": (config is None or config.causal) if causal is None else causal, "causal_align": causal_align,
+        "scale": scale, "window": cache.window if window is None else window, "softcap": softcap, "bias": bias,
+        "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse, "out": out,
+        "config": config, "num_threads": num_threads, "pv": cache._tokens.pv if pv is None else pv,
+    }  # fmt: skip
+    _check_options(q, cache, keys, k, v, **options)
+    if cache.window is not None:
+        _check_window(cache.window, options, q, keys, queries, first)
+    if tokens is not None:
+        cache._write(tokens)
+    stored, table, keys = cache.stored(rows)
+    out, lse = attention.attend_stored(q, stored, table, keys, queries, **options)
+    return (out, lse) if return_lse else out
+
+
+def _check_queries(q, cache, n):
+    arrays.require_array("q", q, (4,))
+    kind_of("q", q)
+    H, D = q.shape[1], q.shape[3]
+    if len(q) != n or D != cache.head_dim or H % cache.kv_heads or not H:
+        raise ValueError(
+            f"q: expected (n, H, Lq, D) = ({n}, H, Lq, {cache.head_dim}) with H a multiple of {cache.kv_heads}, for {n} "
+            f"rows of this cache, got {q.shape}"
+        )
+
+
+def _check_options(q, cache, keys, k, v, *, pv, return_lse, out, config, num_threads, **options):
+    """Raise what the call would raise, before anything is appended."""
+    if out is not None:
+        for name, x in (("k", k), ("v", v)):
+            if x is not None and arrays.overlap(out, x):
+                raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+
+
+def _check_window(window, options, q, keys, queries, first):
+    """Raise where queries see tokens that the cache gave up."""
+    left, right = plan._window(options["window"])
+    if left > window[0]:
+        raise ValueError(f"window: expected at most {window[0]} tokens to the left, as in this cache, got {left}")
+    queries = q.shape[2] if queries is None else queries
+    start = keys - queries if options["causal_align"] == "bottom-right" else 0
+    short = (np.maximum(start - left, 0) < first) & (queries > 0)
+    if short.any():
+        i = int(np.argmax(short))
+        raise ValueError(
+            f"q: expected queries that see no token before {first[i]}, up to which the cache's window {window} gave up "
+            f"those of row {i} of the call, got one that sees token {int(np.broadcast_to(start, keys.shape)[i]) - left}"
+        )
 
 
 # Checks of arguments
@@ -791,6 +840,14 @@ def _integers(name, x, n=None):
     if array.ndim != 1 or (n is not None and len(array) != n):
         raise ValueError(f"{name}: expected shape ({'n' if n is None else n},), got {array.shape}")
     return array.astype(np.intp)
+
+
+def _checked_counts(lengths, n, name, x):
+    """How many of the L tokens of x count, in each of n rows."""
+    counts, L = _integers("lengths", lengths, n), x.shape[2]
+    if counts.size and not 0 <= counts.min() <= counts.max() <= L:
+        raise ValueError(f"lengths: expected 0 to {L}, the tokens of {name} {x.shape}, got {counts.tolist()}")
+    return counts
 
 
 def _shown(rows):
