@@ -18,8 +18,8 @@ from cyflash import arrays, attention, plan
 from cyflash.files import read_safetensors, safetensors_path, write_safetensors
 from cyflash.plan import UNBOUNDED
 from cyflash.pool import Pool, Rows
-from cyflash.quantized import LayerScales
-from cyflash.storing import Codes, Floats, kind_of
+from cyflash.quantized import LayerScales, QuantizedTensor
+from cyflash.storing import Codes, Floats
 
 __all__ = ["KVCache", "PagedKVCache", "flash_attention_with_kvcache"]
 
@@ -336,8 +336,9 @@ class KVCache:
         """L, after checking what is to be appended to n rows."""
         tokens = self._tokens
         for name, x, D in (("k", k, tokens.D), ("v", v, tokens.Dv)):
-            arrays.require_array(name, x, (4,))
-            kind_of(name, x)
+            if isinstance(x, QuantizedTensor) or getattr(x, "dtype", None) == arrays.INT8:
+                raise TypeError(f"{name}: expected floats, of which a cache makes its own codes, got codes")
+            arrays.require_float(name, x, (4,))
             L = k.shape[2]
             if x.shape != (n, tokens.kv_heads, L, D):
                 hint = ""
@@ -716,38 +717,33 @@ def flash_attention_with_kvcache(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: expected a KVCache or PagedKVCache, got {type(cache).__name__}")
-    arrays.require_array("q", q, (4,))
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
-    rows = None if rows is None else cache._checked_rows(rows)
-    _, _, keys = cache.stored(rows)
-    _check_queries(q, cache, len(keys))
-    if k is None:
-        tokens, queries = None, None if lengths is None else _checked_counts(lengths, len(keys), "q", q)
-        first = cache._rows.first[cache._all if rows is None else rows]
-    else:
-        tokens = cache._ready(k, v, rows, lengths)
-        keys, first = tokens.ends, tokens.first
-        queries = tokens.counts if lengths is not None and q.shape[2] == k.shape[2] else None
     options = {
         "causal": (config is None or config.causal) if causal is None else causal, "causal_align": causal_align,
         "scale": scale, "window": cache.window if window is None else window, "softcap": softcap, "bias": bias,
         "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse, "out": out,
         "config": config, "num_threads": num_threads, "pv": cache._tokens.pv if pv is None else pv,
     }  # fmt: skip
-    _check_options(q, cache, keys, k, v, **options)
-    if cache.window is not None:
-        _check_window(cache.window, options, q, keys, queries, first)
+    rows = None if rows is None else cache._checked_rows(rows)
+    _check_queries(q, cache, cache.batch if rows is None else len(rows))
+    if k is None:
+        tokens, (_, _, ends), first = None, cache.stored(rows), cache._rows.first[cache._all if rows is None else rows]
+        queries = None if lengths is None else _checked_counts(lengths, len(q), "q", q)
+    else:
+        tokens = cache._ready(k, v, rows, lengths)
+        ends, first = tokens.ends, tokens.first
+        queries = tokens.counts if lengths is not None and q.shape[2] == k.shape[2] else None
+    _check_options(q, cache, ends, queries, first, options)
     if tokens is not None:
         cache._write(tokens)
-    stored, table, keys = cache.stored(rows)
-    out, lse = attention.attend_stored(q, stored, table, keys, queries, **options)
+    stored, table, ends = cache.stored(rows)
+    out, lse = attention.attend_stored(q, stored, table, ends, queries, **options)
     return (out, lse) if return_lse else out
 
 
 def _check_queries(q, cache, n):
-    arrays.require_array("q", q, (4,))
-    kind_of("q", q)
+    arrays.require_float("q", q, (4,))
     H, D = q.shape[1], q.shape[3]
     if len(q) != n or D != cache.head_dim or H % cache.kv_heads or not H:
         raise ValueError(
@@ -756,27 +752,24 @@ def _check_queries(q, cache, n):
         )
 
 
-def _check_options(q, cache, keys, k, v, *, pv, return_lse, out, config, num_threads, **options):
+def _check_options(q, cache, ends, queries, first, options):
     """Raise what the call would raise, before anything is appended."""
-    if out is not None:
-        for name, x in (("k", k), ("v", v)):
-            if x is not None and arrays.overlap(out, x):
-                raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+    if cache.window is not None:
+        _check_window(cache.window, options, q.shape[2] if queries is None else queries, ends, first)
 
 
-def _check_window(window, options, q, keys, queries, first):
+def _check_window(window, options, queries, ends, first):
     """Raise where queries see tokens that the cache gave up."""
-    left, right = plan._window(options["window"])
+    left, _ = plan._window(options["window"])
     if left > window[0]:
-        raise ValueError(f"window: expected at most {window[0]} tokens to the left, as in this cache, got {left}")
-    queries = q.shape[2] if queries is None else queries
-    start = keys - queries if options["causal_align"] == "bottom-right" else 0
-    short = (np.maximum(start - left, 0) < first) & (queries > 0)
-    if short.any():
-        i = int(np.argmax(short))
+        raise ValueError(f"window: expected one within the cache's {window}, got {options['window']}")
+    start = ends - queries if options["causal_align"] == "bottom-right" else np.zeros_like(ends)
+    missing = (np.maximum(start - left, 0) < first) & (queries > 0)
+    if missing.any():
+        i = int(np.argmax(missing))
         raise ValueError(
-            f"q: expected queries that see no token before {first[i]}, up to which the cache's window {window} gave up "
-            f"those of row {i} of the call, got one that sees token {int(np.broadcast_to(start, keys.shape)[i]) - left}"
+            f"q: expected queries of row {i} that see no token before {first[i]}, since the cache's window {window} gave "
+            f"those up, got one at position {start[i]}"
         )
 
 

@@ -15,25 +15,6 @@ from cyflash.stored import Stored
 # Of a copy: some 10 us of a thread's time. Below that, waking another one does not pay.
 NUMBERS_PER_THREAD = 1 << 16
 
-KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_kinds = {}  # the same by dtype, of those met
-
-
-def kind_of(name, x):
-    """"fp32", "fp16" or "bf16", what an array of floats holds, else TypeError."""
-    kind = _kinds.get(x.dtype)
-    if kind is None:
-        kind = KINDS.get(x.dtype.name) if x.dtype.isnative else None
-        if kind is None:
-            raise TypeError(
-                f"{name}: expected float32 (or float16, bfloat16), got {arrays.dtype_name(x.dtype)}; "
-                + ("a cache quantises what it is given: pass the floats" if x.dtype == np.int8 else
-                   f"write {name}.astype(np.float32)")
-            )
-        _kinds[x.dtype] = kind
-    return kind
-
-
 def threads_for(x, num_threads=None):
     return threads.for_call(1 + x.size // NUMBERS_PER_THREAD, num_threads)
 
@@ -41,8 +22,8 @@ def threads_for(x, num_threads=None):
 def store(x, pages, table, begins, counts):
     """Write floats (n, Hk, L, D) to their places in the pages (pages, Hk, page_size, D), in the precision of these."""
     cpu.active().store_floats(
-        x.view(np.uint8), _kinds[x.dtype], pages.view(np.uint8), _kinds[pages.dtype], table, begins, counts,
-        threads_for(x),
+        x.view(np.uint8), arrays.kind_of(x.dtype), pages.view(np.uint8), arrays.kind_of(pages.dtype), table, begins,
+        counts, threads_for(x),
     )
 
 
@@ -56,7 +37,7 @@ class Floats:
 
     def __init__(self, dtype, kv_heads, D, Dv):
         self.dtype, self.kv_heads, self.D, self.Dv = dtype, kv_heads, D, Dv
-        self.kind = kind_of("dtype", np.empty(0, dtype))
+        self.kind = arrays.kind_of(dtype)
 
     def page_shapes(self, page_size):
         """{name: (shape of one page, dtype)} of what pages hold."""
