@@ -3,23 +3,21 @@
     KVCache, PagedKVCache                append, truncate, reorder, fork, save ...: who has which tokens
       | pool.py                          pages, references to them, the rows' tables
       | storing.py                       what pages hold: floats, or codes that are made once, on append
+      | cachefile.py                     save and load
       v
     Stored, table, lengths (stored.py)  ->  flash_attention_with_kvcache
 
 Every change is checked and prepared before it begins: an error leaves the cache as it was.
 """
-import json
-import operator
 from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import arrays, attention, plan
-from cyflash.files import read_safetensors, safetensors_path, write_safetensors
+from cyflash import arrays, attention, cachefile, plan
 from cyflash.plan import UNBOUNDED
 from cyflash.pool import Pool, Rows
-from cyflash.quantized import LayerScales, QuantizedTensor
-from cyflash.storing import Codes, Floats
+from cyflash.quantized import QuantizedTensor
+from cyflash.storing import checked_count, format_of
 
 __all__ = ["KVCache", "PagedKVCache", "flash_attention_with_kvcache"]
 
@@ -121,19 +119,21 @@ class KVCache:
         self, batch, kv_heads, head_dim, capacity, dtype="float32", *, v_head_dim=None, granularity="token",
         k_scale=None, v_scale=None, k_mean=None, quant=None, fp32_sinks=0, window=None, grow=False,
     ):
-        batch, capacity = _count("batch", batch), _count("capacity", capacity)
+        batch, capacity = checked_count("batch", batch), checked_count("capacity", capacity)
         if not isinstance(grow, (bool, np.bool_)):
             raise ValueError(f"grow: expected True or False, got {grow!r}")
-        tokens = _how(kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks)
+        kept = format_of(
+            kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks
+        )
         left = _left(window, capacity)
         page_size = _page_size(capacity, left)
-        self._begin(tokens, batch, batch * _pages_of_row(capacity, page_size, left), page_size, capacity, left)
-        self._grows = bool(grow)
+        pages = batch * _pages_of_row(capacity, page_size, left)
+        self._begin(kept, batch, pages, page_size, capacity, left, bool(grow))
 
-    def _begin(self, tokens, rows, pages, page_size, capacity, left):
-        self._tokens, self._capacity, self._left, self._grows = tokens, capacity, left, False
-        self._rows = Rows(Pool(pages, tokens.page_shapes(page_size)), rows, page_size)
-        self._by_row = {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in tokens.row_shapes().items()}
+    def _begin(self, kept, rows, pages, page_size, capacity, left, grows=False):
+        self._format, self._capacity, self._left, self._grows = kept, capacity, left, grows
+        self._rows = Rows(Pool(pages, kept.page_shapes(page_size)), rows, page_size)
+        self._by_row = {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in kept.row_shapes().items()}
         self._live = np.ones(rows, bool)
         self._rows_changed()
 
@@ -156,15 +156,15 @@ class KVCache:
 
     @property
     def kv_heads(self):
-        return self._tokens.kv_heads
+        return self._format.kv_heads
 
     @property
     def head_dim(self):
-        return self._tokens.D
+        return self._format.D
 
     @property
     def v_head_dim(self):
-        return self._tokens.Dv
+        return self._format.Dv
 
     @property
     def capacity(self):
@@ -172,7 +172,7 @@ class KVCache:
 
     @property
     def dtype(self):
-        return self._tokens.dtype
+        return self._format.dtype
 
     @property
     def window(self):
@@ -184,7 +184,7 @@ class KVCache:
 
     @property
     def nbytes(self):
-        constants = self._tokens.constants()
+        constants = self._format.constants()
         held = [self._rows.pool, self._rows, self._live, *self._by_row.values(), *constants.values()]
         return sum(x.nbytes for x in held)
 
@@ -312,7 +312,7 @@ class KVCache:
         fits = most <= self._room
         if not fits and not self._grows:
             self._check_capacity(rows, begins - first, counts)
-        ready = self._tokens.ready(k, v, begins, counts, lengths is not None)
+        ready = self._format.ready(k, v, begins, counts, lengths is not None)
         return _Tokens(rows, whole, begins, begins + counts, counts, first, most, fits, ready)
 
     def _write(self, tokens):
@@ -327,25 +327,25 @@ class KVCache:
             if self._left is not None:
                 rows.first[tokens.rows] = tokens.first
         table = rows.table if tokens.whole else rows.table[tokens.rows]
-        self._tokens.write(
+        self._format.write(
             tokens.ready, rows.pool.arrays, self._by_row, tokens.rows, table, tokens.begins, tokens.counts
         )
         rows.lengths[tokens.rows] = tokens.ends
 
     def _check_floats(self, k, v, n):
         """L, after checking what is to be appended to n rows."""
-        tokens = self._tokens
-        for name, x, D in (("k", k, tokens.D), ("v", v, tokens.Dv)):
+        kept = self._format
+        for name, x, D in (("k", k, kept.D), ("v", v, kept.Dv)):
             if isinstance(x, QuantizedTensor) or getattr(x, "dtype", None) == arrays.INT8:
                 raise TypeError(f"{name}: expected floats, of which a cache makes its own codes, got codes")
             arrays.require_float(name, x, (4,))
             L = k.shape[2]
-            if x.shape != (n, tokens.kv_heads, L, D):
+            if x.shape != (n, kept.kv_heads, L, D):
                 hint = ""
-                if x.shape[:1] + x.shape[2:] == (n, tokens.kv_heads, D):
+                if x.shape[:1] + x.shape[2:] == (n, kept.kv_heads, D):
                     hint = f"; if your arrays are (n, L, Hk, D), pass {name}.transpose(0, 2, 1, 3) (no copy is made)"
                 raise ValueError(
-                    f"{name}: expected (n, Hk, L, D) = ({n}, {tokens.kv_heads}, {L if name == 'v' else 'L'}, {D}) for "
+                    f"{name}: expected (n, Hk, L, D) = ({n}, {kept.kv_heads}, {L if name == 'v' else 'L'}, {D}) for "
                     f"{n} rows of this cache, got {x.shape}{hint}"
                 )
         return L
@@ -404,7 +404,7 @@ class KVCache:
         if rows is not None:
             by_row = {name: x[rows] for name, x in by_row.items()}
             table, lengths = table[rows], lengths[rows]
-        return self._tokens.stored(own.pool.arrays, by_row, own.page_size), table, lengths
+        return self._format.stored(own.pool.arrays, by_row, own.page_size), table, lengths
 
     # Files
 
@@ -430,19 +430,7 @@ class KVCache:
         OSError
             Where it cannot be written.
         """
-        path = safetensors_path(path)
-        rows, pool = self._rows, self._rows.pool
-        used = np.flatnonzero(pool.references)
-        number = np.full(pool.pages + 1, -1)  # of each page among those in the file; -1 stays -1
-        number[used] = np.arange(len(used))
-        width = -(-int(rows.lengths.max(initial=0)) // rows.page_size)
-        tensors = {"table": number[rows.table[:, :width]].astype(np.int64), "live": self._live}
-        tensors |= {"lengths": rows.lengths.astype(np.int64), "first": rows.first.astype(np.int64)}
-        tensors |= {f"pages.{name}": _as_saved(x[used]) for name, x in pool.arrays.items()}
-        tensors |= {f"rows.{name}": x for name, x in self._by_row.items()}
-        tensors |= {f"constants.{name}": x for name, x in self._tokens.constants().items()}
-        write_safetensors(path, tensors, {"format": self._format(), "cache": json.dumps(self._description())})
-        return path
+        return cachefile.write(self, path)
 
     @classmethod
     def load(cls, path):
@@ -464,54 +452,7 @@ class KVCache:
         ValueError
             For another suffix, and for a file that is damaged or holds something else.
         """
-        metadata, tensors = read_safetensors(path, cls._format(), f"{cls.__name__}.save")
-        try:
-            return cls._restored(json.loads(metadata["cache"]), tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a cache that {cls.__name__}.save wrote: {error}") from None
-
-    @classmethod
-    def _format(cls):
-        return f"cyflash.{cls.__name__}"
-
-    def _description(self):
-        """What a file says beside its tensors."""
-        tokens = self._tokens
-        return {
-            "kv_heads": tokens.kv_heads, "head_dim": tokens.D, "v_head_dim": tokens.Dv, "dtype": tokens.dtype.name,
-            "granularity": tokens.granularity, "fp32_sinks": tokens.fp32_sinks, "pv": tokens.pv,
-            "page_size": self.page_size, "pages": self._rows.pool.pages, "capacity": self._capacity,
-            "left": self._left, "grow": self._grows,
-        }  # fmt: skip
-
-    @classmethod
-    def _restored(cls, what, tensors):
-        """The cache of a file; ValueError where its parts do not fit each other."""
-        constants = {name: tensors.get(f"constants.{name}") for name in ("k_scale", "v_scale", "k_mean")}
-        quant = None
-        if what["dtype"] == "int8":
-            k_scale, v_scale, k_mean = (None if x is None else x[:, None] for x in constants.values())
-            k_scale, v_scale = (None if x is None else x[:, None] for x in (k_scale, v_scale))
-            quant = LayerScales(None, k_scale, v_scale, k_mean=k_mean, fp32_sinks=what["fp32_sinks"], pv=what["pv"])
-        cache = cls.__new__(cls)
-        tokens = _how(
-            what["kv_heads"], what["head_dim"], what["v_head_dim"], what["dtype"], what["granularity"], quant=quant
-        )
-        n = len(tensors["live"])
-        cache._begin(tokens, n, what["pages"], what["page_size"], what["capacity"], what["left"])
-        cache._grows = what["grow"]
-        _fill("live", cache._live, tensors, (n,))
-        cache._rows_changed()
-        rows, pool = cache._rows, cache._rows.pool
-        for name, x in cache._by_row.items():
-            _fill(f"rows.{name}", x, tensors, x.shape)
-        used = len(tensors["pages.k"])
-        for name, x in pool.arrays.items():
-            _fill(f"pages.{name}", x[:used], tensors, (used, *x.shape[1:]))
-        _fill("lengths", rows.lengths, tensors, rows.lengths.shape)
-        _fill("first", rows.first, tensors, rows.first.shape)
-        rows.restore(tensors["table"], used)
-        return cache
+        return cachefile.read(cls, path)
 
 
 class PagedKVCache(KVCache):
@@ -563,11 +504,13 @@ class PagedKVCache(KVCache):
         self, pages, page_size, kv_heads, head_dim, dtype="float32", *, v_head_dim=None, granularity="token",
         k_scale=None, v_scale=None, k_mean=None, quant=None, fp32_sinks=0, window=None,
     ):
-        pages, page_size = _count("pages", pages), _count("page_size", page_size)
+        pages, page_size = checked_count("pages", pages), checked_count("page_size", page_size)
         if page_size % PAGE_UNIT:
             raise ValueError(f"page_size: expected a multiple of {PAGE_UNIT}, got {page_size}")
-        tokens = _how(kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks)
-        self._begin(tokens, 0, pages, page_size, pages * page_size, _left(window, pages * page_size))
+        kept = format_of(
+            kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks
+        )
+        self._begin(kept, 0, pages, page_size, pages * page_size, _left(window, pages * page_size))
 
     @property
     def rows(self):
@@ -583,8 +526,7 @@ class PagedKVCache(KVCache):
 
     @property
     def block_table(self):
-        width = -(-int(self._rows.lengths.max(initial=0)) // self.page_size)
-        table = self._rows.table[:, :width].astype(np.int64)
+        table = self._rows.table[:, : self._rows.width].astype(np.int64)
         table.flags.writeable = False
         return table
 
@@ -723,7 +665,7 @@ def flash_attention_with_kvcache(
         "causal": (config is None or config.causal) if causal is None else causal, "causal_align": causal_align,
         "scale": scale, "window": cache.window if window is None else window, "softcap": softcap, "bias": bias,
         "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse, "out": out,
-        "config": config, "num_threads": num_threads, "pv": cache._tokens.pv if pv is None else pv,
+        "config": config, "num_threads": num_threads, "pv": cache._format.pv if pv is None else pv,
     }  # fmt: skip
     rows = None if rows is None else cache._checked_rows(rows)
     _check_queries(q, cache, cache.batch if rows is None else len(rows))
@@ -745,10 +687,10 @@ def flash_attention_with_kvcache(
 def _check_queries(q, cache, n):
     arrays.require_float("q", q, (4,))
     H, D = q.shape[1], q.shape[3]
-    if len(q) != n or D != cache.head_dim or H % cache.kv_heads or not H:
+    if len(q) != n or cache.head_dim != D or H % cache.kv_heads or not H:
         raise ValueError(
-            f"q: expected (n, H, Lq, D) = ({n}, H, Lq, {cache.head_dim}) with H a multiple of {cache.kv_heads}, for {n} "
-            f"rows of this cache, got {q.shape}"
+            f"q: expected (n, H, Lq, D) = ({n}, H, Lq, {cache.head_dim}) with H a multiple of {cache.kv_heads}, for "
+            f"{n} rows of this cache, got {q.shape}"
         )
 
 
@@ -768,38 +710,12 @@ def _check_window(window, options, queries, ends, first):
     if missing.any():
         i = int(np.argmax(missing))
         raise ValueError(
-            f"q: expected queries of row {i} that see no token before {first[i]}, since the cache's window {window} gave "
-            f"those up, got one at position {start[i]}"
+            f"q: expected queries of row {i} that see no token before {first[i]}, since the cache's window {window} "
+            f"gave those up, got one at position {start[i]}"
         )
 
 
 # Checks of arguments
-
-
-def _how(
-    kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale=None, v_scale=None, k_mean=None, quant=None, fp32_sinks=0
-):
-    """The Floats or Codes that the arguments of a cache ask for."""
-    kv_heads, head_dim = _count("kv_heads", kv_heads), _count("head_dim", head_dim)
-    v_head_dim = head_dim if v_head_dim is None else _count("v_head_dim", v_head_dim)
-    dtype, fp32_sinks = arrays.checked_dtype("dtype", dtype), _count("fp32_sinks", fp32_sinks, 0)
-    if dtype == np.int8:
-        return Codes(kv_heads, head_dim, v_head_dim, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks)
-    given = {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean, "quant": quant, "fp32_sinks": fp32_sinks or None}
-    given["granularity"] = None if granularity in ("token", None) else granularity
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: expected none with dtype {dtype.name}, which is not quantised; use dtype='int8'")
-    return Floats(dtype, kv_heads, head_dim, v_head_dim)
-
-
-def _count(name, value, least=1):
-    if isinstance(value, (bool, np.bool_)) or not hasattr(type(value), "__index__") or np.ndim(value):
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    value = operator.index(value)
-    if value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
-    return value
 
 
 def _left(window, capacity):
@@ -848,14 +764,3 @@ def _shown(rows):
         return "there are none"
     whole = len(rows) == rows[-1] - rows[0] + 1
     return f"{rows[0]} to {rows[-1]}" if whole else ", ".join(map(str, rows))
-
-
-def _as_saved(x):
-    return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
-
-
-def _fill(name, x, tensors, shape):
-    saved, x = tensors[name], _as_saved(x)
-    if saved.shape != shape or saved.dtype.itemsize != x.dtype.itemsize or saved.dtype.kind != x.dtype.kind:
-        raise ValueError(f"{name}: expected {x.dtype.name} {shape}, got {saved.dtype.name} {saved.shape}")
-    x[...] = saved

@@ -96,6 +96,11 @@ class Rows:
     def nbytes(self):
         return self.table.nbytes + self.lengths.nbytes + self.first.nbytes
 
+    @property
+    def width(self):
+        """Table entries of the longest row."""
+        return int(self._pages(self.lengths).max(initial=0))
+
     def room(self, rows):
         """How many tokens each of `rows` can take without a page more: none where its last page is shared."""
         lengths = self.lengths[rows]
@@ -165,12 +170,11 @@ class Rows:
         """
         if (self.first < 0).any() or (self.first > self.lengths).any():
             raise ValueError("first: expected 0 to the row's length")
-        ends = self._pages(self.lengths)
-        shape = len(self), int(ends.max(initial=0))
+        shape = len(self), self.width
         if table.shape != shape or table.dtype != np.int64:
             raise ValueError(f"table: expected int64 {shape}, got {table.dtype} {table.shape}")
         expected = np.full(shape, False)
-        expected[_entries(np.arange(len(self)), self.first // self.page_size, ends)] = True
+        expected[_entries(np.arange(len(self)), self.first // self.page_size, self._pages(self.lengths))] = True
         pages = table[expected]
         if (table[~expected] != -1).any() or (pages < 0).any() or (pages >= used).any():
             raise ValueError(f"table: expected pages 0 to {used - 1} where rows have tokens, and -1 elsewhere")

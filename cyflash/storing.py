@@ -3,8 +3,10 @@
     ready(k, v, ...)    everything that can fail for the numbers in k and v: quantises
     write(ready, ...)   into the pages that the rows' table names; nothing is read or packed again later
 
-`Floats` and `Codes` have the same methods; a cache (kvcache.py) keeps the arrays that they describe.
+`Floats` and `Codes` have the same methods; a cache (kvcache.py) holds the arrays that they describe.
 """
+import operator
+
 import numpy as np
 
 from cyflash import arrays, cpu, quantized
@@ -27,13 +29,42 @@ def store(x, pages, table, begins, counts):
     )
 
 
+def format_of(
+    kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale=None, v_scale=None, k_mean=None, quant=None,
+    fp32_sinks=0,
+):
+    """The Floats or Codes that the arguments of a cache ask for."""
+    kv_heads, head_dim = checked_count("kv_heads", kv_heads), checked_count("head_dim", head_dim)
+    v_head_dim = head_dim if v_head_dim is None else checked_count("v_head_dim", v_head_dim)
+    dtype = arrays.checked_dtype("dtype", dtype)
+    fp32_sinks, granularity = checked_count("fp32_sinks", fp32_sinks, 0), checked_granularity(granularity)
+    if dtype == arrays.INT8:
+        return Codes(kv_heads, head_dim, v_head_dim, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks)
+    given = {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean, "quant": quant, "fp32_sinks": fp32_sinks or None}
+    given["granularity"] = None if granularity == "token" else granularity
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected its default with dtype {dtype.name}, got {value!r}; it is for 'int8'")
+    return Floats(dtype, kv_heads, head_dim, v_head_dim)
+
+
+def checked_count(name, value, least=1):
+    """`value` as an int of at least `least`, else ValueError."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if count < least or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return count
+
+
 class Floats:
     """Keys and values as floats of one type. They are rounded to it half to even."""
 
     fp32_sinks = 0
-    quant = None
     pv = None
-    granularity = None
+    granularity = "token"
 
     def __init__(self, dtype, kv_heads, D, Dv):
         self.dtype, self.kv_heads, self.D, self.Dv = dtype, kv_heads, D, Dv
@@ -62,7 +93,7 @@ class Floats:
         store(ready[1], pages["v"], table, begins, counts)
 
     def stored(self, pages, by_row, page_size):
-        return Stored(self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv)
+        return Stored(self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv, self.kind)
 
 
 class Codes:
@@ -71,49 +102,44 @@ class Codes:
     dtype = np.dtype(np.int8)
     kind = "int8"
 
-    def __init__(self, kv_heads, D, Dv, granularity="token", k_scale=None, v_scale=None, k_mean=None, quant=None,
-                 fp32_sinks=0):
-        self.kv_heads, self.D, self.Dv = kv_heads, D, Dv
-        self.quant, self.pv, prefix = quant, "int8", ""
+    def __init__(self, kv_heads, D, Dv, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks):
+        self.kv_heads, self.D, self.Dv, self.granularity = kv_heads, D, Dv, granularity
+        self.quant, self.pv, source = quant, "int8", ""
         if quant is not None:
             _check_quant(quant, {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean})
             if fp32_sinks not in (0, quant.fp32_sinks):
                 raise ValueError(f"fp32_sinks: expected quant's {quant.fp32_sinks} or none, got {fp32_sinks}")
             k_scale, v_scale, k_mean, fp32_sinks = quant.k_scale, quant.v_scale, quant.k_mean, quant.fp32_sinks
-            self.pv, prefix = quant.pv, "quant."
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
-        self.k_scale, self.v_scale = (
-            None if x is None else _of_heads(prefix + name, checked_scale(prefix + name, x), (kv_heads, 1, 1))[:, 0]
-            for name, x in scales.items()
-        )
-        if k_mean is not None:
-            k_mean = _of_heads(f"{prefix}k_mean", LayerScales(k_mean=k_mean).k_mean, (kv_heads, 1, D))
-        self.k_mean = k_mean
-        # the same with the axes of (n, Hk, L, D)
-        self._static = [None if x is None else x[None, :, None, None] for x in (self.k_scale, self.v_scale)]
-        self._mean = None if k_mean is None else k_mean[None, :, None]
+            self.pv, source = quant.pv, "quant."
         self.fp32_sinks = fp32_sinks
-        self.granularity = self._settled(checked_granularity(granularity))
+        self.k_scale = self._static_scale(f"{source}k_scale", k_scale)  # (Hk, 1, 1), None where it is per token
+        self.v_scale = self._static_scale(f"{source}v_scale", v_scale)
+        self.k_mean = None  # or (Hk, 1, D)
+        if k_mean is not None:
+            k_mean = LayerScales(k_mean=k_mean).k_mean  # its checks of the numbers
+            self.k_mean = _of_heads(f"{source}k_mean", k_mean, (kv_heads, 1, D))
 
-    def _settled(self, granularity):
-        """What scales are for: given ones decide, if there are any."""
-        given = [x for x in (self.k_scale, self.v_scale) if x is not None]
-        if granularity != "token" and len(given) < 2:
-            name = "k_scale" if self.k_scale is None else "v_scale"
-            raise ValueError(
-                f"{name}: expected a scale with granularity {granularity!r}, since codes that are kept cannot change it "
-                "as tokens come, got None; pass k_scale and v_scale, or quant, or use granularity='token'"
-            )
-        if granularity == "tensor" and any((x != x[0]).any() for x in given):
-            raise ValueError("granularity: expected 'head' for scales that differ between heads, got 'tensor'")
-        return granularity
+    def _static_scale(self, name, scale):
+        """Given scales decide what they are for; granularity says what is found where there are none."""
+        if scale is None:
+            if self.granularity != "token":
+                raise ValueError(
+                    f"{name}: expected a scale with granularity {self.granularity!r}, since codes that are kept cannot "
+                    "follow one that changes as tokens come, got None; pass k_scale and v_scale, or quant, or use "
+                    "granularity='token'"
+                )
+            return None
+        scale = _of_heads(name, checked_scale(name, scale), (self.kv_heads, 1, 1))
+        if self.granularity == "tensor" and (scale != scale[0]).any():
+            raise ValueError(f"{name}: expected one number with granularity 'tensor', got {scale.ravel().tolist()}")
+        return scale
 
     def page_shapes(self, page_size):
         shape = self.kv_heads, page_size
         shapes = {
             "k": ((*shape, -(-self.D // 4) * 4), np.int8),
             "v": ((self.kv_heads, page_size // 4, -(-self.Dv // 16) * 16), np.int32),
-            "k_sum": (shape, np.int32),
+            "k_correction": (shape, np.int32),
         }
         if self.k_scale is None:
             shapes["k_scale"] = (shape, np.float32)
@@ -136,13 +162,15 @@ class Codes:
         told = {} if quantized.watched.get(self.quant) else None
         by_row = padded or (self.fp32_sinks and begins.min(initial=self.fp32_sinks) < self.fp32_sinks)
         encode = self._encode_rows if by_row else self._encode
-        coded = [encode("k", k, self._static[0], self._mean, begins, counts, told)]
-        coded.append(encode("v", v, self._static[1], None, begins, counts, told))
+        coded = [
+            encode("k", k, self.k_scale, self.k_mean, begins, counts, told),
+            encode("v", v, self.v_scale, None, begins, counts, told),
+        ]
         return k, v, *coded, told
 
     def _encode(self, name, x, scale, mean, begins, counts, told):
         """(codes, scales for each token or None) of all tokens."""
-        x, saturated = arrays.rows_in_place(x), _counter(scale, told)
+        x, saturated, scale = arrays.rows_in_place(x), _counter(scale, told), None if scale is None else scale[None]
         codes, found, _ = quantise_call(
             name, x, "token", scale=scale, mean=mean, threads=threads_for(x), saturated=saturated
         )
@@ -152,7 +180,7 @@ class Codes:
 
     def _encode_rows(self, name, x, scale, mean, begins, counts, told):
         """The same, row by row: of the tokens that count, and are not among the first, which stay in float32."""
-        x, saturated = arrays.rows_in_place(x), _counter(scale, told)
+        x, saturated, scale = arrays.rows_in_place(x), _counter(scale, told), None if scale is None else scale[None]
         codes, found = np.empty(x.shape, np.int8), np.empty((*x.shape[:3], 1), np.float32)
         total = values = 0
         for i, count in enumerate(counts.tolist()):
@@ -171,7 +199,7 @@ class Codes:
     def write(self, ready, pages, by_row, rows, table, begins, counts):
         k, v, (k_codes, k_scale), (v_codes, v_scale), told = ready
         build, count = cpu.active(), threads_for(k)
-        build.pack_keys(k_codes, pages["k"], pages["k_sum"], table, begins, counts, count)
+        build.pack_keys(k_codes, pages["k"], pages["k_correction"], table, begins, counts, count)
         build.pack_values(v_codes, pages["v"], table, begins, counts, count)
         if k_scale is not None:
             store(k_scale, pages["k_scale"][..., None], table, begins, counts)
@@ -187,18 +215,19 @@ class Codes:
                 tell(told)
 
     def stored(self, pages, by_row, page_size):
+        by_head = {"k_scale": self.k_scale, "v_scale": self.v_scale}
         return Stored(
-            self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv, pages["k_sum"],
-            pages["k_scale"] if self.k_scale is None else self.k_scale,
-            pages["v_scale"] if self.v_scale is None else self.v_scale,
-            self.k_mean, self.fp32_sinks, by_row.get("float_k"), by_row.get("float_v"),
+            self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv, self.kind, pages["k_correction"],
+            **{name: pages[name] if x is None else x[None, ..., 0] for name, x in by_head.items()},
+            k_mean=None if self.k_mean is None else self.k_mean[None, :, 0],
+            fp32_sinks=self.fp32_sinks, float_k=by_row.get("float_k"), float_v=by_row.get("float_v"),
         )
 
 
 def _of_heads(name, x, shape):
-    """x, which broadcasts to `shape`, (Hk, 1, columns), as a contiguous (Hk, columns)."""
+    """x, which broadcasts to `shape`, (Hk, 1, columns), in that shape."""
     try:
-        return np.array(np.broadcast_to(x[0] if x.ndim == 4 and len(x) == 1 else x, shape)[:, 0])
+        return np.array(np.broadcast_to(x[0] if x.ndim == 4 and len(x) == 1 else x, shape))
     except ValueError:
         raise ValueError(
             f"{name}: expected a number or a shape that broadcasts to {shape}, the same for all tokens, got {x.shape}"

@@ -2,55 +2,29 @@
 
 from libc.string cimport memcpy
 
-# ---- until block.pxi has these
-cdef enum:
-    FLOAT16 = 16
-
-
-cdef inline vf load_floats(const char* row, int kind, Py_ssize_t d, Py_ssize_t n) noexcept nogil:
-    if kind == FLOAT32:
-        return vf_load(<const float*> row + d) if n == LANES else vf_load_part(<const float*> row + d, n)
-    if kind == FLOAT16:
-        if n == LANES:
-            return vf_load_half(<const unsigned short*> row + d)
-        return vf_load_half_part(<const unsigned short*> row + d, n)
-    if n == LANES:
-        return vf_load_bf16(<const unsigned short*> row + d)
-    return vf_load_bf16_part(<const unsigned short*> row + d, n)
-
-
-cdef inline void store_floats_at(char* row, int kind, Py_ssize_t d, Py_ssize_t n, vf x) noexcept nogil:
-    if kind == FLOAT32:
-        vf_store_part(<float*> row + d, x, n)
-    elif kind == FLOAT16:
-        vf_store_half_part(<unsigned short*> row + d, x, n)
-    else:
-        vf_store_bf16_part(<unsigned short*> row + d, x, n)
-# ----
-
 cdef enum:
     STORE_TOKENS = 256  # of one head: a task, some microseconds of work
 
 
 cdef inline void store_row(
-    char* to, int to_kind, const char* x, int x_kind, Py_ssize_t D
+    char* to, Kind to_kind, const char* x, Kind x_kind, Py_ssize_t D
 ) noexcept nogil:
     """D floats, rounded half to even where they become shorter, to infinity beyond the largest; NaN stays NaN."""
     cdef Py_ssize_t d = 0
     while d + LANES <= D:
-        store_floats_at(to, to_kind, d, LANES, load_floats(x, x_kind, d, LANES))
+        store_part(to, to_kind, d, LANES, load_part(x, x_kind, d, LANES))
         d += LANES
     if d < D:
-        store_floats_at(to, to_kind, d, D - d, load_floats(x, x_kind, d, D - d))
+        store_part(to, to_kind, d, D - d, load_part(x, x_kind, d, D - d))
 
 
 cdef inline void store_tokens(
-    const unsigned char[:, :, :, :] x, int x_kind, unsigned char[:, :, :, :] pool, int pool_kind,
+    const unsigned char[:, :, :, :] x, Kind x_kind, unsigned char[:, :, :, :] pool, Kind pool_kind,
     const Py_ssize_t[:, :] table, Py_ssize_t begin, Py_ssize_t row, Py_ssize_t h, Py_ssize_t first, Py_ssize_t last
 ) noexcept nogil:
     """Tokens first <= j < last of x[row, h] to the places from begin + first on."""
     cdef Py_ssize_t page_size = pool.shape[2], bytes = x.shape[3], j, place
-    cdef Py_ssize_t D = bytes // (4 if x_kind == FLOAT32 else 2)
+    cdef Py_ssize_t D = bytes // size_of(x_kind)
     cdef char* to
     cdef const char* source
     for j in range(first, last):
@@ -75,7 +49,7 @@ def store_floats(
     page table[r, i // page_size]. No two of the places written may be one.
     """
     kinds = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
-    cdef int from_kind = kinds[x_kind], to_kind = kinds[pool_kind]
+    cdef Kind from_kind = kinds[x_kind], to_kind = kinds[pool_kind]
     cdef Py_ssize_t heads = x.shape[1], pieces = (x.shape[2] + STORE_TOKENS - 1) // STORE_TOKENS
     cdef Py_ssize_t tasks = x.shape[0] * heads * pieces, t, row, first
     if tasks == 0 or x.shape[3] == 0:
