@@ -345,18 +345,18 @@ class KVCache:
                 if x.shape[:1] + x.shape[2:] == (n, kept.kv_heads, D):
                     hint = f"; if your arrays are (n, L, Hk, D), pass {name}.transpose(0, 2, 1, 3) (no copy is made)"
                 raise ValueError(
-                    f"{name}: expected (n, Hk, L, D) = ({n}, {kept.kv_heads}, {L if name == 'v' else 'L'}, {D}) for "
-                    f"{n} rows of this cache, got {x.shape}{hint}"
+                    f"{name}: expected (n, Hk, L, {'D' if name == 'k' else 'Dv'}) = ({n}, {kept.kv_heads}, "
+                    f"{'L' if name == 'k' else L}, {D}) for {n} rows of this cache, got {x.shape}{hint}"
                 )
         return L
 
-    def _checked_rows(self, rows, different=True):
+    def _checked_rows(self, rows, name="rows", different=True):
         if rows is None:
             return self._all
-        rows = _integers("rows", rows)
+        rows = _integers(name, rows)
         for row in rows:
             if not 0 <= row < len(self._rows) or not self._live[row]:
-                raise ValueError(f"rows: expected rows of this cache ({_shown(self._all)}), got {row}")
+                raise ValueError(f"{name}: expected rows of this cache ({_shown(self._all)}), got {row}")
         if different and len(np.unique(rows)) != len(rows):
             raise ValueError(f"rows: expected each row at most once, got {rows.tolist()}")
         return rows
@@ -365,15 +365,12 @@ class KVCache:
         over = kept + counts > self._capacity
         if over.any():
             i = int(np.argmax(over))
-            least = f"{kept[i]} tokens" if self._left is None else f"{kept[i]} tokens that its window still needs"
+            held = f"{kept[i]} tokens" if self._left is None else f"{kept[i]} tokens that its window still needs"
             raise ValueError(
-                f"k: expected at most {self._capacity - kept[i]} tokens for row {rows[i]}, which holds {least} of the "
-                f"capacity {self._capacity}, got {counts[i]}; {self._way_out()}"
+                f"k: expected at most {self._capacity - kept[i]} tokens for row {rows[i]}, which holds {held} of the "
+                f"capacity {self._capacity}, got {counts[i]}; truncate or reset the row, or make the cache larger or "
+                f"with grow=True"
             )
-
-    def _way_out(self):
-        chunks = "append in shorter chunks, " if self._left is not None else ""
-        return f"{chunks}truncate or reset the row, or make the cache larger or with grow=True"
 
     def _find_room(self):
         """Tokens that every row can take without a page more, and without giving one up."""
@@ -563,7 +560,7 @@ class PagedKVCache(KVCache):
         int
             Its number.
         """
-        sources = self._checked_rows([row])
+        sources = self._checked_rows([row], "row")
         new = self.add()
         self._become(np.array([new]), sources)
         return new
@@ -576,7 +573,7 @@ class PagedKVCache(KVCache):
         row : int
             Its number may be that of another row later.
         """
-        rows = self._checked_rows([row])
+        rows = self._checked_rows([row], "row")
         self._rows.clear(rows)
         self._live[rows] = False
         self._rows_changed()
@@ -584,8 +581,8 @@ class PagedKVCache(KVCache):
     def _size(self):
         return f"pages={self.pages}, page_size={self.page_size}, free_pages={self.free_pages}"
 
-    def _way_out(self):
-        return "free or truncate rows, or make the cache with more pages"
+    def _check_capacity(self, rows, kept, counts):
+        """What there is room for depends on all rows: the pool says."""
 
 
 # Attention

@@ -127,7 +127,8 @@ class Rows:
         if needed > free:
             pool.share(dropped)
             raise PagesExhausted(
-                f"pages: expected {needed} free pages of {self.page_size} tokens, got {free} of {pool.pages}"
+                f"pages: expected {needed} free pages of {self.page_size} tokens, got {free} of {pool.pages}; free or "
+                "truncate rows, or make the cache with more pages"
             )
         self.table[given_up] = -1
         self.first[rows] = first
