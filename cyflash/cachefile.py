@@ -56,7 +56,7 @@ def _restored(cls, options, tensors):
     quant = None
     if how["dtype"] == "int8":
         quant = LayerScales(
-            **{name: tensors.get(f"constants.{name}") for name in ("k_scale", "v_scale", "k_mean")},
+            **{name: tensors.get(f"constants.{name}") for name in ("q_scale", "k_scale", "v_scale", "k_mean")},
             fp32_sinks=how["fp32_sinks"], pv=how["pv"],
         )
     cache = cls.__new__(cls)

@@ -37,6 +37,7 @@ class _Tokens(NamedTuple):
     most: int  # tokens of a row
     fits: bool  # in pages that the rows have
     ready: tuple  # of storing.py
+    num_threads: int | None
 
 
 class KVCache:
@@ -62,8 +63,8 @@ class KVCache:
         int8: subtracted from the keys before they are quantised; exactly compensated. A mean cannot be found as tokens
         come, since earlier codes would change with it: take that of a calibration.
     quant : LayerScales, optional
-        int8: k_scale, v_scale, k_mean, fp32_sinks and pv of a calibrated layer. Its q_scale is not used: the scale of
-        each query is found in the call.
+        int8: k_scale, v_scale, k_mean and fp32_sinks of a calibrated layer, and its q_scale and pv for the calls that
+        read the cache. What is None there is found for each token.
     fp32_sinks : int, default 0
         int8: so many first tokens of each row are kept in float32.
     window : (int, int), optional
@@ -294,7 +295,7 @@ class KVCache:
 
     # Appending: _ready() checks and prepares, and changes nothing; _write() changes, and does not fail
 
-    def _ready(self, k, v, rows=None, lengths=None):
+    def _ready(self, k, v, rows, lengths, num_threads=None):
         whole = rows is None and len(self._all) == len(self._rows)
         rows = self._all if rows is None else self._checked_rows(rows)
         L = self._check_floats(k, v, len(rows))
@@ -312,8 +313,8 @@ class KVCache:
         fits = most <= self._room
         if not fits and not self._grows:
             self._check_capacity(rows, begins - first, counts)
-        ready = self._format.ready(k, v, begins, counts, lengths is not None)
-        return _Tokens(rows, whole, begins, begins + counts, counts, first, most, fits, ready)
+        ready = self._format.ready(k, v, begins, counts, lengths is not None, num_threads)
+        return _Tokens(rows, whole, begins, begins + counts, counts, first, most, fits, ready, num_threads)
 
     def _write(self, tokens):
         rows = self._rows
@@ -328,7 +329,8 @@ class KVCache:
                 rows.first[tokens.rows] = tokens.first
         table = rows.table if tokens.whole else rows.table[tokens.rows]
         self._format.write(
-            tokens.ready, rows.pool.arrays, self._by_row, tokens.rows, table, tokens.begins, tokens.counts
+            tokens.ready, rows.pool.arrays, self._by_row, tokens.rows, table, tokens.begins, tokens.counts,
+            tokens.num_threads,
         )
         rows.lengths[tokens.rows] = tokens.ends
 
@@ -440,7 +442,7 @@ class KVCache:
         Returns
         -------
         KVCache
-            With the tokens, capacity and options of the saved one. Of `quant`, what concerns keys and values.
+            With the tokens, capacity and options of the saved one.
 
         Raises
         ------
@@ -658,26 +660,39 @@ def flash_attention_with_kvcache(
         raise TypeError(f"cache: expected a KVCache or PagedKVCache, got {type(cache).__name__}")
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one of them")
+    for name, x in (("k", k), ("v", v)):
+        if isinstance(out, np.ndarray) and isinstance(x, np.ndarray) and arrays.overlap(out, x):
+            raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}; pass {name}.copy()")
     options = {
-        "causal": (config is None or config.causal) if causal is None else causal, "causal_align": causal_align,
+        "causal": getattr(config, "causal", True) if causal is None else causal, "causal_align": causal_align,
         "scale": scale, "window": cache.window if window is None else window, "softcap": softcap, "bias": bias,
         "mask": mask, "alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse, "out": out,
         "config": config, "num_threads": num_threads, "pv": cache._format.pv if pv is None else pv,
+        "q_scale": cache._format.q_scale,
     }  # fmt: skip
     rows = None if rows is None else cache._checked_rows(rows)
     _check_queries(q, cache, cache.batch if rows is None else len(rows))
     if k is None:
-        tokens, (_, _, ends), first = None, cache.stored(rows), cache._rows.first[cache._all if rows is None else rows]
+        tokens, first = None, cache._rows.first[cache._all if rows is None else rows]
+        stored, table, ends = cache.stored(rows)
         queries = None if lengths is None else _checked_counts(lengths, len(q), "q", q)
     else:
-        tokens = cache._ready(k, v, rows, lengths)
-        ends, first = tokens.ends, tokens.first
+        tokens = cache._ready(k, v, rows, lengths, num_threads)
+        first, ends = tokens.first, tokens.ends
+        stored, table, _ = cache.stored(rows)
         queries = tokens.counts if lengths is not None and q.shape[2] == k.shape[2] else None
-    _check_options(q, cache, ends, queries, first, options)
-    if tokens is not None:
+    if cache.window is not None:
+        _check_window(cache.window, options, q.shape[2] if queries is None else queries, ends, first)
+    if queries is not None and cache.dtype == arrays.INT8:
+        q = _zero_beyond(queries, q)
+
+    def append():
         cache._write(tokens)
-    stored, table, ends = cache.stored(rows)
-    out, lse = attention.attend_stored(q, stored, table, ends, queries, **options)
+        return cache.stored(rows)[:2]
+
+    out, lse = attention.attend_stored(
+        q, stored, table, ends, queries, append=None if tokens is None else append, **options
+    )
     return (out, lse) if return_lse else out
 
 
@@ -689,12 +704,6 @@ def _check_queries(q, cache, n):
             f"q: expected (n, H, Lq, D) = ({n}, H, Lq, {cache.head_dim}) with H a multiple of {cache.kv_heads}, for "
             f"{n} rows of this cache, got {q.shape}"
         )
-
-
-def _check_options(q, cache, ends, queries, first, options):
-    """Raise what the call would raise, before anything is appended."""
-    if cache.window is not None:
-        _check_window(cache.window, options, q.shape[2] if queries is None else queries, ends, first)
 
 
 def _check_window(window, options, queries, ends, first):
@@ -710,6 +719,13 @@ def _check_window(window, options, queries, ends, first):
             f"q: expected queries of row {i} that see no token before {first[i]}, since the cache's window {window} "
             f"gave those up, got one at position {start[i]}"
         )
+
+
+def _zero_beyond(queries, q):
+    """q with 0 in the rows that do not count: they are not to be looked at, not even for NaN."""
+    q = q.copy()
+    q.swapaxes(1, 2)[np.arange(q.shape[2]) >= queries[:, None]] = 0
+    return q
 
 
 # Checks of arguments

@@ -17,15 +17,15 @@ from cyflash.stored import Stored
 # Of a copy: some 10 us of a thread's time. Below that, waking another one does not pay.
 NUMBERS_PER_THREAD = 1 << 16
 
-def threads_for(x, num_threads=None):
+def threads_for(x, num_threads):
     return threads.for_call(1 + x.size // NUMBERS_PER_THREAD, num_threads)
 
 
-def store(x, pages, table, begins, counts):
+def store(x, pages, table, begins, counts, num_threads):
     """Write floats (n, Hk, L, D) to their places in the pages (pages, Hk, page_size, D), in the precision of these."""
     cpu.active().store_floats(
         x.view(np.uint8), arrays.kind_of(x.dtype), pages.view(np.uint8), arrays.kind_of(pages.dtype), table, begins,
-        counts, threads_for(x),
+        counts, threads_for(x, num_threads),
     )
 
 
@@ -64,6 +64,7 @@ class Floats:
 
     fp32_sinks = 0
     pv = None
+    q_scale = None
     granularity = "token"
 
     def __init__(self, dtype, kv_heads, D, Dv):
@@ -83,14 +84,14 @@ class Floats:
         """{name: array} of what is the same for all tokens."""
         return {}
 
-    def ready(self, k, v, begins, counts, padded):
+    def ready(self, k, v, begins, counts, padded, num_threads):
         """What write() takes. padded: some rows get fewer than all of their tokens."""
         return arrays.rows_in_place(k), arrays.rows_in_place(v)
 
-    def write(self, ready, pages, by_row, rows, table, begins, counts):
+    def write(self, ready, pages, by_row, rows, table, begins, counts, num_threads):
         """rows: numbers of the rows in `by_row`, one for each row of the table."""
-        store(ready[0], pages["k"], table, begins, counts)
-        store(ready[1], pages["v"], table, begins, counts)
+        store(ready[0], pages["k"], table, begins, counts, num_threads)
+        store(ready[1], pages["v"], table, begins, counts, num_threads)
 
     def stored(self, pages, by_row, page_size):
         return Stored(self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv, self.kind)
@@ -111,6 +112,7 @@ class Codes:
                 raise ValueError(f"fp32_sinks: expected quant's {quant.fp32_sinks} or none, got {fp32_sinks}")
             k_scale, v_scale, k_mean, fp32_sinks = quant.k_scale, quant.v_scale, quant.k_mean, quant.fp32_sinks
             self.pv, source = quant.pv, "quant."
+        self.q_scale = None if quant is None else quant.q_scale  # of queries that read the codes
         self.fp32_sinks = fp32_sinks
         self.k_scale = self._static_scale(f"{source}k_scale", k_scale)  # (Hk, 1, 1), None where it is per token
         self.v_scale = self._static_scale(f"{source}v_scale", v_scale)
@@ -154,31 +156,31 @@ class Codes:
         return {"float_k": ((*shape, self.D), np.float32), "float_v": ((*shape, self.Dv), np.float32)}
 
     def constants(self):
-        held = {"k_scale": self.k_scale, "v_scale": self.v_scale, "k_mean": self.k_mean}
+        held = {"q_scale": self.q_scale, "k_scale": self.k_scale, "v_scale": self.v_scale, "k_mean": self.k_mean}
         return {name: x for name, x in held.items() if x is not None}
 
-    def ready(self, k, v, begins, counts, padded):
+    def ready(self, k, v, begins, counts, padded, num_threads):
         """(k, v, codes and scales of both, what watchers are told)."""
         told = {} if quantized.watched.get(self.quant) else None
         by_row = padded or (self.fp32_sinks and begins.min(initial=self.fp32_sinks) < self.fp32_sinks)
         encode = self._encode_rows if by_row else self._encode
         coded = [
-            encode("k", k, self.k_scale, self.k_mean, begins, counts, told),
-            encode("v", v, self.v_scale, None, begins, counts, told),
+            encode("k", k, self.k_scale, self.k_mean, begins, counts, told, num_threads),
+            encode("v", v, self.v_scale, None, begins, counts, told, num_threads),
         ]
         return k, v, *coded, told
 
-    def _encode(self, name, x, scale, mean, begins, counts, told):
+    def _encode(self, name, x, scale, mean, begins, counts, told, num_threads):
         """(codes, scales for each token or None) of all tokens."""
         x, saturated, scale = arrays.rows_in_place(x), _counter(scale, told), None if scale is None else scale[None]
         codes, found, _ = quantise_call(
-            name, x, "token", scale=scale, mean=mean, threads=threads_for(x), saturated=saturated
+            name, x, "token", scale=scale, mean=mean, threads=threads_for(x, num_threads), saturated=saturated
         )
         if saturated is not None:
             told[name] = (int(saturated[0]), x.size)
         return codes, None if scale is not None else found
 
-    def _encode_rows(self, name, x, scale, mean, begins, counts, told):
+    def _encode_rows(self, name, x, scale, mean, begins, counts, told, num_threads):
         """The same, row by row: of the tokens that count, and are not among the first, which stay in float32."""
         x, saturated, scale = arrays.rows_in_place(x), _counter(scale, told), None if scale is None else scale[None]
         codes, found = np.empty(x.shape, np.int8), np.empty((*x.shape[:3], 1), np.float32)
@@ -187,8 +189,8 @@ class Codes:
             first = min(max(self.fp32_sinks - int(begins[i]), 0), count)
             one = np.s_[i : i + 1, :, :count]
             _, found[one], _ = quantise_call(
-                f"{name}[{i}]", x[one], "token", scale=scale, mean=mean, fp32_sinks=first, threads=threads_for(x[one]),
-                ndim=3, codes=codes[one], saturated=saturated,
+                f"{name}[{i}]", x[one], "token", scale=scale, mean=mean, fp32_sinks=first,
+                threads=threads_for(x[one], num_threads), ndim=3, codes=codes[one], saturated=saturated,
             )
             if saturated is not None:
                 total, values = total + int(saturated[0]), values + (count - first) * x[i, :, 0].size
@@ -196,15 +198,15 @@ class Codes:
             told[name] = (total, values)
         return codes, None if scale is not None else found
 
-    def write(self, ready, pages, by_row, rows, table, begins, counts):
+    def write(self, ready, pages, by_row, rows, table, begins, counts, num_threads):
         k, v, (k_codes, k_scale), (v_codes, v_scale), told = ready
-        build, count = cpu.active(), threads_for(k)
+        build, count = cpu.active(), threads_for(k, num_threads)
         build.pack_keys(k_codes, pages["k"], pages["k_correction"], table, begins, counts, count)
         build.pack_values(v_codes, pages["v"], table, begins, counts, count)
         if k_scale is not None:
-            store(k_scale, pages["k_scale"][..., None], table, begins, counts)
+            store(k_scale, pages["k_scale"][..., None], table, begins, counts, num_threads)
         if v_scale is not None:
-            store(v_scale, pages["v_scale"][..., None], table, begins, counts)
+            store(v_scale, pages["v_scale"][..., None], table, begins, counts, num_threads)
         if self.fp32_sinks:
             for i in np.flatnonzero(begins < self.fp32_sinks):
                 begin, end = begins[i], min(self.fp32_sinks, begins[i] + counts[i])
