@@ -2,15 +2,16 @@
 
 Options are JSON in the metadata. Tensors are the pages in use, as they are in memory; the rows' tables, which number
 these pages, so that rows that share them do so after loading as well; and what each row has beside them. Nothing of it
-depends on the machine or the SIMD build.
+depends on the machine or the SIMD build. A sha256 over all of it makes damage an error.
 """
+import hashlib
 import json
 
 import numpy as np
 
 from cyflash.files import read_safetensors, safetensors_path, write_safetensors
 from cyflash.quantized import LayerScales
-from cyflash.storing import format_of
+from cyflash.storing import checked_count, format_of
 
 
 def write(cache, path):
@@ -25,7 +26,9 @@ def write(cache, path):
     tensors |= {f"pages.{name}": _as_saved(x[used]) for name, x in pool.arrays.items()}
     tensors |= {f"rows.{name}": x for name, x in cache._by_row.items()}
     tensors |= {f"constants.{name}": x for name, x in cache._format.constants().items()}
-    write_safetensors(path, tensors, {"format": _format(type(cache)), "cache": json.dumps(_options(cache))})
+    text = json.dumps(_options(cache))
+    metadata = {"format": _format(type(cache)), "cache": text, "sha256": _digest(text, tensors)}
+    write_safetensors(path, tensors, metadata)
     return path
 
 
@@ -33,9 +36,19 @@ def read(cls, path):
     """The cache of class `cls` that was saved; ValueError for another file."""
     metadata, tensors = read_safetensors(path, _format(cls), f"{cls.__name__}.save")
     try:
+        if metadata["sha256"] != _digest(metadata["cache"], tensors):
+            raise ValueError("damaged: its contents are not those that its sha256 was taken of")
         return _restored(cls, json.loads(metadata["cache"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a file as {cls.__name__}.save writes it: {error}") from None
+
+
+def _digest(text, tensors):
+    digest = hashlib.sha256(text.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"\n{name} {x.dtype.str} {x.shape}\n".encode())
+        digest.update(x.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _format(cls):
@@ -52,7 +65,11 @@ def _options(cache):
 
 
 def _restored(cls, options, tensors):
-    how = options
+    how = options | {name: checked_count(name, options[name]) for name in ("page_size", "pages", "capacity")}
+    if how["left"] is not None:
+        checked_count("left", how["left"], 0)
+    if how["page_size"] % 16 or not isinstance(how["grows"], bool):
+        raise ValueError(f"page_size, grows: expected a multiple of 16 and a bool, got {options}")
     quant = None
     if how["dtype"] == "int8":
         quant = LayerScales(

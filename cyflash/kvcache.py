@@ -540,12 +540,10 @@ class PagedKVCache(KVCache):
         unused = np.flatnonzero(~self._live)
         row = int(unused[0]) if len(unused) else len(self._live)
         if not len(unused):
-            n = max(2 * row, 8)
-            self._rows.extend(n)
-            self._live = np.resize(self._live, n)
-            self._live[row:] = False
+            self._rows.extend()
+            self._live = np.append(self._live, True)
             for name, x in self._by_row.items():
-                self._by_row[name] = np.concatenate([x, np.zeros((n - row, *x.shape[1:]), x.dtype)])
+                self._by_row[name] = np.concatenate([x, np.zeros_like(x, shape=(1, *x.shape[1:]))])
         self._live[row] = True
         self._rows_changed()
         return row

@@ -86,8 +86,8 @@ class Rows:
         """width: entries of a row's table, of which there will be more when a row needs more."""
         self.pool, self.page_size = pool, page_size
         self.table = np.full((rows, width), -1, np.intp)
-        self.lengths = np.zeros(rows, np.int64)
-        self.first = np.zeros(rows, np.int64)
+        self.lengths = np.zeros(rows, np.intp)
+        self.first = np.zeros(rows, np.intp)
 
     def __len__(self):
         return len(self.lengths)
@@ -157,12 +157,10 @@ class Rows:
         self.clear(rows)
         self.table[rows], self.lengths[rows], self.first[rows] = table, lengths, first
 
-    def extend(self, n):
-        """Have n rows, of which the new ones are empty."""
-        more = n - len(self)
-        self.table = np.concatenate([self.table, np.full((more, self.table.shape[1]), -1, np.intp)])
-        self.lengths = np.concatenate([self.lengths, np.zeros(more, np.int64)])
-        self.first = np.concatenate([self.first, np.zeros(more, np.int64)])
+    def extend(self):
+        """Have one row more, which is empty."""
+        self.table = np.concatenate([self.table, np.full_like(self.table, -1, shape=(1, self.table.shape[1]))])
+        self.lengths, self.first = np.append(self.lengths, 0), np.append(self.first, 0)
 
     def restore(self, table, used):
         """Take the table of a file, whose pages are the first `used` of the pool; lengths and first are set already.
