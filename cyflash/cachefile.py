@@ -23,8 +23,15 @@ def write(cache, path):
     number[used] = np.arange(len(used))
     tensors = {"live": cache._live, "lengths": rows.lengths.astype(np.int64), "first": rows.first.astype(np.int64)}
     tensors["table"] = number[rows.table[:, : rows.width]].astype(np.int64)
-    tensors |= {f"pages.{name}": _as_saved(x[used]) for name, x in pool.arrays.items()}
-    tensors |= {f"rows.{name}": x for name, x in cache._by_row.items()}
+    unused = ~rows.places()[used]
+    for name, x in pool.arrays.items():
+        x = x[used]
+        cache._format.clear(name, x, unused)  # tokens that were forgotten are not in the file
+        tensors[f"pages.{name}"] = _as_saved(x)
+    for name, x in cache._by_row.items():
+        token = np.arange(x.shape[2])
+        kept = (token >= rows.first[:, None]) & (token < rows.lengths[:, None])
+        tensors[f"rows.{name}"] = np.where(kept[:, None, :, None], x, np.float32(0))
     tensors |= {f"constants.{name}": x for name, x in cache._format.constants().items()}
     text = json.dumps(_options(cache))
     metadata = {"format": _format(type(cache)), "cache": text, "sha256": _digest(text, tensors)}
@@ -59,8 +66,8 @@ def _options(cache):
     how = cache._format
     return {
         "kv_heads": how.kv_heads, "head_dim": how.D, "v_head_dim": how.Dv, "dtype": how.dtype.name,
-        "granularity": how.granularity, "fp32_sinks": how.fp32_sinks, "pv": how.pv, "page_size": cache.page_size,
-        "pages": cache._rows.pool.pages, "capacity": cache.capacity, "left": cache._left, "grows": cache._grows,
+        "fp32_sinks": how.fp32_sinks, "pv": how.pv, "page_size": cache.page_size, "pages": cache._rows.pool.pages,
+        "capacity": cache.capacity, "left": cache._left, "grows": cache._grows,
     }  # fmt: skip
 
 
@@ -77,7 +84,7 @@ def _restored(cls, options, tensors):
             fp32_sinks=how["fp32_sinks"], pv=how["pv"],
         )
     cache = cls.__new__(cls)
-    kept = format_of(how["kv_heads"], how["head_dim"], how["v_head_dim"], how["dtype"], how["granularity"], quant=quant)
+    kept = format_of(how["kv_heads"], how["head_dim"], how["v_head_dim"], how["dtype"], quant=quant)
     n = len(tensors["live"])
     cache._begin(kept, n, how["pages"], how["page_size"], how["capacity"], how["left"], how["grows"])
     rows, pool = cache._rows, cache._rows.pool

@@ -282,7 +282,7 @@ class KVCache:
         ValueError
             For what is no row, and for another number of them.
         """
-        sources = self._checked_rows(rows, different=False)
+        sources = self._checked_rows(_integers("rows", rows), different=False)
         if len(sources) != len(self._all):
             raise ValueError(f"rows: expected {len(self._all)} rows, one for each of this cache, got {len(sources)}")
         self._become(self._all, sources)

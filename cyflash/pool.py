@@ -113,7 +113,6 @@ class Rows:
         The lengths stay: they change when the tokens are written. Raises PagesExhausted before anything changes.
         """
         begins, pool = self.lengths[rows], self.pool
-        self._widen(self._pages(ends).max(initial=0))
         given_up = _entries(rows, self.first[rows] // self.page_size, first // self.page_size)
         wanted = _entries(rows, self._pages(begins), self._pages(ends))
         written = (begins % self.page_size > 0) & (ends > begins)
@@ -130,6 +129,7 @@ class Rows:
                 f"pages: expected {needed} free pages of {self.page_size} tokens, got {free} of {pool.pages}; free or "
                 "truncate rows, or make the cache with more pages"
             )
+        self._widen(self._pages(ends).max(initial=0))
         self.table[given_up] = -1
         self.first[rows] = first
         self.table[wanted] = pool.take(len(wanted[0]))
@@ -161,6 +161,16 @@ class Rows:
         """Have one row more, which is empty."""
         self.table = np.concatenate([self.table, np.full_like(self.table, -1, shape=(1, self.table.shape[1]))])
         self.lengths, self.first = np.append(self.lengths, 0), np.append(self.first, 0)
+
+    def places(self):
+        """bool (pages, page_size): which places of the pool's pages hold a token of some row."""
+        held = np.zeros((self.pool.pages, self.page_size), bool)
+        offset = np.arange(self.page_size)
+        rows, columns = _entries(np.arange(len(self)), self.first // self.page_size, self._pages(self.lengths))
+        tokens = columns[:, None] * self.page_size + offset
+        inside = (tokens >= self.first[rows, None]) & (tokens < self.lengths[rows, None])
+        np.logical_or.at(held, self.table[rows, columns], inside)
+        return held
 
     def restore(self, table, used):
         """Take the table of a file, whose pages are the first `used` of the pool; lengths and first are set already.

@@ -30,7 +30,7 @@ def store(x, pages, table, begins, counts, num_threads):
 
 
 def format_of(
-    kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale=None, v_scale=None, k_mean=None, quant=None,
+    kv_heads, head_dim, v_head_dim, dtype, granularity="token", k_scale=None, v_scale=None, k_mean=None, quant=None,
     fp32_sinks=0,
 ):
     """The Floats or Codes that the arguments of a cache ask for."""
@@ -65,7 +65,6 @@ class Floats:
     fp32_sinks = 0
     pv = None
     q_scale = None
-    granularity = "token"
 
     def __init__(self, dtype, kv_heads, D, Dv):
         self.dtype, self.kv_heads, self.D, self.Dv = dtype, kv_heads, D, Dv
@@ -83,6 +82,10 @@ class Floats:
     def constants(self):
         """{name: array} of what is the same for all tokens."""
         return {}
+
+    def clear(self, name, pages, places):
+        """0 in places of some pages of the array `name`; places: bool (pages, page_size)."""
+        pages.swapaxes(1, 2)[places] = 0
 
     def ready(self, k, v, begins, counts, padded, num_threads):
         """What write() takes. padded: some rows get fewer than all of their tokens."""
@@ -131,10 +134,10 @@ class Codes:
                     "granularity='token'"
                 )
             return None
-        scale = _of_heads(name, checked_scale(name, scale), (self.kv_heads, 1, 1))
-        if self.granularity == "tensor" and (scale != scale[0]).any():
-            raise ValueError(f"{name}: expected one number with granularity 'tensor', got {scale.ravel().tolist()}")
-        return scale
+        scale = checked_scale(name, scale)
+        if self.granularity == "tensor" and scale.size != 1:
+            raise ValueError(f"{name}: expected a number with granularity 'tensor', got shape {scale.shape}")
+        return _of_heads(name, scale, (self.kv_heads, 1, 1))
 
     def page_shapes(self, page_size):
         shape = self.kv_heads, page_size
@@ -158,6 +161,14 @@ class Codes:
     def constants(self):
         held = {"q_scale": self.q_scale, "k_scale": self.k_scale, "v_scale": self.v_scale, "k_mean": self.k_mean}
         return {name: x for name, x in held.items() if x is not None}
+
+    def clear(self, name, pages, places):
+        if name == "v":  # in groups of 4 tokens
+            n, Hk, groups, columns = pages.shape
+            codes = pages.view(np.int8).reshape(n, Hk, groups, columns, 4)
+            codes.transpose(0, 2, 4, 1, 3)[places.reshape(n, groups, 4)] = 0
+        else:
+            pages.swapaxes(1, 2)[places] = 0
 
     def ready(self, k, v, begins, counts, padded, num_threads):
         """(k, v, codes and scales of both, what watchers are told)."""
