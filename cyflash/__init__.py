@@ -7,11 +7,14 @@
          |   arrays.py: views of the caller's memory
          |   operands.py: what flash_attention_int8 is given, as codes (quantized.py)
          |   parts.py: heads of a layer that differ, each part a call of its own
+         |   stored.py: keys and values as the kernels read them, in pages
          v
        cpu/          picks a SIMD build and a number of threads
          driver.pxi    cuts the call into tasks under prange
          kernel.pxi    the algorithm, written once in the words of simd/*.h
 
+    kvcache.py       keys and values of earlier tokens, and flash_attention_with_kvcache: pool.py (pages and rows),
+                     storing.py (floats or codes in them), cachefile.py
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
     schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work
@@ -27,6 +30,7 @@ from cyflash.attention import flash_attention, flash_attention_int8
 from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
+from cyflash.kvcache import KVCache, PagedKVCache, flash_attention_with_kvcache
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 from cyflash.varlen import flash_attention_int8_varlen, flash_attention_varlen
 
@@ -36,14 +40,17 @@ __all__ = [
     "FlashAttention",
     "FlashAttentionConfig",
     "FlashAttentionOutput",
+    "KVCache",
     "LayerScales",
     "MemorySavings",
+    "PagedKVCache",
     "QuantizedTensor",
     "cpu_info",
     "flash_attention",
     "flash_attention_int8",
     "flash_attention_int8_varlen",
     "flash_attention_varlen",
+    "flash_attention_with_kvcache",
     "quantize",
     "reference",
     "set_implementation",

@@ -253,7 +253,8 @@ def attend_int8(
 
 
 def attend_stored(
-    q, stored, table, keys, queries=None, *, q_scale=None, pv=None, config=None, causal_align="bottom-right", **options,
+    q, stored, table, keys, queries=None, *, q_scale=None, pv=None, append=None, config=None,
+    causal_align="bottom-right", **options,
 ):
     """(out, lse or None): attention of sequences whose keys and values are kept in pages.
 
@@ -271,6 +272,9 @@ def attend_stored(
         A static scale of q where keys are codes. Default: one for each token.
     pv : {"int8", "bf16", "fp32"}, optional
         Where keys are codes. Default: "int8".
+    append : function, optional
+        Called when nothing about the arguments can raise any more: writes the last keys and values, which `keys` counts
+        already, and returns the (stored, table) to read.
 
     The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)).
     """
@@ -290,6 +294,8 @@ def attend_stored(
     q = arrays.rows_in_place(q)
     if coded:
         ready = operands.prepare_queries(q, q_scale, pv or "int8", call.build, call.threads)
+    if append is not None:
+        stored, table = append()
     sequences = np.zeros((n, 5), np.intp)
     sequences[:, 0] = sequences[:, 1] = np.arange(n)
     sequences[:, 2] = Lq if queries is None else queries

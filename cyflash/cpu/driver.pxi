@@ -636,3 +636,4 @@ SHAPE = {
 }
 
 include "quantise.pxi"
+include "store.pxi"
