@@ -13,6 +13,7 @@
          kernel.pxi    the algorithm, written once in the words of simd/*.h
 
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
+    merge.py         attention over keys in parts, put together
     schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work
     plain.py         attention in plain NumPy float32, to compare with
@@ -27,6 +28,7 @@ from cyflash.attention import flash_attention, flash_attention_int8
 from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
+from cyflash.merge import merge_states
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "cpu_info",
     "flash_attention",
     "flash_attention_int8",
+    "merge_states",
     "quantize",
     "reference",
     "set_implementation",
