@@ -50,29 +50,27 @@ def main(arguments=None):
 
 
 def report(args):
-    console, info = Console(), cyflash.cpu_info()
+    console, info = Console(highlight=False), cyflash.cpu_info()
     sizes = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in SIZES.items()}
     model = load(args.model) if args.model else seeded(**sizes, seed=args.seed)
     c = model.config
     prompt = make_prompt(args, c.vocab_size)
     console.print(
         f"{args.model or f'seeded weights {args.seed}'}: {c.num_hidden_layers} layers, {c.num_attention_heads} heads, "
-        f"{c.num_key_value_heads} kv heads, head_dim {c.head_dim}, {c.vocab_size} ids; "
-        f"SIMD build {info['implementation']}, threads: {info['threads']}",
-        highlight=False,
+        f"{c.num_key_value_heads} kv heads, head_dim {c.head_dim}, {c.vocab_size} ids"
     )
+    console.print(f"SIMD build {info['implementation']}, threads: {info['threads']}")
     if not args.model:
         without, one_less = decided_by_attention(model, prompt)
         console.print(
             f"attention decides: without it {without:.0%} of the next ids are others, "
-            f"and {one_less:.0%} where no token sees itself",
-            highlight=False,
+            f"{one_less:.0%} where no token sees itself"
         )
     text, first = generate(model, prompt, args.tokens, args.dtypes[0])
     runs = [first, *(follow(model, text, len(prompt), dtype) for dtype in args.dtypes[1:])]
     reference = recompute(model, text, len(prompt))
 
-    console.print(f"{len(prompt)} ids in; out: {' '.join(map(str, text[len(prompt) :]))}", highlight=False)
+    console.print(f"{len(prompt)} ids in; out: {' '.join(map(str, text[len(prompt) :]))}")
     console.print(table(runs, reference, len(prompt)))
     return max(verdict(console, run, reference) for run in runs)
 
@@ -169,12 +167,11 @@ def verdict(console, run, reference):
     same = agreement(run.logits, reference)
     where = f"the closest choice was by {margin.min():.1e}, and logits differ by at most {gap:.1e}"
     if same.all():
-        console.print(f"fp32: all {len(same)} ids are those recomputed without a cache; {where}", highlight=False)
+        console.print(f"fp32: all {len(same)} ids are those recomputed without a cache; {where}")
         return 0
     n = int(same.argmin())
     console.print(
-        f"fp32: id {n} of {len(same)} is not the one recomputed without a cache, a choice by {margin[n]:.1e}; {where}",
-        highlight=False,
+        f"fp32: id {n} of {len(same)} is not the one recomputed without a cache, a choice by {margin[n]:.1e}; {where}"
     )
     return 1
 

@@ -209,8 +209,8 @@ def name_bfloat16(path):
 def seeded(layers=4, heads=8, kv_heads=4, head_dim=64, vocabulary=1024, seed=0):
     """Random weights such that attention decides the logits: without it, or with one key less, other tokens follow.
 
-    What attention adds to the residual stream outweighs the embedding and the MLP. Scores spread widely, so that a head
-    looks at few tokens; the first head of each group asks with its key, and so looks at its own token as well.
+    Embeddings are small beside what attention adds to them. Scores spread widely, so that a head looks at few tokens;
+    the first head of each group asks with its key, and so looks at its own token as well.
     """
     rng = np.random.default_rng(seed)
     width = heads * head_dim
@@ -218,7 +218,7 @@ def seeded(layers=4, heads=8, kv_heads=4, head_dim=64, vocabulary=1024, seed=0):
         "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "rope_theta": 500000.0,
     }  # fmt: skip
-    gains = {"q_proj": 2.0, "k_proj": 1.5, "o_proj": 32.0, "down_proj": 0.5, "lm_head": 3.0}
+    gains = {"q_proj": 2.0, "k_proj": 1.5, "lm_head": 3.0}
     weights = {}
     for name, shape in shapes(checked(config)).items():
         if len(shape) == 1:
