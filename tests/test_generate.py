@@ -269,6 +269,15 @@ def test_errors_are_one_line(capsys):
     assert "--layers: a model from a folder has its own" in capsys.readouterr().err
 
 
+def test_a_folder_generates(small, tmp_path, capsys):
+    save(tmp_path, small)
+    assert generate.main(["--model", str(tmp_path), "--ids", "7", "1", "200", "--tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    text, _ = generate.generate(small, np.array([7, 1, 200]), 4, "fp32")
+    assert f"3 ids in; out: {' '.join(map(str, text[3:]))}" in out
+    assert "attention decides" not in out
+
+
 def test_threads_are_those_asked_for(capsys):
     try:
         assert generate.main(["--tokens", "2", "--prompt-length", "4", "--layers", "1", "--threads", "1"]) == 0
