@@ -154,8 +154,8 @@ def divergences(logits, reference):
 
 
 def agreement(logits, reference):
-    """(L,) whether the greatest logit is at the same id."""
-    return logits.argmax(axis=-1) == reference.argmax(axis=-1)
+    """(L,) whether the greatest logit is at the same id; NaN is nowhere the same."""
+    return (logits.argmax(axis=-1) == reference.argmax(axis=-1)) & ~np.isnan(logits + reference).any(axis=-1)
 
 
 def verdict(console, run, reference):

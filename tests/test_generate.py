@@ -95,6 +95,11 @@ def quiet():
     return types.SimpleNamespace(print=lambda *args, **options: None)
 
 
+def test_nan_agrees_with_nothing():
+    logits = np.array([[1, 2], [2, 1], [np.nan, 1]], np.float32)
+    assert generate.agreement(logits, np.array([[1, 2], [1, 2], [np.nan, 1]])).tolist() == [True, False, False]
+
+
 def test_divergence_is_kullback_leibler():
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((5, 40)) for _ in range(2))
