@@ -1,4 +1,6 @@
-"""What every test file shares: a fixture that runs a test once for each SIMD build, on that build."""
+"""What every test file shares: fixtures that run a test once for each SIMD build, or on one of them."""
+import zlib
+
 import pytest
 from threadpoolctl import threadpool_limits
 
@@ -28,6 +30,19 @@ def build(request):
     with cyflash.set_implementation(request.param):
         yield request.param
         assert _build_that_ran() == request.param
+
+
+@pytest.fixture
+def one_build(request):
+    """The name of a SIMD build that runs here, which every call in the test uses: another one for other parameters.
+
+    For what hardly depends on the build, but has many cases.
+    """
+    import cyflash
+
+    names = cyflash.cpu.runnable()
+    with cyflash.set_implementation(names[zlib.crc32(request.node.name.encode()) % len(names)]):
+        yield cyflash.cpu_info()["implementation"]
 
 
 def _build_that_ran():
