@@ -13,6 +13,7 @@
          driver.pxi    cuts the call into tasks under prange
          kernel.pxi    the algorithm, written once in the words of simd/*.h
 
+    varlen.py        sequences of unlike lengths, one after another in one array
     kvcache.py       keys and values of earlier tokens, and flash_attention_with_kvcache: pool.py (pages and rows),
                      storing.py (floats or codes in them), cachefile.py
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
