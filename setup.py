@@ -19,8 +19,8 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mpre
 SIMD_BUILDS = {"baseline": []}
 if X86:
     SIMD_BUILDS |= {
-        "avx2": ["-mavx2", "-mfma"],
-        "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
         "avx512": AVX512,
         "avx512_vnni": [*AVX512, "-mavx512vnni"],
         "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
@@ -35,7 +35,6 @@ GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
 # Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 CPU = "cyflash/cpu"
-OPENMP = f"{CPU}/simd/openmp.h"
 SHARED = [*glob.glob(f"{CPU}/*.pxi"), *glob.glob(f"{CPU}/simd/*.h")]
 
 
@@ -98,14 +97,15 @@ plain = [
         f"cyflash.cpu.{name}",
         [f"{CPU}/{name}.pyx"],
         include_dirs=[f"{CPU}/simd"],
+        define_macros=[("CYFLASH_SIMD", '"baseline.h"')],
         extra_compile_args=FLAGS.copy(),
-        depends=[OPENMP],
+        depends=SHARED,
     )
     for name in ("detect", "observe")
 ]
 
 setup(
-    packages=["cyflash", "cyflash.bench", "cyflash.cpu", "cyflash.quant"],
+    packages=["cyflash", "cyflash.bench", "cyflash.compat", "cyflash.cpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={"cyflash": ["py.typed", "report_page.html"]},
     ext_modules=cythonize(

@@ -1,10 +1,18 @@
-"""Arrays as the kernels take them: views of the caller's memory wherever its strides allow, else copies."""
+"""Arrays as the kernels take them: views of the caller's memory wherever its strides allow, else copies.
+
+dtypes have four names here, those of `kind_of`: "fp32", "fp16", "bf16" and "int8". bfloat16 is that of ml_dtypes, which
+is imported only where somebody asks for the dtype by name.
+"""
 import math
 import sys
 
 import numpy as np
 
 FLOAT32 = np.dtype(np.float32)
+FLOAT16 = np.dtype(np.float16)
+INT8 = np.dtype(np.int8)
+NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+FLOATS = ("fp32", "fp16", "bf16")
 
 
 def require_array(name, x, ndim=None, dtype="np.float32"):
@@ -35,6 +43,86 @@ def require_float32(name, x, ndim=None):
             "or use cyflash.reference.attention"
         )
     return x
+
+
+def require_float(name, x, ndim=None):
+    """`x` if it is a native float32, float16 or bfloat16 array, else an error that names it."""
+    require_array(name, x, ndim)
+    if kind_of(x.dtype) not in FLOATS:
+        raise TypeError(
+            f"{name}: expected float32 (or float16, bfloat16), got {dtype_name(x.dtype)}; write "
+            f"{name}.astype(np.float32), or use cyflash.reference.attention"
+        )
+    return x
+
+
+def kind_of(dtype):
+    """What the kernels call a NumPy dtype: "fp32", "fp16", "bf16" or "int8"; None for any other."""
+    if dtype == FLOAT32:
+        return "fp32"
+    if dtype == FLOAT16:
+        return "fp16"
+    if dtype == INT8:
+        return "int8"
+    return "bf16" if dtype.itemsize == 2 and dtype.name == "bfloat16" and dtype.isnative else None
+
+
+def checked_dtype(name, dtype):
+    """The NumPy dtype that a caller means: float32, float16, bfloat16 or int8.
+
+    Parameters
+    ----------
+    name : str
+        What errors call the argument.
+    dtype : str, type, or dtype of NumPy, ml_dtypes or torch
+        What `np.dtype` takes, "fp32", "fp16", "bf16", "bfloat16", or a torch dtype. torch is not imported; ml_dtypes is
+        for "bf16", "bfloat16" and torch.bfloat16.
+
+    Returns
+    -------
+    dtype
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    ImportError
+        For bfloat16 without ml_dtypes.
+
+    Examples
+    --------
+    >>> from cyflash.arrays import checked_dtype
+    >>> checked_dtype("dtype", "fp16")
+    dtype('float16')
+    """
+    word = str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype
+    if isinstance(word, str) and NAMES.get(word, word) == "bfloat16":
+        return _bfloat16(name, dtype)
+    try:
+        found = None if word is None else np.dtype(NAMES.get(word, word) if isinstance(word, str) else word)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or kind_of(found) is None:
+        got = repr(dtype) if found is None else dtype_name(found)
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or int8, got {got}")
+    return found
+
+
+def _bfloat16(name, asked):
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError(
+            f"{name}: {asked!r} needs ml_dtypes; install it with: pip install 'cyflash-attn[bf16]'"
+        ) from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+class Shape:
+    """Stands for an array of which only the shape counts."""
+
+    def __init__(self, shape):
+        self.shape, self.ndim = tuple(shape), len(shape)
 
 
 def dtype_name(dtype):

@@ -1,4 +1,5 @@
 """The public attention functions: validate -> plan -> allocate -> route to a kernel."""
+import functools
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -9,9 +10,14 @@ from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
 from cyflash.plan import UNBOUNDED, Plan, checked_dropout, make_plan
+from cyflash.quantized import PRODUCTS
+from cyflash.stored import Stored
 
 # Waking a thread costs some microseconds: each should have about as much work, here 10 us at 200 GFLOP/s.
 FLOPS_PER_THREAD = 2e6
+
+# Fewer query rows take as long as so many: they wait for keys and values from memory.
+FEW_ROWS = 8
 
 
 class Work(NamedTuple):
@@ -28,18 +34,19 @@ def flash_attention(
     q, k, v, *, causal=None, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
     alibi_slopes=None, sinks=None, dropout_p=None, seed=None, return_lse=False, out=None, config=None, num_threads=None,
 ):
-    """Exact softmax attention in float32, tile by tile, without the (Lq, Lk) score matrix.
+    """Exact softmax attention, tile by tile, without the (Lq, Lk) score matrix.
 
     Scores are ``scale * q @ k.T``, then softcap, then bias and ALiBi, then masks; all options combine. A row that sees
     no key gives 0 (and an LSE of -inf, or the sink).
 
     Parameters
     ----------
-    q : ndarray of float32, shape (Lq, D), (H, Lq, D) or (B, H, Lq, D)
-        Queries. Any strides; used in place when the last axis is contiguous, as are k, v and out.
-    k : ndarray of float32, shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D)
+    q : ndarray of float32, float16 or bfloat16, shape (Lq, D), (H, Lq, D) or (B, H, Lq, D)
+        Queries. Any strides; used in place when the last axis is contiguous, as are k, v and out. bfloat16 is that of
+        ml_dtypes. 16 bits are converted tile by tile, and all sums are in float32.
+    k : ndarray of float32, float16 or bfloat16, shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D)
         Keys. Hk must divide H: query head h reads kv head h // (H // Hk).
-    v : ndarray of float32, shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv)
+    v : ndarray of float32, float16 or bfloat16, shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv)
         Values. Dv may differ from D.
     causal : bool, optional
         Hide keys j > i + offset from query i. Default: config's, else False.
@@ -66,7 +73,7 @@ def flash_attention(
         For dropout; has no effect without it.
     return_lse : bool
         Also return the log-sum-exp of each row's scores.
-    out : ndarray of float32, shape q.shape[:-1] + (Dv,), optional
+    out : ndarray of q's dtype, shape q.shape[:-1] + (Dv,), optional
         Where to write the output. It must not overlap an input.
     config : FlashAttentionConfig, optional
         Tile sizes and defaults. An argument that is given wins over it. Its head_dim must be q's.
@@ -75,7 +82,7 @@ def flash_attention(
 
     Returns
     -------
-    out : ndarray of float32, shape q.shape[:-1] + (Dv,)
+    out : ndarray of q's dtype, shape q.shape[:-1] + (Dv,)
     lse : ndarray of float32, shape q.shape[:-1]
         Natural logarithm. Only with return_lse.
 
@@ -94,7 +101,12 @@ def flash_attention(
     -----
     The algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691) with the online softmax of Milakov and Gimelshein
     (2018, arXiv:1805.02867). Memory beyond inputs and output is a few hundred kilobytes for each thread, whatever the
-    lengths.
+    lengths. Where query rows are few enough for one tile, keys are cut into chunks of 512 or so, whose results are
+    merged; these take Dv + 3 floats for each row and chunk.
+
+    Where q, k and v all are bfloat16 and the build multiplies it (avx512_bf16), both products are of bfloat16, with
+    weights rounded to it as the output is, unless query rows are few. Everywhere else 16 bits are computed as the
+    float32 numbers that they stand for.
 
     Examples
     --------
@@ -124,12 +136,12 @@ def flash_attention_int8(
 
     Parameters
     ----------
-    q : ndarray of float32 or int8, or QuantizedTensor, shape (Lq, D), (H, Lq, D) or (B, H, Lq, D)
-        Queries. Any strides, as in `flash_attention`.
-    k : ndarray of float32 or int8, or QuantizedTensor, shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D)
-        Keys. Hk must divide H.
-    v : ndarray of float32 or int8, or QuantizedTensor, shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv)
-        Values.
+    q : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor
+        Queries, of shape (Lq, D), (H, Lq, D) or (B, H, Lq, D). Any strides, as in `flash_attention`.
+    k : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor
+        Keys, of shape (Lk, D), (Hk, Lk, D) or (B, Hk, Lk, D). Hk must divide H.
+    v : ndarray of float32, float16, bfloat16 or int8, or QuantizedTensor
+        Values, of shape (Lk, Dv), (Hk, Lk, Dv) or (B, Hk, Lk, Dv).
     q_scale, k_scale, v_scale : float or array_like, optional
         x ~ code * scale. A number, or an array that broadcasts as in NumPy: (H, 1, 1) or (B, H, 1, 1) per head,
         (H, L, 1) or (B, H, L, 1) per token. Required for an int8 array; makes the quantisation of a float array
@@ -156,7 +168,7 @@ def flash_attention_int8(
 
     Returns
     -------
-    out : ndarray of float32, shape q.shape[:-1] + (Dv,)
+    out : ndarray of q's dtype, or float32 where q is int8, shape q.shape[:-1] + (Dv,)
     lse : ndarray of float32, shape q.shape[:-1]
         Natural logarithm. Only with return_lse.
 
@@ -200,13 +212,13 @@ def flash_attention_int8(
 def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        arrays.require_float32(name, x, (2, 3, 4))
-    call = _describe(q, k, v, (q, k, v), config, **options)
+        arrays.require_float(name, x, (2, 3, 4))
+    call = describe(q, k, v, (q, k, v), config, kind=kind_of_tiles(k.dtype, v.dtype), **options)
     dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
     if dropout_p is not None or seed is not None:
         checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
-    floats = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
-    return _run(call, call.build.forward, *floats)
+    q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
+    return run(call, q, floats(k, v))
 
 
 def attend_int8(
@@ -221,7 +233,7 @@ def attend_int8(
         return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         operands.require_operand(name, x)
-    call = _describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, int8=True, **options)
+    call = describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, kind="int8", **options)
     settings = operands.settle(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
         fp32_sinks=fp32_sinks, pv=pv, quant=quant,
@@ -231,17 +243,87 @@ def attend_int8(
     if config is not None and config.dropout_p:
         checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
-        return _run(call, call.build.forward, *operands.float_operands(q, k, v, settings))
-    keys = (call.plan.Lk, settings.fp32_sinks)
-    others = call.out.nbytes + call.threads * call.tile_bytes(*keys)
-    ready = operands.prepare(q, k, v, settings, call.build, call.threads, others)
-    return _run(call, call.build.forward_codes, *ready, codes, keys=keys)
+        q, k, v = operands.float_operands(q, k, v, settings)
+        return run(call, q, floats(k, v))
+    others = call.out.nbytes + call.threads * call.tile_bytes(
+        k_kind="int8", v_kind="int8", product=settings.pv, precise=settings.fp32_sinks
+    )
+    q, stored, ready = operands.prepare(q, k, v, settings, call.build, call.threads, others)
+    return run(call, q, stored, ready._replace(trace=codes))
+
+
+def attend_stored(
+    q, stored, table, keys, queries=None, *, q_scale=None, pv=None, append=None, config=None,
+    causal_align="bottom-right", **options,
+):
+    """(out, lse or None): attention of sequences whose keys and values are kept in pages.
+
+    Parameters
+    ----------
+    q : ndarray of float32, float16 or bfloat16, shape (n, H, Lq, D)
+    stored : Stored
+    table : ndarray of int, shape (n, P)
+        Page numbers; those beyond a sequence's keys are not looked at.
+    keys : ndarray of int, shape (n,)
+        How many keys each sequence has.
+    queries : ndarray of int, shape (n,), optional
+        How many of the Lq queries count, the first ones; outputs of the others are 0, their LSE -inf. Default: all.
+    q_scale : ndarray, optional
+        A static scale of q where keys are codes. Default: one for each token.
+    pv : {"int8", "bf16", "fp32"}, optional
+        Where keys are codes. Default: "int8".
+    append : function, optional
+        Called when nothing about the arguments can raise any more: writes the last keys and values, which `keys` counts
+        already, and returns the (stored, table) to read.
+
+    The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)).
+    """
+    n, _, Lq, _ = arrays.require_float("q", q, (4,)).shape
+    keys = np.asarray(keys)
+    longest = int(keys.max(initial=0))
+    Hk = stored.k.shape[1]
+    k, v = arrays.Shape((n, Hk, longest, stored.D)), arrays.Shape((n, Hk, longest, stored.Dv))
+    coded = stored.kind == "int8"
+    kind = "int8" if coded else kind_of_tiles(stored.k.dtype, stored.v.dtype)
+    call = describe(q, k, v, (q,), config, kind=kind, causal_align=causal_align, **options)
+    if pv is not None and (not coded or pv not in PRODUCTS):
+        raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
+    if config is not None and config.dropout_p:
+        checked_dropout(config.dropout_p, None)
+    ready = None
+    q = arrays.rows_in_place(q)
+    if coded:
+        ready = operands.prepare_queries(q, q_scale, pv or "int8", call.build, call.threads)
+    if append is not None:
+        stored, table = append()
+    sequences = np.zeros((n, 5), np.intp)
+    sequences[:, 0] = sequences[:, 1] = np.arange(n)
+    sequences[:, 2] = Lq if queries is None else queries
+    sequences[:, 3] = keys
+    if causal_align == "bottom-right":
+        sequences[:, 4] = sequences[:, 3] - sequences[:, 2]
+    if queries is not None:
+        for row in np.flatnonzero(sequences[:, 2] < Lq):
+            call.out[row, :, sequences[row, 2] :] = 0
+            if call.lse is not None:
+                call.lse[row, :, sequences[row, 2] :] = -np.inf
+    return run(call, q, stored, ready, sequences=sequences, pages=np.ascontiguousarray(table, np.intp))[:2]
+
+
+def kind_of_tiles(*dtypes):
+    """What decides tile sizes: that of the arrays that is not float32, if any."""
+    return next((kind for kind in map(arrays.kind_of, dtypes) if kind != "fp32"), "fp32")
+
+
+def floats(k, v):
+    """Arrays (B, Hk, L, D) of floats as the kernels read them."""
+    return Stored(arrays.kind_of(k.dtype), None, k, v, k.shape[3], v.shape[3], arrays.kind_of(v.dtype))
 
 
 def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
     """`attend_int8` of a planned layer: a call for each part, on its heads, into its heads of out and lse."""
     parts.require_alone(q, k, v, how)
-    call = _describe(q, k, v, (q, k, v), config, int8=True, num_threads=num_threads, **options)
+    call = describe(q, k, v, (q, k, v), config, kind="int8", num_threads=num_threads, **options)
     if config is not None and config.dropout_p:
         checked_dropout(config.dropout_p, None)
     works = []
@@ -266,18 +348,23 @@ class _Call(NamedTuple):
     Br: int
     Bc: int
     threads: int
+    top_left: bool  # of plan.py's causal_align, where offsets differ between sequences
 
-    def tile_bytes(self, *keys):
-        """Of one thread. keys: how many there are, and how many of them are computed in float32; default: all."""
-        return self.build.tile_bytes(self.Br, self.Bc, self.plan.D, self.plan.Dv, *keys)
+    def tile_bytes(self, **kinds):
+        """Of one thread; kinds: as the kernels' tile_bytes takes them."""
+        return self.build.tile_bytes(self.Br, self.Bc, self.plan.D, self.plan.Dv, **kinds)
 
 
-def _describe(
-    q, k, v, memory, config, *, int8=False, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
-    **options,
+def describe(
+    q, k, v, memory, config, *, kind, causal=None, scale=None, return_lse=False, out=None, num_threads=None, dtype=None,
+    out_shape=None, pairs=None, **options,
 ):
     """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
-    changes no bit, so that small calls stay small."""
+    changes no bit, so that small calls stay small.
+
+    memory: the arrays that q, k and v lie in. kind: that of the tiles. dtype, out_shape, pairs: of the output, and how
+    many queries meet how many keys of a head, where q, k and v are only the shapes that the sequences fit in.
+    """
     block_size_q = block_size_kv = None
     if config is not None:
         _check_config(config, q)
@@ -286,35 +373,61 @@ def _describe(
         block_size_q, block_size_kv = config.block_size_q, config.block_size_kv
     plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
 
-    shape = (*q.shape[:-1], plan.Dv)
+    shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape
+    dtype = output_dtype(q) if dtype is None else dtype
     if out is None:
-        out = np.empty(shape, np.float32)
+        out = np.empty(shape, dtype)
     else:
-        _check_out(out, shape, **dict(zip("qkv", memory, strict=True)), **options)
+        _check_out(out, shape, dtype, memory, options)
     lse = np.empty(shape[:-1], np.float32) if return_lse else None
     build = cpu.active()
-    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, int8)
+    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, kind)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    flops = _visible_flops(plan)
-    count = threads.for_call(1 + int(flops / FLOPS_PER_THREAD), num_threads)
-    return _Call(plan, out, lse, flops, build, Br, Bc, count)
+    flops = _visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
+    work = flops if plan.Lq >= FEW_ROWS else flops * FEW_ROWS // max(plan.Lq, 1)
+    count = threads.for_call(1 + int(work / FLOPS_PER_THREAD), num_threads)
+    return _Call(plan, out, lse, flops, build, Br, Bc, count, options.get("causal_align") == "top-left")
 
 
-def _run(call, forward, *inputs, keys=()):
-    """One kernel call; keys: as in `_Call.tile_bytes`."""
+def output_dtype(q):
+    """The output's: q's, float32 for codes."""
+    dtype = operands.memory_of(q).dtype
+    return arrays.FLOAT32 if dtype == np.int8 else dtype
+
+
+@functools.lru_cache(maxsize=64)
+def _dense(B, Lq, Lk, offset):
+    """(sequences, pages) of B sequences of the same lengths, see `forward` in cpu/driver.pxi."""
+    number = np.arange(B, dtype=np.intp)
+    sequences = np.empty((B, 5), np.intp)
+    sequences[:, 0] = sequences[:, 1] = number
+    sequences[:, 2:] = Lq, Lk, offset
+    return sequences, number[:, None]
+
+
+def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
+    """One kernel call. q: with four axes, or None; sequences, pages: default those of dense arrays."""
     plan, out, lse = call.plan, call.out, call.lse
+    if sequences is None:
+        sequences, pages = _dense(plan.B, plan.Lq, plan.Lk, plan.offset)
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
+    kinds = None if q is None else arrays.kind_of(q.dtype), arrays.kind_of(out.dtype)
+    native = codes is None and {*kinds, stored.kind, stored.v_kind} == {"bf16"} and call.build.SHAPE["BF16_GROUP"] == 2
     if out.size:
-        forward(
-            *inputs, arrays.four_axes(direct), None if lse is None else arrays.four_axes(lse[..., None])[..., 0],
-            plan.bias, plan.mask, plan.alibi_slopes, plan.sinks,
-            plan.scale, plan.softcap, plan.offset, plan.left, plan.right, call.Br, call.Bc, call.threads,
+        call.build.forward(
+            q, kinds[0] or "fp32", stored, sequences, pages, codes, arrays.four_axes(direct), kinds[1],
+            None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, native,
+            call.Br, call.Bc, call.threads,
         )
     if direct is not out:
         out[...] = direct
-    return out, lse, Work(call.flops, call.tile_bytes(*keys), call.Br, call.Bc, cpu.name_of(call.build))
+    tile_bytes = call.tile_bytes(
+        k_kind=stored.kind, v_kind=stored.v_kind, product="fp32" if codes is None else codes.pv,
+        precise=stored.fp32_sinks, native=native, page_size=stored.page_size,
+    )
+    return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(call.build))
 
 
 def _visible_flops(plan):
@@ -336,14 +449,16 @@ def _check_config(config, q):
         raise ValueError(f"config: expected head_dim {q.shape[-1]} as in q {q.shape}, got {config.head_dim}")
 
 
-def _check_out(out, shape, **inputs):
-    arrays.require_float32("out", out)
+def _check_out(out, shape, dtype, memory, options):
+    arrays.require_array("out", out, dtype=f"np.{dtype.name}")
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected {dtype.name}, got {arrays.dtype_name(out.dtype)}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape q.shape[:-1] + (Dv,) = {shape}, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out: expected a writable array, got a read-only one")
     if arrays.overlaps_itself(out):
         raise ValueError(f"out: expected elements that do not overlap, got strides {out.strides} for shape {out.shape}")
-    for name, x in inputs.items():
+    for name, x in (*zip("qkv", memory, strict=False), *options.items()):
         if isinstance(x, np.ndarray) and arrays.overlap(out, x):
             raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}; pass {name}.copy()")

@@ -1,6 +1,6 @@
 """What q, k and v of `flash_attention_int8` are, and how they become the codes that the kernels read.
 
-    arguments -> settle(): Settings (every conflict raises) -> prepare(): Operands (codes, packed; scales; float rows)
+    arguments -> settle(): Settings (every conflict raises) -> prepare(): Stored and Codes (packed; scales; float rows)
 
 Each of q, k and v is on its own: a float array, which is quantised here; int8 codes with their scale; or a
 QuantizedTensor, which carries it.
@@ -11,6 +11,7 @@ import numpy as np
 
 from cyflash import arrays, quantized
 from cyflash.quantized import PRODUCTS, LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
+from cyflash.stored import Stored
 
 
 class Settings(NamedTuple):
@@ -25,22 +26,13 @@ class Settings(NamedTuple):
     quant: LayerScales | None
 
 
-class Operands(NamedTuple):
-    """The arguments that `forward_codes` of a SIMD build takes before the options, in its order."""
+class Codes(NamedTuple):
+    """Quantised queries, and how the kernels multiply; keys and values are in a `Stored` (stored.py)."""
 
-    q: np.ndarray
-    q_scale: np.ndarray
-    k: np.ndarray
-    keys: int
-    k_scale: np.ndarray
-    k_mean: np.ndarray | None
-    v: np.ndarray | None
-    v_scale: np.ndarray | None
+    q: np.ndarray  # int8 (B, H, Lq, D), the last axis contiguous
+    q_scale: np.ndarray  # float32 (B, H, Lq)
     pv: str
-    fp32_sinks: int
-    float_q: np.ndarray | None
-    float_k: np.ndarray | None
-    float_v: np.ndarray | None
+    trace: np.ndarray | None = None  # uint8 (B, H, Lq, Lk): receives the codes of P
 
 
 def require_operand(name, x):
@@ -48,10 +40,10 @@ def require_operand(name, x):
     if isinstance(x, QuantizedTensor):
         return x
     arrays.require_array(name, x, (2, 3, 4))
-    if x.dtype not in (np.float32, np.int8):
+    if arrays.kind_of(x.dtype) is None:
         raise TypeError(
-            f"{name}: expected float32, int8 or a QuantizedTensor, got {arrays.dtype_name(x.dtype)}; write "
-            f"{name}.astype(np.float32), or use cyflash.reference.attention"
+            f"{name}: expected float32 (or float16, bfloat16), int8 or a QuantizedTensor, got "
+            f"{arrays.dtype_name(x.dtype)}; write {name}.astype(np.float32), or use cyflash.reference.attention"
         )
     return x
 
@@ -202,67 +194,91 @@ def _rows_of(x):
 # Codes
 
 
+KEYS_UNIT = 16  # keys and values are packed in so many, and every group that a kernel reads together fits
+
+
 def prepare(q, k, v, settings, build, threads, others=0):
-    """Quantise what is float, pack keys and values for the kernels of `build`; others: as in `arrays.together`."""
+    """Quantise what is float, pack keys and values: (queries in floats or None, Stored, Codes).
+
+    others: as in `arrays.together`.
+    """
     operands = {name: arrays.four_axes(memory_of(x)) for name, x in (("q", q), ("k", k), ("v", v))}
     B, Hk, Lk, D = operands["k"].shape
-    rows, group, bf16_group = (build.SHAPE[name] for name in ("ROWS", "GROUP", "BF16_GROUP"))
+    Dv = operands["v"].shape[3]
+    padded = -(-Lk // KEYS_UNIT) * KEYS_UNIT
+    packed_v = packs_v(v, settings)
     wanted = {
         f"{name}_codes": (x.shape, np.int8)
-        for name, x in operands.items() if x.dtype != np.int8 and (name != "v" or _is_coded(v, settings))
+        for name, x in operands.items() if x.dtype != np.int8 and (name != "v" or packed_v)
     }
-    wanted["k"] = ((B, Hk, -(-Lk // rows) * rows, 1 + -(-D // group)), np.int32)
-    if settings.pv != "fp32":
-        columns = -(-operands["v"].shape[3] // rows) * rows
-        wanted["v"] = ((B, Hk, -(-Lk // (group if settings.pv == "int8" else bf16_group)), columns), np.int32)
+    wanted["k"] = (B, Hk, padded, -(-D // 4) * 4), np.int8
+    wanted["k_correction"] = (B, Hk, padded), np.int32
+    if packed_v:
+        wanted["v"] = (B, Hk, padded // 4, -(-Dv // 16) * 16), np.int32
     room = arrays.together(others, **wanted)
 
     watchers = quantized.watched.get(settings.quant, ())
     counts = {} if watchers else None
     q_codes, q_scale, _ = _codes("q", q, settings, build, threads, room, counts)
     k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads, room, counts)
-    build.pack_keys(k_codes, room["k"], threads)
-    v_scale, float_v = _values(v, settings, build, threads, room, counts)
+    where = np.arange(B)[:, None], np.zeros(B, np.intp), np.full(B, Lk)
+    room["k_correction"][:, :, Lk:] = 0
+    build.pack_keys(k_codes, room["k"], room["k_correction"], *where, threads)
+    if packed_v:
+        v_codes, v_scale, _ = _codes("v", v, settings, build, threads, room, counts)
+        build.pack_values(v_codes, room["v"], *where, threads)
+    else:
+        require_finite("v", v)
+        v_scale = None
     for tell in watchers:
         tell(counts)
     floats = float_operands(q, k, v, settings) if settings.fp32_sinks else (None, None, None)
-    return Operands(
-        q=q_codes,
-        q_scale=_spread(q_scale, q_codes.shape[:3]),
-        k=room["k"],
-        keys=Lk,
-        k_scale=_per_key(k_scale, k_codes.shape, rows),
+    values = room["v"] if packed_v else arrays.four_axes(arrays.rows_in_place(v))
+    stored = Stored(
+        "int8", None, room["k"], values, D, Dv, "int8" if packed_v else arrays.kind_of(values.dtype),
+        k_correction=room["k_correction"],
+        k_scale=_per_key(k_scale, (B, Hk, Lk), padded),
+        v_scale=None if v_scale is None else _per_key(v_scale, (B, Hk, Lk), padded),
         k_mean=None if k_mean is None else _of_heads(k_mean, k_codes.shape),
-        v=room.get("v"),
-        v_scale=None if v_scale is None else _per_key(v_scale, (B, Hk, Lk, 1), rows),
-        pv=settings.pv,
         fp32_sinks=settings.fp32_sinks,
-        float_q=floats[0],
         float_k=floats[1],
-        float_v=floats[2] if float_v is None else float_v,
+        float_v=floats[2],
     )
+    return floats[0], stored, Codes(q_codes, _spread(q_scale, q_codes.shape[:3]), settings.pv)
 
 
-def _is_coded(v, settings):
+def prepare_queries(q, scale, pv, build, threads):
+    """The `Codes` of float queries (B, H, Lq, D) for keys that are codes already: with a scale for each token, or a
+    given one."""
+    scale = None if scale is None else arrays.four_axes(checked_scale("q_scale", scale, q.shape))
+    codes, scale, _ = quantise_call("q", q, "token", scale=scale, threads=threads, build=build)
+    return Codes(codes, _spread(scale, q.shape[:3]), pv)
+
+
+def packs_v(v, settings):
     """Whether the second product takes codes of v: else it takes the floats themselves."""
     return memory_of(v).dtype == np.int8 or settings.scales["v"] is not None or settings.pv == "int8"
 
 
 def float_operands(q, k, v, settings):
-    """(q, k, v) in float32 with four axes: of k and v at least the rows of fp32_sinks; codes of q are dequantised."""
-    codes = memory_of(q)
-    if codes.dtype == np.int8:
-        q = QuantizedTensor(codes, settings.scales["q"]).dequantize()
-    floats = (q, _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
+    """(q, k, v) as floats with four axes: of k and v at least the rows of fp32_sinks, in float32 unless all are
+    computed so; codes of q are dequantised."""
+    floats = (float_queries(q, settings), _float_rows(k, settings.fp32_sinks), _float_rows(v, settings.fp32_sinks))
     for name, x in zip("qkv", floats, strict=True):
-        _require_finite(name, x)
+        require_finite(name, x)
     return tuple(arrays.four_axes(arrays.rows_in_place(x)) for x in floats)
 
 
+def float_queries(q, settings):
+    """q as floats."""
+    codes = memory_of(q)
+    return QuantizedTensor(codes, settings.scales["q"]).dequantize() if codes.dtype == np.int8 else q
+
+
 def _float_rows(x, n):
-    if memory_of(x).dtype != np.int8:
-        return x
-    return x.fp32_rows if n else np.zeros((*x.shape[:-2], 0, x.shape[-1]), np.float32)
+    if memory_of(x).dtype == np.int8:
+        return x.fp32_rows if n else np.zeros((*x.shape[:-2], 0, x.shape[-1]), np.float32)
+    return x if x.dtype == np.float32 else x[..., :n, :].astype(np.float32)
 
 
 def _codes(name, x, settings, build, threads, room, counts):
@@ -285,27 +301,7 @@ def _codes(name, x, settings, build, threads, room, counts):
     return result
 
 
-def _values(v, settings, build, threads, room, counts):
-    """(scale of the packed values, or None, values in float32 for pv="fp32", or None)."""
-    if not _is_coded(v, settings):
-        _require_finite("v", v)
-        v = arrays.four_axes(arrays.rows_in_place(v))
-        if settings.pv == "fp32":
-            return None, v
-        build.pack_values_bf16(v, room["v"], threads)
-        return np.ones((1, 1, 1, 1), np.float32), None
-    codes, scale, _ = _codes("v", v, settings, build, threads, room, counts)
-    if settings.pv == "fp32":
-        values = QuantizedTensor(codes, scale).dequantize()
-        n = settings.fp32_sinks
-        if n:
-            values[:, :, :n] = arrays.four_axes(_float_rows(v, n))[:, :, :n]
-        return None, values
-    (build.pack_values if settings.pv == "int8" else build.pack_values_bf16)(codes, room["v"], threads)
-    return scale, None
-
-
-def _require_finite(name, x):
+def require_finite(name, x):
     if not np.isfinite(x).all():
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
         raise ValueError(f"{name}: expected finite values, got {x[place]} at {place}")
@@ -318,14 +314,14 @@ def _spread(scale, shape):
     return np.broadcast_to(scale[..., 0], shape)
 
 
-def _per_key(scale, shape, rows):
-    """(B, Hk, Lk rounded up to `rows`) where the scale differs between tokens, else (B, Hk, 1); contiguous."""
-    B, Hk, Lk, _ = shape
+def _per_key(scale, shape, padded):
+    """(B, Hk, padded) where the scale differs between tokens, else (B, Hk, 1)."""
+    B, Hk, Lk = shape
     if scale.shape[2] == 1:
-        return np.ascontiguousarray(_spread(scale, (B, Hk, 1)))
-    padded = np.ones((B, Hk, -(-Lk // rows) * rows), np.float32)
-    padded[:, :, :Lk] = scale[..., 0]
-    return padded
+        return _spread(scale, (B, Hk, 1))
+    room = np.ones((B, Hk, padded), np.float32)
+    room[:, :, :Lk] = scale[..., 0]
+    return room
 
 
 def _of_heads(mean, shape):

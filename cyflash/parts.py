@@ -20,12 +20,15 @@ def are_in(quant):
 
 
 def require_alone(q, k, v, how):
-    """Raise unless q, k and v are float32 and nothing of `how`, the arguments that say how to quantise, is given."""
+    """Raise unless q, k and v are floats and nothing of `how`, the arguments that say how to quantise, is given."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, np.ndarray) or x.dtype != arrays.FLOAT32:
+        if not isinstance(x, np.ndarray) or arrays.kind_of(x.dtype) not in arrays.FLOATS:
             got = arrays.dtype_name(x.dtype) if isinstance(x, np.ndarray) else type(x).__name__
-            raise TypeError(f"{name}: expected a float32 array beside a planned layer (quant.parts), got {got}")
-        arrays.require_float32(name, x, (2, 3, 4))
+            raise TypeError(
+                f"{name}: expected an array of float32 (or float16, bfloat16) beside a planned layer (quant.parts), "
+                f"got {got}"
+            )
+        arrays.require_float(name, x, (2, 3, 4))
     for name, value in how.items():
         if value is not None:
             raise ValueError(
@@ -97,7 +100,7 @@ def _room(parts, heads_of, **arrays_of_all):
     copied = [kv_heads for kv_heads, _ in parts if _spacing(tuple(chain(*(heads_of[kv] for kv in kv_heads)))) is None]
     share = max(map(len, copied), default=0) / len(heads_of)
     return arrays.together(0, **{
-        name: ((*x.shape[:-3], round(share * x.shape[-3]), *x.shape[-2:]), np.float32)
+        name: ((*x.shape[:-3], round(share * x.shape[-3]), *x.shape[-2:]), x.dtype)
         for name, x in arrays_of_all.items()
     })
 

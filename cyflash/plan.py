@@ -59,8 +59,8 @@ def make_plan(
         offset=Lk - Lq if causal_align == "bottom-right" else 0,
         left=left,
         right=right,
-        bias=None if bias is None else _bias(bias, rows),
-        mask=None if mask is None else _mask(mask, rows),
+        bias=None if bias is None else broadcast_bias("bias", bias, rows),
+        mask=None if mask is None else broadcast_mask("mask", mask, rows),
         alibi_slopes=None if alibi_slopes is None else _per_head("alibi_slopes", alibi_slopes, ((H,), (B, H)), (B, H)),
         sinks=None if sinks is None else _per_head("sinks", sinks, ((H,),), (H,)),
     )
@@ -173,7 +173,7 @@ def _window(window):
 
 
 def _broadcast(name, x, rows):
-    """x broadcast by NumPy's rules to q.shape[:-1] + (Lk,), as a (B, H, Lq, Lk) view."""
+    """x broadcast by NumPy's rules to `rows`, q.shape[:-1] + (Lk,), as a (B, H, Lq, Lk) view."""
     try:
         return arrays.four_axes(np.broadcast_to(arrays.aligned(x), rows))
     except ValueError:
@@ -182,21 +182,23 @@ def _broadcast(name, x, rows):
         ) from None
 
 
-def _bias(bias, rows):
-    arrays.require_array("bias", bias)
+def broadcast_bias(name, bias, rows):
+    """A bias as a float32 (B, H, Lq, Lk) view."""
+    arrays.require_array(name, bias)
     if bias.dtype == np.bool_:
-        raise TypeError("bias: expected float32, got bool; a boolean array that keeps where True is `mask`")
-    return _broadcast("bias", arrays.require_float32("bias", bias), rows)
+        raise TypeError(f"{name}: expected float32, got bool; a boolean array that keeps where True is `mask`")
+    return _broadcast(name, arrays.require_float32(name, bias), rows)
 
 
-def _mask(mask, rows):
-    arrays.require_array("mask", mask, dtype="bool")
+def broadcast_mask(name, mask, rows):
+    """A mask as a (B, H, Lq, Lk) view of bytes."""
+    arrays.require_array(name, mask, dtype="bool")
     if mask.dtype != np.bool_:
         way_out = (
             "an array that is added to the scores is `bias`" if mask.dtype.kind in "fV" else "write mask.astype(bool)"
         )
-        raise TypeError(f"mask: expected bool (True keeps), got {mask.dtype.name}; {way_out}")
-    return _broadcast("mask", mask.view(np.uint8), rows)
+        raise TypeError(f"{name}: expected bool (True keeps), got {mask.dtype.name}; {way_out}")
+    return _broadcast(name, mask.view(np.uint8), rows)
 
 
 def _numbers(name, x):

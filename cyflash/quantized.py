@@ -40,12 +40,13 @@ ELEMENTS_PER_THREAD = 1 << 16
 
 
 def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0):
-    """Quantise a float32 array to int8 codes.
+    """Quantise an array of floats to int8 codes.
 
     Parameters
     ----------
-    x : ndarray of float32, shape (L, D), (H, L, D) or (B, H, L, D)
-        Any strides. All values finite, also those that a mask hides later: they count for the scale.
+    x : ndarray of float32, float16 or bfloat16, shape (L, D), (H, L, D) or (B, H, L, D)
+        Any strides. All values finite, also those that a mask hides later: they count for the scale. 16 bits give what
+        the same values in float32 do.
     granularity : {"tensor", "head", "token"}, default "tensor"
         One scale for the whole array, for each head of each sequence, or for each token of each head. Beside `scale`,
         "head" and "token" say what shape it must have.
@@ -67,7 +68,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     Raises
     ------
     TypeError
-        For a dtype other than float32.
+        For another dtype.
     ValueError
         For NaN or inf, with the position; for a shape or an option.
 
@@ -89,7 +90,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     True
     """
     granularity = checked_granularity(granularity)
-    arrays.require_float32("x", x, (2, 3, 4))
+    arrays.require_float("x", x, (2, 3, 4))
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected a head_dim of at least 1, got shape {x.shape}")
     if not isinstance(smooth, (bool, np.bool_)):
@@ -116,7 +117,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
         data,
         scale,
         None if mean is None else mean.reshape(*x.shape[:-2], 1, x.shape[-1]),
-        x[..., :skip, :] if skip else None,
+        x[..., :skip, :].astype(np.float32, copy=False) if skip else None,
         granularity,
     )
 
@@ -131,7 +132,7 @@ def quantise_call(
     ----------
     name : str
         What errors call x.
-    x : ndarray of float32, shape (B, H, L, D), D at least 1
+    x : ndarray of float32, float16 or bfloat16, shape (B, H, L, D), D at least 1
     granularity : {"tensor", "head", "token"}
         Of dynamic scales.
     scale : ndarray of float32 with four axes, optional
@@ -212,7 +213,8 @@ def scale_of(top):
 
 
 def _not_finite(name, x, ndim):
-    place = np.unravel_index(np.argmin(np.isfinite(x)), x.shape)
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN
+        place = np.unravel_index(np.argmin(np.isfinite(x)), x.shape)
     shown = tuple(int(i) for i in place[4 - ndim :])
     return (
         f"{name}: expected finite values, got {x[place]} at {shown}; they count for the scale also where a mask hides "
@@ -410,7 +412,7 @@ class LayerScales:
         exactly one part. kv_heads are integers in ascending order, from 0 to the layer's last over all parts. None runs
         these heads as `flash_attention` does. Scales and means of a part have the shapes of its own heads, so (n, 1, 1)
         for n kv heads and (n * group, 1, 1) for their query heads. Beside parts all other fields stay at their
-        defaults, the arrays of the call must be float32, and a part has no parts.
+        defaults, the arrays of the call must be of floats, and a part has no parts.
 
     Raises
     ------

@@ -43,10 +43,10 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
 
     Parameters
     ----------
-    q, k, v : ndarray of float32, ndarray of int8, or an object with `data`, `scale`, `mean` and `fp32_rows`
-        Each for itself, in the shapes of `attention`. Float arrays are quantised here. An int8 array needs its scale.
-        An object is a `cyflash.quant.QuantizedTensor`: int8 `data` ~ (numbers - mean) / scale, whose first rows may be
-        kept as `fp32_rows`.
+    q, k, v : ndarray of float32, float16, bfloat16 or int8, or an object with `data`, `scale`, `mean` and `fp32_rows`
+        Each for itself, in the shapes of `attention`. Float arrays are quantised here, as float32. An int8 array needs
+        its scale. An object is a `cyflash.quant.QuantizedTensor`: int8 `data` ~ (numbers - mean) / scale, whose first
+        rows may be kept as `fp32_rows`.
     q_scale, k_scale, v_scale : float or array_like of float, optional
         Units of one code: of an int8 array, or a static scale for a float array, whose numbers beyond 127 scales
         saturate. Broadcasts to the operand's shape but for the last axis, which is 1.
@@ -83,7 +83,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     Raises
     ------
     TypeError
-        A dtype other than float32 and int8.
+        Another dtype.
     ValueError
         As `attention`; NaN or infinity to be quantised; an int8 array without its scale; a scale that is not finite or
         below 1.18e-38, that does not broadcast, or that an operand already has; smoothing or float32 rows that an int8
@@ -403,10 +403,12 @@ def _is_quantized(x):
 
 
 def _data(x):
-    """The array that q, k or v is or holds: float32 or int8."""
+    """The array that q, k or v is or holds: float32 or int8; floats of 16 bits as float32."""
     data = x.data if _is_quantized(x) else np.asarray(x)
+    if data.dtype.name in ("float16", "bfloat16") and data.dtype.isnative:
+        data = data.astype(np.float32)
     if data.dtype not in ((np.int8,) if _is_quantized(x) else (np.int8, np.float32)):
-        raise TypeError(f"q, k, v: expected float32 or int8 arrays, got {data.dtype}")
+        raise TypeError(f"q, k, v: expected float32 (or float16, bfloat16) or int8 arrays, got {data.dtype}")
     if data.ndim not in (2, 3, 4):
         raise ValueError(f"q, k, v: expected 2, 3 or 4 axes, got shape {data.shape}")
     return data

@@ -125,8 +125,9 @@ class Calibrator:
         ----------
         name : str
             The layer.
-        q, k, v : ndarray of float32
-            As in `cyflash.flash_attention`: (L, D), (H, L, D) or (B, H, L, D), any strides.
+        q, k, v : ndarray of float32, float16 or bfloat16
+            As in `cyflash.flash_attention`: (L, D), (H, L, D) or (B, H, L, D), any strides. 16 bits are converted piece
+            by piece, and count exactly as the same values in float32.
         causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks
             As in `cyflash.flash_attention`; they say what is seen, and the output's error is measured with them.
             `bias` and `mask` may differ from call to call, the others belong to the layer.
@@ -157,7 +158,7 @@ class Calibrator:
     def _observed(self, q, k, v, options):
         """One Layer for each sequence of a call."""
         for operand, x in (("q", q), ("k", k), ("v", v)):
-            arrays.require_float32(operand, x, (2, 3, 4))
+            arrays.require_float(operand, x, (2, 3, 4))
         plan, ndim = make_plan(q, k, v, **options), q.ndim
         q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
         return [

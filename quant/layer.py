@@ -102,7 +102,7 @@ class Layer:
 
     @classmethod
     def observed(cls, q, k, v, plan, b, options, *, fp32_sinks, reservoir_bytes, seed, ignore, ndim):
-        """The Layer of one sequence; q, k, v: float32, (H, L, D), last axes contiguous; ndim: the caller's axes."""
+        """The Layer of one sequence; q, k, v: (H, L, D), last axes contiguous; ndim: the caller's axes."""
         new = cls(Shape(plan.H, plan.Hk, plan.D, plan.Dv), options, fp32_sinks, reservoir_bytes)
         new.observations = 1
         new.longest = [plan.Lq, plan.Lk]
@@ -194,11 +194,11 @@ class Layer:
     def _centre(self, k, visible):
         if k.shape[1] > MOST_ROWS:
             raise ValueError(f"k: expected at most {MOST_ROWS} keys in one sequence, got {k.shape[1]}; observe parts")
-        finite = np.where(np.isfinite(k), k, np.float32(0)) if self.nonfinite["k"] else k
+        finite = np.where(_finite(k), k, k.dtype.type(0)) if self.nonfinite["k"] else k
         flags = None if visible is None else visible.view(np.uint8)
         in_fp32 = finite[:, : self.fp32_sinks]
         in_fp32 = in_fp32 if visible is None else in_fp32[visible[:, : self.fp32_sinks]]
-        greatest = max(self.counts["k"].top.max(), np.abs(in_fp32).max(initial=0))
+        greatest = max(self.counts["k"].top.max(), np.float32(np.abs(in_fp32).max(initial=0)))
         shift = SUM_BITS - int(np.frexp(greatest)[1])
         total = np.zeros(self.k_sum.shape, np.int64)
         observe.sum_channels(finite, flags, 2.0**shift, total, _threads(k))
@@ -233,5 +233,10 @@ def _first_bad(x, visible, b, ndim):
 
 def _wrong(x, visible):
     """Where x is NaN or infinite, of what is seen."""
-    wrong = ~np.isfinite(x)
+    wrong = ~_finite(x)
     return wrong if visible is None else wrong & visible[..., None]
+
+
+def _finite(x):
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN
+        return np.isfinite(x)

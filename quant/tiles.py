@@ -51,7 +51,7 @@ def tile_of(q, k, v, plan, b, options, seen, number, limit):
 
     Parameters
     ----------
-    q, k, v : ndarray of float32, shapes (H, Lq, D), (Hk, Lk, D), (Hk, Lk, Dv)
+    q, k, v : ndarray of float32, float16 or bfloat16, shapes (H, Lq, D), (Hk, Lk, D), (Hk, Lk, Dv)
     plan : Plan
         Of the call.
     b : int
@@ -123,7 +123,7 @@ def _cut(plan, number, limit):
 
 
 def _copy(x, part, visible):
-    x = np.array(x[:, part], order="C")
+    x = np.array(x[:, part], np.float32, order="C")
     if visible is not None:
         x[~visible[:, part]] = 0.0
     return x

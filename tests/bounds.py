@@ -192,8 +192,8 @@ def products_in_order(q, k):
     return total
 
 
-def plain_float32(q, k, v, **options):
-    """What a NumPy user would write: the whole score matrix, in float32."""
+def plain_float32(q, k, v, *, weights=None, **options):
+    """What a NumPy user would write: the whole score matrix, in float32. weights: a function for the numerator's."""
     rows = []
     for head in reference.heads(q, k, v, **options):
         single = {name: np.float32(getattr(head, name)) for name in ("q", "k", "v", "distance", "bias", "slope")}
@@ -204,5 +204,6 @@ def plain_float32(q, k, v, **options):
             top = np.where(top == -np.inf, np.float32(0), top)
             p = np.exp(scores - top)
             total = p.sum(axis=1, keepdims=True) + np.exp(np.float32(head.sink) - top)
+            p = p if weights is None else weights(p)
             rows.append((p @ single["v"]) / np.where(total == 0, np.float32(1), total))
     return np.array(rows, dtype=np.float32).reshape(q.shape[:-1] + v.shape[-1:])

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from unittest import mock
 
 import cases
+import halves
 import numpy as np
 
 import cyflash
 from cyflash import FlashAttentionConfig, arrays, flash_attention, flash_attention_int8, operands, quantize
+from cyflash.cpu import observe
+from cyflash.quant import histogram
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_ALL = 0, mmap.PROT_READ | mmap.PROT_WRITE
@@ -165,6 +168,36 @@ def beyond_the_ends():
                         cases.assert_same_bits(result, expected)
 
 
+def beyond_the_ends_of_halves():
+    """The same for float16 and bfloat16, where an odd number of them ends in the middle of a word."""
+    fences = [Fence(1 << 16) for _ in range(4)]
+    dims = [(1, 1), (3, 2), (7, 9), (15, 17), (16, 16), (17, 1), (33, 31), (64, 64), (65, 127)]
+    for dtype in halves.installed():
+        for D, Dv in dims:
+            for Lq, Lk in itertools.product((1, 5, 16, 49), (1, 7, 8, 33, 66)):
+                qkv = [x[0].astype(dtype) for x in cases.arrays(1, 2, 1, Lq, Lk, D, Dv)]
+                for options in ({}, {"mask": np.arange(Lk) != Lk // 2}):
+                    expected = flash_attention(*qkv, **options)
+                    for at_end in (True, False):
+                        put = iter(fences)
+                        fenced = [next(put).put(x, at_end) for x in qkv]
+                        out = next(put).put(np.full_like(expected, np.nan), at_end)
+                        flash_attention(*fenced, **options, out=out)
+                        halves.assert_same_bits(out, expected)
+
+
+def observing():
+    """The passes of calibration."""
+    fence = Fence(PAGE)
+    for D in (1, 3, 4, 5, 8, 17, 64):
+        x = cases.arrays(1, 1, Lq=3, D=D)[0][0]
+        for at_end, dtype in itertools.product((True, False), (np.float32, *halves.installed())):
+            y = fence.put(x.astype(dtype), at_end)
+            observe.fingerprints(y, None, np.zeros(1, np.uint64), 1)
+            observe.sum_channels(y, None, 1.0, np.zeros((1, D), np.int64), 1)
+            histogram.Counts.zeros(1).observe(y, None, None, 1)
+
+
 def beyond_the_ends_int8():
     """The same for codes and scales; nor is what a call makes of them touched outside: codes, packed groups, scales."""
     call_fences, made_fences = ([Fence(1 << 17) for _ in range(16)] for _ in range(2))
@@ -217,9 +250,15 @@ def _fencing_what_is_made(fences, at_end):
     def together(others, **wanted):
         return {name: next(put).put(np.empty(*how), at_end) for name, how in wanted.items()}
 
+    def fenced(operands):
+        return operands._replace(**{
+            name: _fenced(put, x, at_end)
+            for name, x in operands._asdict().items() if isinstance(x, np.ndarray)
+        })
+
     def prepared(*arguments):
-        ready = prepare(*arguments)
-        return operands.Operands(*(_fenced(put, x, at_end) for x in ready))
+        floats, stored, codes = prepare(*arguments)
+        return floats, fenced(stored), fenced(codes)
 
     with mock.patch.object(arrays, "together", together), mock.patch.object(operands, "prepare", prepared):
         yield
@@ -233,7 +272,8 @@ def quantising():
         for L in (1, 4, 15, 17, 40):
             x = cases.arrays(1, 2, Lq=L, D=D)[0]
             zeros = [np.zeros(shape, np.float32) for shape in ((1, 2, D), (1, 2), (1, 2, L))]
-            for at_end in (True, False):
+            kinds = [x, *(x.astype(dtype) for dtype in halves.installed())]
+            for at_end, x in itertools.product((True, False), kinds):
                 put = iter(fences)
                 x, mean, top, found = (next(put).put(y, at_end) for y in (x, *zeros))
                 given = next(put).put(np.ones_like(found), at_end)
@@ -242,6 +282,19 @@ def quantising():
                     assert build.find_range(x, skip, True, mean, top, 1)
                     assert build.encode(x, mean, None, found, skip, codes, 1)
                     assert build.encode(x, None, given, None, skip, codes, 1)
+
+
+def converting():
+    """Loads and stores of 16-bit floats, with every tail."""
+    build = cyflash.cpu.active()
+    fences = [Fence(PAGE) for _ in range(4)]
+    for n in range(1, 40):
+        for at_end in (True, False):
+            floats, bits = fences[0].put(np.ones(n, np.float32), at_end), fences[1].put(np.ones(n, np.uint16), at_end)
+            to_floats, to_bits = fences[2].put(floats, at_end), fences[3].put(bits, at_end)
+            for kind in ("fp16", "bf16"):
+                build.load_bits(bits, to_floats, kind)
+                build.store_bits(floats, to_bits, kind)
 
 
 def control():
@@ -267,6 +320,7 @@ def control_skipping():
 SCENARIOS = (
     causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
     bias_of_skipped_tiles, beyond_the_ends, beyond_the_ends_int8, quantising,
+    converting, observing, beyond_the_ends_of_halves,
 )
 CONTROLS = (control, control_fence, control_skipping)
 

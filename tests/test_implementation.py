@@ -32,10 +32,10 @@ ALL = [feature for needs in cpu.BUILDS.values() for feature in needs]
         ((), "baseline"),
         (("avx2",), "baseline"),
         (("fma",), "baseline"),
-        (("avx2", "fma"), "avx2"),
-        (("avx2", "fma", "avx512f"), "avx2"),
-        (("avx2", "fma", "avx512f", "avx512bw", "avx512dq"), "avx2"),
-        (("avx2", "fma", "avxvnni"), "avxvnni"),
+        (("avx2", "fma", "f16c"), "avx2"),
+        (("avx2", "fma", "f16c", "avx512f"), "avx2"),
+        (("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq"), "avx2"),
+        (("avx2", "fma", "f16c", "avxvnni"), "avxvnni"),
         (cpu.BUILDS["avx512"], "avx512"),
         ((*cpu.BUILDS["avx512"], "avxvnni"), "avx512"),
         ((*cpu.BUILDS["avx512"], "avx512_bf16"), "avx512"),
@@ -53,7 +53,7 @@ def test_the_best_build_for_the_features(monkeypatch, features, best):
 def test_a_build_the_machine_cannot_run_is_refused_and_named(monkeypatch):
     if cpu.why_not("avx2") == "not built":
         pytest.skip("avx2 was not compiled here")
-    pretend(monkeypatch, "fma")
+    pretend(monkeypatch, "fma", "f16c")
     with pytest.raises(RuntimeError, match=r"'avx2' cannot be used: this machine lacks avx2; usable here: baseline"):
         cyflash.set_implementation("avx2")
 

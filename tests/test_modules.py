@@ -19,13 +19,14 @@ needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="objd
 BEYOND_SSE2 = re.compile(
     r"^(pshufb|palignr|pabs[bwd]|phadd|phsub|pmulhrsw|pmaddubsw|psign|haddp|hsubp|addsubp|lddqu|movs[hl]dup|movddup|pblend|blend|"
     r"dpp[sd]|round[ps][sd]|ptest|pmulld|pmuldq|p(max|min)(s[bd]|u[wd])|pmov[sz]x|packusdw|pcmp[eg][qt]q|insertps|extractps|"
-    r"pinsr[bdq]|pextr[bdq]|mpsadbw|popcnt|crc32|andn|bextr|bls|bzhi|pdep|pext|mulx|rorx|sarx|shlx|shrx|aes|pclmul)"
+    r"pinsr[bdq]|pextr[bdq]|mpsadbw|popcnt|crc32|andn|bextr|bls|bzhi|pdep|pext(?!rw)|mulx|rorx|sarx|shlx|shrx|aes|pclmul)"
 )
 AVX512_REGISTERS = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]")
 # Dot products of AVX-512 VNNI; AVX-VNNI has them in the VEX encoding, which objdump marks with a prefix of its own.
 BF16 = "vdpbf16|vcvtne.*ps2bf16|tdp|tile"
 MUST_NOT = {
-    "baseline": lambda name, operands: name.startswith("v") or name == "{vex}" or BEYOND_SSE2.match(name),
+    "baseline": lambda name, operands: name.startswith("v") or name == "{vex}" or BEYOND_SSE2.match(name)
+    or (name == "pextrw" and "(" in operands),  # to a register it is SSE2, to memory SSE4.1
     "avx2": lambda name, operands: AVX512_REGISTERS.search(operands) or re.match(r"vpdp|\{vex\}", name),
     "avxvnni": lambda name, operands: AVX512_REGISTERS.search(operands) or name.startswith("vpdp"),
     "avx512": lambda name, operands: re.match(rf"vpdp|\{{vex\}}|{BF16}", name),

@@ -36,31 +36,46 @@ cdef inline vf keep_vector(const unsigned char* mask, Py_ssize_t stride, Py_ssiz
     return vf_keep_part(buffer, n)
 
 
-cdef void load_addend(
-    vf* t, const float* bias, const Py_ssize_t* bias_stride, const unsigned char* mask, const Py_ssize_t* mask_stride,
-    Py_ssize_t rows, Py_ssize_t keys
-) noexcept nogil:
-    """t[key][row]: bias and mask (-inf) of up to LANES rows x LANES keys, as one tile to add.
+cdef inline bint same_for_all(const Panel* panel, const Py_ssize_t* stride) noexcept nogil:
+    """Whether the rows of a panel share one row of a bias or a mask."""
+    return stride[1] == 0 and (panel.heads == 1 or stride[0] == 0)
 
-    Strides are those of the last two axes. Rows that share one bias and mask (stride 0) are broadcast, not read again.
-    """
-    cdef bint shared = (bias == NULL or bias_stride[0] == 0) and (mask == NULL or mask_stride[0] == 0)
-    cdef Py_ssize_t r, n = 1 if shared else rows
+
+cdef void load_addend(
+    vf* t, const Head* head, const Panel* panel, bint masked, Py_ssize_t lane, Py_ssize_t rows, Py_ssize_t key,
+    Py_ssize_t keys
+) noexcept nogil:
+    """t[key][row]: bias and, if `masked`, mask (-inf) of up to LANES rows from `lane` on x LANES keys from `key` on, as
+    one tile to add. Rows that share one bias and mask are broadcast, not read again."""
+    cdef const Py_ssize_t* bias_stride = head.sequence.bias_stride
+    cdef const Py_ssize_t* mask_stride = head.sequence.mask_stride
+    cdef const float* bias = head.bias + key * bias_stride[2] if head.bias != NULL else NULL
+    cdef const unsigned char* mask = head.mask + key * mask_stride[2] if masked else NULL
+    cdef bint shared = (bias == NULL or same_for_all(panel, bias_stride))
+    cdef Py_ssize_t r, n
     cdef float buffer[LANES]
-    if mask == NULL and n == LANES and keys == LANES and bias_stride[1] == 1:
+    shared = shared and (mask == NULL or same_for_all(panel, mask_stride))
+    n = 1 if shared else rows
+    if mask == NULL and n == LANES and keys == LANES and bias_stride[2] == 1 and panel.heads == 1:
+        bias += (panel.row + lane) * bias_stride[1]
         for r in range(LANES):
-            t[r] = vf_load(bias + r * bias_stride[0])
+            t[r] = vf_load(bias + r * bias_stride[1])
     elif mask == NULL:
         for r in range(n):
-            t[r] = bias_vector(bias + r * bias_stride[0], bias_stride[1], keys)
+            t[r] = bias_vector(
+                bias + lane_at(panel, lane + r, bias_stride[0], bias_stride[1]), bias_stride[2], keys,
+            )
     elif bias == NULL:
         for r in range(n):
-            t[r] = keep_vector(mask + r * mask_stride[0], mask_stride[1], keys)
+            t[r] = keep_vector(
+                mask + lane_at(panel, lane + r, mask_stride[0], mask_stride[1]), mask_stride[2], keys,
+            )
     else:
         for r in range(n):
             t[r] = vf_hide(
-                bias_vector(bias + r * bias_stride[0], bias_stride[1], keys),
-                keep_vector(mask + r * mask_stride[0], mask_stride[1], keys), vf_set(-INFINITY),
+                bias_vector(bias + lane_at(panel, lane + r, bias_stride[0], bias_stride[1]), bias_stride[2], keys),
+                keep_vector(mask + lane_at(panel, lane + r, mask_stride[0], mask_stride[1]), mask_stride[2], keys),
+                vf_set(-INFINITY),
             )
     if shared:
         vf_store(buffer, t[0])
@@ -79,8 +94,8 @@ cdef inline float relative(Py_ssize_t x) noexcept nogil:
 
 
 cdef inline void prefetch_later(
-    const Problem* x, const Panel* panel, const char* now, Py_ssize_t row_bytes, Py_ssize_t key_bytes, Py_ssize_t key,
-    Py_ssize_t rows
+    const Problem* x, const Head* head, const Panel* panel, const char* now, Py_ssize_t row_bytes, Py_ssize_t key_bytes,
+    Py_ssize_t key, Py_ssize_t rows
 ) noexcept nogil:
     """Asks for what comes a block of keys after a tile of bias or mask of key `key`, or where that was the last block,
     for the same rows of the next panel: a short piece of each of many long rows, which no hardware prefetcher foresees.
@@ -89,7 +104,7 @@ cdef inline void prefetch_later(
     cdef Py_ssize_t r
     cdef const char* later = now + x.Bc * key_bytes
     if key + x.Bc > panel.last_key:
-        if panel.row + panel.rows + PANEL > x.Lq:
+        if panel.row + panel.rows + PANEL > head.sequence.Lq:
             return
         later = now + panel.rows * row_bytes + (panel.first_key // x.Bc - key // x.Bc) * x.Bc * key_bytes
     for r in range(rows):
@@ -141,70 +156,72 @@ cdef void change_scores(
     soft: apply softcap. masked: the mask of this tile is neither all True nor absent. edges: causal or the window hides
     a part of this tile.
     """
-    cdef Py_ssize_t c, n, i, rows, position = panel.row + x.offset - block  # of lane 0, relative to the block
+    cdef Py_ssize_t c, n, i, rows
+    cdef Py_ssize_t position = panel.row + head.sequence.offset - block  # of lane 0, relative to the block
     cdef int j
-    cdef bint added = x.bias != NULL or masked
-    cdef bint far_bias = x.bias != NULL and x.bias_stride[2] != 0 and x.bias_stride[3] == 1
-    cdef bint far_mask = masked and x.mask_stride[2] != 0 and x.mask_stride[3] == 1
-    cdef float lane[LANES]
+    cdef bint added = head.bias != NULL or masked, sloped = head.slopes != NULL
+    cdef const Py_ssize_t* bias_stride = head.sequence.bias_stride
+    cdef const Py_ssize_t* mask_stride = head.sequence.mask_stride
+    cdef bint far_bias = head.bias != NULL and bias_stride[1] != 0 and bias_stride[2] == 1 and panel.heads == 1
+    cdef bint far_mask = masked and mask_stride[1] != 0 and mask_stride[2] == 1 and panel.heads == 1
+    cdef vf step
     cdef vf addend[LANES]
     cdef vf highest
     cdef Lines lines
-    cdef const float* bias = NULL
-    cdef const unsigned char* mask = NULL
     cdef float* score
-    lines.cap, lines.slope = vf_set(x.softcap), vf_set(-head.slope)
+    lines.cap = vf_set(x.softcap)
     lines.per_cap = vf_set(1.0 / x.softcap if soft else 0.0)
-    for i in range(LANES):
-        lane[i] = <float> i
     for j in range(panel.vectors):
-        lines.low = vf_add(vf_load(lane), vf_set(relative(position + j * LANES - x.left)))
-        lines.high = vf_add(vf_load(lane), vf_set(relative(position + j * LANES + x.right)))
-        lines.place = vf_add(vf_load(lane), vf_set(<float> (position + j * LANES)))
-        rows = min(<Py_ssize_t> LANES, panel.rows - j * LANES)
+        step = vf_load(panel.step + j * LANES)
+        lines.low = vf_add(step, vf_set(relative(position - x.left)))
+        lines.high = vf_add(step, vf_set(relative(position + x.right)))
+        lines.place = vf_add(step, vf_set(<float> position))
+        lines.slope = vf_sub(vf_set(0.0), vf_load(panel.slope + j * LANES))
+        rows = min(<Py_ssize_t> LANES, panel.lanes - j * LANES)
         highest = vf_set(-INFINITY)
         c = begin
         while c < end:
             n = min(<Py_ssize_t> LANES, end - c)
             if added:
-                if x.bias != NULL:
-                    bias = head.bias + (panel.row + j * LANES) * x.bias_stride[2] + (block + c) * x.bias_stride[3]
-                if masked:
-                    mask = head.mask + (panel.row + j * LANES) * x.mask_stride[2] + (block + c) * x.mask_stride[3]
-                load_addend(addend, bias, x.bias_stride + 2, mask, x.mask_stride + 2, rows, n)
+                load_addend(addend, head, panel, masked, j * LANES, rows, block + c, n)
                 if far_bias:
                     prefetch_later(
-                        x, panel, <const char*> bias, x.bias_stride[2] * sizeof(float), sizeof(float), block + c, rows,
+                        x, head, panel,
+                        <const char*> (head.bias + (panel.row + j * LANES) * bias_stride[1] + block + c),
+                        bias_stride[1] * sizeof(float), sizeof(float), block + c, rows,
                     )
                 if far_mask and c % CACHE_LINE == 0:
-                    prefetch_later(x, panel, <const char*> mask, x.mask_stride[2], 1, block + c, rows)
+                    prefetch_later(
+                        x, head, panel,
+                        <const char*> (head.mask + (panel.row + j * LANES) * mask_stride[1] + block + c),
+                        mask_stride[1], 1, block + c, rows,
+                    )
             score = s + c * PANEL + j * LANES
             # what masks and causal need alone, without the rest of it in the loop
-            if added and not (soft or edges or x.slopes != NULL):
+            if added and not (soft or edges or sloped):
                 highest = change_keys(score, c, n, addend, &lines, highest, False, False, True, False)
-            elif edges and not (soft or added or x.slopes != NULL):
+            elif edges and not (soft or added or sloped):
                 highest = change_keys(score, c, n, addend, &lines, highest, False, False, False, True)
             else:
-                highest = change_keys(score, c, n, addend, &lines, highest, soft, x.slopes != NULL, added, edges)
+                highest = change_keys(score, c, n, addend, &lines, highest, soft, sloped, added, edges)
             c += n
         vf_store(top + j * LANES, highest)
 
 
-cdef int mask_tile(
-    const Problem* x, const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end
-) noexcept nogil:
+cdef int mask_tile(const Head* head, const Panel* panel, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """-1 when the mask keeps no key of [begin, end) for any row of the panel, 1 when it keeps all, 0 between."""
+    cdef const Py_ssize_t* stride = head.sequence.mask_stride
     cdef Py_ssize_t i, j, kept, seen = 0, all_kept = 0
     cdef const unsigned char* row
-    for i in range(panel.rows if x.mask_stride[2] != 0 else 1):
-        row = head.mask + (panel.row + i) * x.mask_stride[2] + begin * x.mask_stride[3]
+    for i in range(1 if same_for_all(panel, stride) else panel.lanes):
+        row = head.mask + lane_at(panel, i, stride[0], stride[1]) + begin * stride[2]
         kept = 0
-        if x.mask_stride[3] == 1:
+        if stride[2] == 1:
             for j in range(end - begin):
                 kept += row[j] != 0
         else:
             for j in range(end - begin):
-                kept += row[j * x.mask_stride[3]] != 0
+                kept += row[j * stride[2]] != 0
         seen += end - begin
         all_kept += kept
         if 0 < all_kept < seen:

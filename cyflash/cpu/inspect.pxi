@@ -1,68 +1,138 @@
 # Windows into the kernels for tests and benchmarks: sums of codes as the tiles compute them, rates of the products.
 
 
-def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::1] k not None):
-    """float32 (Lq, Lk): the sums q k^T as scores_of_codes() makes them, exact below 2^24."""
-    cdef Py_ssize_t Lq = q.shape[0], Lk = k.shape[0], r, c, rows = (Lk + ROWS - 1) // ROWS * ROWS
+def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::1] k not None, bint few=False):
+    """float32 (Lq, Lk): the sums q k^T as scores_of_codes() makes them, exact below 2^24; few: those of few.pxi."""
+    cdef Py_ssize_t Lq = q.shape[0], Lk = k.shape[0], r, c, rows = round_up(Lk, 16)
+    cdef Py_ssize_t words = round_up(q.shape[1], 4) // 4, step = FEW if few else PANEL, first_page = 0
     cdef Problem x
     cdef Head head
+    cdef Sequence sequence
+    cdef Scratch scratch
+    cdef Block keys
     cdef Panel panel
     cdef float one = 1.0
     memset(&x, 0, sizeof(x))
     memset(&head, 0, sizeof(head))
-    x.D, x.scale, x.codes.q_stride[2] = q.shape[1], 1.0, q.shape[1]
-    head.q_codes, head.q_scale, head.k_scale = &q[0, 0], &one, &one
-    cdef int[:, :, :, ::1] packed = np.empty((1, 1, rows, 1 + (q.shape[1] + GROUP - 1) // GROUP), np.int32)
-    cdef int[::1] codes = np.empty((x.D + GROUP - 1) // GROUP * PANEL, np.int32)
-    cdef float[:, ::1] s = np.empty((rows, PANEL), np.float32)
-    cdef float[:, ::1] rest = np.empty((4, PANEL), np.float32)
+    memset(&panel, 0, sizeof(panel))
+    memset(&sequence, 0, sizeof(sequence))
+    cdef signed char[:, :, :, ::1] packed = np.zeros((1, 1, rows, 4 * words), np.int8)
+    cdef int[:, :, ::1] correction = np.zeros((1, 1, rows), np.int32)
+    cdef int[::1] codes = np.empty(round_up((q.shape[1] + 1) // 2, LANES) * PANEL, np.int32)
+    cdef float[:, ::1] s = np.zeros((rows, PANEL), np.float32)
+    cdef float[:, ::1] rest = np.zeros((4, PANEL), np.float32)
+    cdef int[::1] room = np.empty(rows * 4 * words, np.int32)
     sums = np.empty((Lq, Lk), np.float32)
     cdef float[:, ::1] to = sums
-    pack_keys(np.asarray(k)[None, None], packed, 1)
+    zero, count = np.zeros((1, 1), np.intp), np.array([Lk], np.intp)
+    pack_keys(np.asarray(k)[None, None], packed, correction, zero, zero[0], count, 1)
+    x.D, x.scale, x.codes.q_stride[2], x.page_size = q.shape[1], 1.0, q.shape[1], UNPAGED
+    x.k.kind, x.k.data, x.k.row = INT8, <const char*> &packed[0, 0, 0, 0], 4 * words
+    x.codes.k_correction = &correction[0, 0, 0]
+    sequence.pages = &first_page
+    head.sequence, head.q_codes, head.q_scale, head.k_scale = &sequence, &q[0, 0], &one, &one
+    scratch.k = <char*> &room[0]
+    load_keys(&x, &head, 0, 0, Lk, False, few, &scratch, &keys)
     panel.codes, panel.factor, panel.shift, panel.lift = &codes[0], &rest[0, 0], &rest[1, 0], &rest[3, 0]
-    panel.row = 0
+    panel.heads, panel.few = 1, few
     while panel.row < Lq:
-        panel.rows = min(<Py_ssize_t> PANEL, Lq - panel.row)
+        panel.rows = panel.lanes = min(step, Lq - panel.row)
         panel.vectors = <int> ((panel.rows + LANES - 1) // LANES)
-        pack_codes(&x, &head, &panel)
-        scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &packed[0, 0, 0, 0], NULL, (x.D + GROUP - 1) // GROUP, 0, Lk)
+        if few:
+            few_pack_codes(&x, &head, &panel)
+            few_scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, words, 0, Lk)
+        else:
+            pack_codes(&x, &head, &panel)
+            scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, (x.D + GROUP - 1) // GROUP, 0, Lk)
         for r in range(panel.rows):
             for c in range(Lk):
                 to[panel.row + r, c] = s[c, r]
-        panel.row += PANEL
+        panel.row += step
     return sums
 
 
-def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, ::1] v not None):
-    """float32 (Lq, Dv): the sums p v as accumulate_codes() makes them, exact below 2^24."""
-    cdef Py_ssize_t Lq = p.shape[0], Lk = p.shape[1], Dv = v.shape[1], groups = (Lk + GROUP - 1) // GROUP
-    cdef Py_ssize_t row = 0, rows, r, c, d
-    cdef int[:, :, :, ::1] packed = np.empty((1, 1, groups, (Dv + ROWS - 1) // ROWS * ROWS), np.int32)
-    cdef int[:, ::1] codes = np.empty((groups, PANEL), np.int32)
-    cdef float[:, ::1] o = np.empty(((Dv + LANES - 1) // LANES * LANES, PANEL), np.float32)
+def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, ::1] v not None, bint few=False):
+    """float32 (Lq, Dv): the sums p v as accumulate_codes() makes them, exact below 2^24; few: those of few.pxi."""
+    cdef Py_ssize_t Lq = p.shape[0], Lk = p.shape[1], Dv = v.shape[1], rows = round_up(Lk, 16)
+    cdef Py_ssize_t columns = round_up(Dv, 16), row = 0, n, r, c, d, step = FEW if few else PANEL, first_page = 0
+    cdef Problem x
+    cdef Head head
+    cdef Sequence sequence
+    cdef Scratch scratch
+    cdef Block keys
+    cdef Panel panel
+    memset(&x, 0, sizeof(x))
+    memset(&head, 0, sizeof(head))
+    memset(&panel, 0, sizeof(panel))
+    memset(&sequence, 0, sizeof(sequence))
+    cdef int[:, :, :, ::1] packed = np.zeros((1, 1, rows // 4, columns), np.int32)
+    cdef int[:, ::1] codes = np.empty((rows, PANEL), np.int32)
+    cdef float[:, ::1] o = np.empty((columns, PANEL), np.float32)
     cdef float[::1] zero = np.zeros(PANEL, np.float32)
     cdef float[:, ::1] one = np.ones(((Lk + PART_KEYS - 1) // PART_KEYS, PANEL), np.float32)
+    cdef int[::1] room = np.empty(rows * columns, np.int32)
     cdef code* group
     sums = np.empty((Lq, Dv), np.float32)
     cdef float[:, ::1] to = sums
-    pack_values(np.asarray(v)[None, None], packed, 1)
+    zeros, count = np.zeros((1, 1), np.intp), np.array([Lk], np.intp)
+    pack_values(np.asarray(v)[None, None], packed, zeros, zeros[0], count, 1)
+    x.Dv, x.page_size, x.codes.product = Dv, UNPAGED, INT8
+    x.k.kind = x.v.kind = INT8
+    x.v.data, x.v.row = <const char*> &packed[0, 0, 0, 0], columns
+    sequence.pages = &first_page
+    head.sequence = &sequence
+    scratch.v, scratch.p, scratch.alpha, scratch.beta = <char*> &room[0], &codes[0, 0], &zero[0], &one[0, 0]
+    load_values(&x, &head, 0, 0, Lk, False, few, &scratch, &keys)
+    panel.o, panel.few = &o[0, 0], few
     while row < Lq:
-        rows = min(<Py_ssize_t> PANEL, Lq - row)
+        n = panel.lanes = min(step, Lq - row)
         codes[:, :] = 0
         o[:, :] = 0.0
-        for r in range(rows):
+        for r in range(n):
             for c in range(Lk):
                 group = <code*> &codes[c // GROUP, r]
                 group[c % GROUP] = <code> p[row + r, c]
-        accumulate_codes(
-            &o[0, 0], &codes[0, 0], &packed[0, 0, 0, 0], packed.shape[3], &zero[0], &one[0, 0], 0, groups,
-            <int> ((rows + LANES - 1) // LANES),
-        )
-        for r in range(rows):
+        if few:
+            few_accumulate_codes(&panel, &scratch, keys.v_words, keys.v_pitch, Dv, 0, Lk)
+        else:
+            accumulate_codes(
+                panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(Dv, ROWS), scratch.alpha, scratch.beta, 0,
+                (Lk + GROUP - 1) // GROUP, <int> ((n + LANES - 1) // LANES),
+            )
+        for r in range(n):
             for d in range(Dv):
-                to[row + r, d] = o[d, r]
-        row += PANEL
+                to[row + r, d] = panel.o[r * round_up(Dv, LANES) + d] if few else o[d, r]
+        row += step
     return sums
+
+
+def load_bits(const unsigned short[::1] x not None, float[::1] out not None, str kind not None):
+    """out = the values of x, of kind "fp16" or "bf16", whole vectors and then a part of one."""
+    cdef Py_ssize_t i = 0, n = x.shape[0]
+    cdef bint half = kind == "fp16"
+    while i + LANES <= n:
+        vf_store(&out[i], vf_load_half(&x[i]) if half else vf_load_bf16(&x[i]))
+        i += LANES
+    if i < n:
+        vf_store_part(&out[i], vf_load_half_part(&x[i], n - i) if half else vf_load_bf16_part(&x[i], n - i), n - i)
+
+
+def store_bits(const float[::1] x not None, unsigned short[::1] out not None, str kind not None):
+    """The reverse."""
+    cdef Py_ssize_t i = 0, n = x.shape[0]
+    cdef bint half = kind == "fp16"
+    cdef vf a
+    while i < n:
+        a = vf_load(&x[i]) if i + LANES <= n else vf_load_part(&x[i], n - i)
+        if i + LANES <= n and half:
+            vf_store_half(&out[i], a)
+        elif i + LANES <= n:
+            vf_store_bf16(&out[i], a)
+        elif half:
+            vf_store_half_part(&out[i], a, n - i)
+        else:
+            vf_store_bf16_part(&out[i], a, n - i)
+        i += LANES
 
 
 cdef float fma_chains(Py_ssize_t n, float a, float b) noexcept nogil:

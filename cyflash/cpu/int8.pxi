@@ -1,4 +1,5 @@
-# Quantised attention: both products on codes of 8 bits (exact sums of 32 bits), or the second one on bfloat16.
+# Quantised attention: products of codes of 8 bits (exact sums of 32 bits); the second one may be of bfloat16 (bf16.pxi)
+# or of floats.
 #
 #     S = (q8 . k8) s_q s_k scale              less what subtracting the mean of the keys took from the row, see Panel
 #     P = e^(S - top) s_v / omega              and p8 = round(255 P), with the maximum `top` of a part's own scores, not
@@ -41,10 +42,10 @@ cdef inline void multiply_codes(
 
 
 cdef inline void scores_of_codes_tile(
-    float* s, float* top, const Panel* panel, const int* k, const float* k_scale, Py_ssize_t groups,
-    Py_ssize_t begin, Py_ssize_t end, const int vectors, const bint scaled
+    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t groups, Py_ssize_t begin, Py_ssize_t end,
+    const int vectors, const bint scaled
 ) noexcept nogil:
-    cdef Py_ssize_t c, g, t, pitch = 1 + groups
+    cdef Py_ssize_t c, g, t, pitch = keys.k_pitch
     cdef int i, j, u
     cdef const int* b
     cdef const int* a
@@ -56,13 +57,12 @@ cdef inline void scores_of_codes_tile(
     cdef vf shift[VECTORS]
     for g in range(begin // ROWS, (end + ROWS - 1) // ROWS):
         c = g * ROWS
-        b = k + c * pitch
+        b = keys.k_words + c * pitch
         for i in range(ROWS):
-            start = vi_set(b[i * pitch])
+            start = vi_set(keys.k_correction[c + i] if ZERO_POINT == 128 else 0)
             for j in range(vectors):
                 acc[i * VECTORS + j] = start
         a = panel.codes
-        b += 1
         for t in range(groups // UNROLL):
             for u in range(UNROLL):
                 multiply_codes(acc, a + u * PANEL, b + u, pitch, ROWS, vectors)
@@ -79,7 +79,7 @@ cdef inline void scores_of_codes_tile(
             shift[j] = vf_load(panel.shift + j * LANES)
         for i in range(ROWS):
             for j in range(vectors):
-                x = vf_mul(factor[j], vf_set(k_scale[c + i])) if scaled else factor[j]
+                x = vf_mul(factor[j], vf_set(keys.k_scale[c + i])) if scaled else factor[j]
                 y[i * VECTORS + j] = vf_fma(y[i * VECTORS + j], x, shift[j])
         if c < begin or c + ROWS > end:
             for i in range(ROWS):
@@ -97,33 +97,32 @@ cdef inline void scores_of_codes_tile(
 
 
 cdef void scores_of_codes(
-    float* s, float* top, const Panel* panel, const int* k, const float* k_scale, Py_ssize_t groups,
-    Py_ssize_t begin, Py_ssize_t end
+    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t groups, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
     """scores() from codes: S^T[c][r] = factor[r] k_scale[c] (k8[c] . q8[r]) + shift[r], and top[r] becomes
     max(top[r], max_c S^T).
 
-    k: packed key 0 of the block. k_scale: of its keys, or NULL where factor has it. groups: of the head dimension.
-    Whole groups of ROWS keys are read, and as many rows of s written: -inf outside [begin, end).
+    groups: of the head dimension. Whole groups of ROWS keys are read, and as many rows of s written: -inf outside
+    [begin, end).
     """
-    if k_scale == NULL:
+    if keys.k_scale == NULL:
         if panel.vectors == 1:
-            scores_of_codes_tile(s, top, panel, k, k_scale, groups, begin, end, 1, False)
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 1, False)
         elif panel.vectors == 2:
-            scores_of_codes_tile(s, top, panel, k, k_scale, groups, begin, end, 2, False)
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 2, False)
         else:
-            scores_of_codes_tile(s, top, panel, k, k_scale, groups, begin, end, VECTORS, False)
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, VECTORS, False)
     else:
         if panel.vectors == 1:
-            scores_of_codes_tile(s, top, panel, k, k_scale, groups, begin, end, 1, True)
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 1, True)
         elif panel.vectors == 2:
-            scores_of_codes_tile(s, top, panel, k, k_scale, groups, begin, end, 2, True)
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 2, True)
         else:
-            scores_of_codes_tile(s, top, panel, k, k_scale, groups, begin, end, VECTORS, True)
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, VECTORS, True)
 
 
 cdef inline void accumulate_codes_tile(
-    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, const float* beta,
+    float* o, const int* p, const int* v, Py_ssize_t pitch, Py_ssize_t columns, const float* alpha, const float* beta,
     Py_ssize_t begin, Py_ssize_t end, const int vectors
 ) noexcept nogil:
     cdef Py_ssize_t d, low, high, t
@@ -146,7 +145,7 @@ cdef inline void accumulate_codes_tile(
                 for j in range(vectors):
                     acc[i * VECTORS + j] = vi_set(0)
             for t in range(low, high):
-                multiply_codes(acc, p + t * PANEL, v + t * columns + d * HALF, 1, HALF, vectors)
+                multiply_codes(acc, p + t * PANEL, v + t * pitch + d * HALF, 1, HALF, vectors)
             for j in range(vectors):
                 x = vf_load(factor + j * LANES)
                 for i in range(HALF):
@@ -158,20 +157,20 @@ cdef inline void accumulate_codes_tile(
 
 
 cdef void accumulate_codes(
-    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, const float* beta,
+    float* o, const int* p, const int* v, Py_ssize_t pitch, Py_ssize_t columns, const float* alpha, const float* beta,
     Py_ssize_t begin, Py_ssize_t end, int vectors
 ) noexcept nogil:
     """O^T[d][r] = alpha[r] O^T[d][r] + sum over parts of beta[part][r] (sum of V8[c][d] P8^T[c][r] over its keys).
 
-    p, v: groups of the block, of which begin <= t < end count. A tile has half as many rows as elsewhere: beside its
-    sums of codes it holds as many of floats, into which each part goes.
+    p, v: groups of the block, of which begin <= t < end count. columns: Dv rounded up to ROWS. A tile has half as many
+    rows as elsewhere: beside its sums of codes it holds as many of floats, into which each part goes.
     """
     if vectors == 1:
-        accumulate_codes_tile(o, p, v, columns, alpha, beta, begin, end, 1)
+        accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, 1)
     elif vectors == 2:
-        accumulate_codes_tile(o, p, v, columns, alpha, beta, begin, end, 2)
+        accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, 2)
     else:
-        accumulate_codes_tile(o, p, v, columns, alpha, beta, begin, end, VECTORS)
+        accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, VECTORS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,69 +283,6 @@ cdef void softmax_codes(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The second product in bfloat16
-
-
-cdef void round_weights(
-    int* p, const float* s, const float* v_scale, Py_ssize_t begin, Py_ssize_t end, int vectors
-) noexcept nogil:
-    """P^T as bfloat16, in groups of BF16_GROUP keys; times v_scale[c], unless that is NULL."""
-    cdef Py_ssize_t g, c
-    cdef int j, i
-    cdef vf x[BF16_GROUP]
-    for g in range(begin // BF16_GROUP, end // BF16_GROUP):
-        for j in range(vectors):
-            for i in range(BF16_GROUP):
-                c = g * BF16_GROUP + i
-                x[i] = vf_load(s + c * PANEL + j * LANES)
-                if v_scale != NULL:
-                    x[i] = vf_mul(x[i], vf_set(v_scale[c]))
-            vi_store_bf16(p + g * PANEL + j * LANES, x)
-
-
-cdef inline void accumulate_bf16_tile(
-    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, float beta, Py_ssize_t n,
-    const int vectors
-) noexcept nogil:
-    cdef Py_ssize_t d, t
-    cdef int i, j
-    cdef float* place
-    cdef vf old
-    cdef vf acc[ROWS * VECTORS]
-    cdef vi x[VECTORS]
-    cdef vi y
-    for d in range(columns // ROWS):
-        for i in range(ROWS):
-            for j in range(vectors):
-                acc[i * VECTORS + j] = vf_set(0.0)
-        for t in range(n):
-            for j in range(vectors):
-                x[j] = vi_load(p + t * PANEL + j * LANES)
-            for i in range(ROWS):
-                y = vi_set(v[t * columns + d * ROWS + i])
-                for j in range(vectors):
-                    acc[i * VECTORS + j] = vf_dot_bf16(acc[i * VECTORS + j], x[j], y)
-        for i in range(ROWS):
-            for j in range(vectors):
-                place = o + (d * ROWS + i) * PANEL + j * LANES
-                old = vf_mul(vf_load(place), vf_load(alpha + j * LANES))
-                vf_store(place, vf_fma(acc[i * VECTORS + j], vf_set(beta), old))
-
-
-cdef void accumulate_bf16(
-    float* o, const int* p, const int* v, Py_ssize_t columns, const float* alpha, float beta, Py_ssize_t n,
-    int vectors
-) noexcept nogil:
-    """O^T[d][r] = alpha[r] O^T[d][r] + beta (sum of V[c][d] P^T[c][r] over n groups of keys), sums in float32."""
-    if vectors == 1:
-        accumulate_bf16_tile(o, p, v, columns, alpha, beta, n, 1)
-    elif vectors == 2:
-        accumulate_bf16_tile(o, p, v, columns, alpha, beta, n, 2)
-    else:
-        accumulate_bf16_tile(o, p, v, columns, alpha, beta, n, VECTORS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Queries as codes
 
 
@@ -359,7 +295,6 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
     cdef Py_ssize_t chunk, w, r, i, n, d, row
     cdef int j
     cdef const signed char* q
-    cdef const float* scales = head.q_scale + panel.row * x.codes.q_scale_stride[2]
     cdef double factor
     cdef code words[LANES * LANES * GROUP]
     cdef code* word
@@ -367,17 +302,19 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
     cdef vf sum
     cdef vi group
     for r in range(PANEL):
-        factor = x.scale * scales[r * x.codes.q_scale_stride[2]] if r < panel.rows else 0.0
+        factor = 0.0
+        if r < panel.lanes:
+            factor = x.scale * head.q_scale[lane_at(panel, r, x.codes.q_scale_stride[1], x.codes.q_scale_stride[2])]
         panel.lift[r] = <float> factor  # below, times the product of the codes and the mean
-        panel.factor[r] = <float> (factor if x.codes.k_tokens else factor * head.k_scale[0])
+        panel.factor[r] = <float> (factor if x.codes.k_scale.tokens else factor * head.k_scale[0])
     for j in range(panel.vectors):
         row = j * LANES
         for chunk in range((groups + LANES - 1) // LANES):
             w = chunk * LANES
             memset(words, 0, sizeof(words))
             n = min(<Py_ssize_t> (LANES * GROUP), D - w * GROUP)
-            for r in range(min(<Py_ssize_t> LANES, panel.rows - row)):
-                q = head.q_codes + (panel.row + row + r) * x.codes.q_stride[2] + w * GROUP
+            for r in range(min(<Py_ssize_t> LANES, panel.lanes - row)):
+                q = head.q_codes + lane_at(panel, row + r, x.codes.q_stride[1], x.codes.q_stride[2]) + w * GROUP
                 word = words + r * LANES * GROUP
                 for i in range(n):
                     word[i] = <code> (q[i] + ZERO_POINT)

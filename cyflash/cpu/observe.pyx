@@ -4,7 +4,8 @@
     sum_channels()    the sum of each channel per head, in fixed point
     fingerprints()    64 bits per head that tell its data from other data
 
-Everything counted is an integer, so results do not depend on order, threads or how data was cut into calls.
+Arrays are float32, float16 or bfloat16; the latter two are converted piece by piece, and give what the same values in
+float32 do. Everything counted is an integer, so results do not depend on order, threads or how data was cut into calls.
 
 A bin is an octave's 16th part: the exponent and the top 4 bits of the mantissa. Of the rest of the mantissa, 19 bits,
 each bin keeps the exact sum. During the pass count and sum of a bin share 64 bits, so that a value costs one addition
@@ -13,6 +14,11 @@ to one word: the sum has the low 40, the count the upper 24, and 2^21 values of 
 from cython.parallel cimport prange
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+
+import numpy as np
+
+include "vocabulary.pxi"
+include "floats.pxi"
 
 cdef enum:
     LOW_BITS = 19                        # of the mantissa, below the bins
@@ -25,11 +31,40 @@ cdef enum:
     INVALID = KEPT_BINS + 2              # and NaN and inf; the bins are between them
     COLUMNS = KEPT_BINS + 3
     RUN = 1 << 21                        # values until the 40 bits of a sum could be full
+    PIECE = 512                          # values that are converted together; even
 
 # Added to a double below 2^51, it leaves the rounded integer in the low bits of the mantissa.
 cdef double ROUNDER = 3.0 * (<int64_t> 1 << 51)
 
 LAYOUT = {"bins": KEPT_BINS, "bins_per_octave": 16, "first_exponent": -64}
+
+
+cdef Floats heads_of(x) except *:
+    """Where an array (H, L, D) lies."""
+    return floats_of(x[None])
+
+
+cdef inline void convert(const char* p, Py_ssize_t n, float* room, const Kind kind) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i + LANES <= n:
+        vf_store(room + i, load_floats(beyond(p, i, kind), kind))
+        i += LANES
+    if i < n:
+        vf_store_part(room + i, load_floats_part(beyond(p, i, kind), n - i, kind), n - i)
+
+
+cdef inline const float* values(
+    const Floats* x, Py_ssize_t h, Py_ssize_t row, Py_ssize_t d, Py_ssize_t n, float* room
+) noexcept nogil:
+    """n <= PIECE values of a row, from channel d on: where they are, or in `room`, converted."""
+    cdef const char* p = beyond(at(x, 0, h, row), d, x.kind)
+    if x.kind == FLOAT16:
+        convert(p, n, room, FLOAT16)
+    elif x.kind == BFLOAT16:
+        convert(p, n, room, BFLOAT16)
+    else:
+        return <const float*> p
+    return room
 
 
 cdef inline void count_row(
@@ -77,11 +112,12 @@ cdef inline void drain(uint64_t* table, int64_t* counts, int64_t* sums) noexcept
 
 
 cdef bint count_head(
-    const float* x, Py_ssize_t stride, Py_ssize_t L, Py_ssize_t D, const float* mean, const unsigned char* seen,
+    const Floats* x, Py_ssize_t h, Py_ssize_t L, Py_ssize_t D, const float* mean, const unsigned char* seen,
     int64_t* counts, int64_t* sums, float* top
 ) noexcept nogil:
     """count_values for one head; returns False where there is no memory."""
     cdef uint64_t* tables = <uint64_t*> calloc(2 * ENTRIES, sizeof(uint64_t))
+    cdef float room[PIECE]
     cdef Py_ssize_t i, d, n, waiting = 0
     cdef uint32_t largest = (<uint32_t*> top)[0]
     if tables == NULL:
@@ -91,13 +127,13 @@ cdef bint count_head(
             continue
         d = 0
         while d < D:
-            n = min(D - d, <Py_ssize_t> RUN)
+            n = min(D - d, <Py_ssize_t> PIECE)
             if waiting + n > RUN:
                 drain(tables, counts, sums)
                 drain(tables + ENTRIES, counts, sums)
                 waiting = 0
             count_row(
-                x + i * stride + d, mean + d if mean != NULL else NULL, n, tables, tables + ENTRIES, &largest
+                values(x, h, i, d, n, room), mean + d if mean != NULL else NULL, n, tables, tables + ENTRIES, &largest
             )
             waiting += n
             d += n
@@ -109,7 +145,7 @@ cdef bint count_head(
 
 
 def count_values(
-    const float[:, :, :] x not None, const float[:, :] mean, const unsigned char[:, :] seen,
+    x not None, const float[:, :] mean, const unsigned char[:, :] seen,
     int64_t[:, ::1] counts not None, int64_t[:, ::1] sums not None, float[::1] top not None, int threads,
 ):
     """Add the values |x - mean| of each head to its histogram.
@@ -119,13 +155,14 @@ def count_values(
     the low bits of the mantissas. top: (H,), the greatest finite |x - mean| so far, not negative.
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h, failed = 0
-    cdef Py_ssize_t stride = x.strides[1] // <Py_ssize_t> sizeof(float)
     cdef bint centred = mean is not None, some = seen is not None
+    cdef Floats source
     if x.size == 0:
         return
+    source = heads_of(x)
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
         failed += not count_head(
-            &x[h, 0, 0], stride, L, D, &mean[h, 0] if centred else NULL, &seen[h, 0] if some else NULL,
+            &source, h, L, D, &mean[h, 0] if centred else NULL, &seen[h, 0] if some else NULL,
             &counts[h, 0], &sums[h, 0], &top[h],
         )
     if failed:
@@ -133,22 +170,28 @@ def count_values(
 
 
 cdef void sum_head(
-    const float* x, Py_ssize_t stride, Py_ssize_t L, Py_ssize_t D, const unsigned char* seen, double factor,
-    int64_t* total
+    const Floats* x, Py_ssize_t h, Py_ssize_t L, Py_ssize_t D, const unsigned char* seen, double factor, int64_t* total
 ) noexcept nogil:
-    cdef Py_ssize_t i, d
+    cdef float room[PIECE]
+    cdef const float* row
+    cdef Py_ssize_t i, j, d, n
     cdef double rounded
     cdef int64_t origin = (<int64_t*> &ROUNDER)[0]
     for i in range(L):
         if seen != NULL and not seen[i]:
             continue
-        for d in range(D):
-            rounded = <double> x[i * stride + d] * factor + ROUNDER
-            total[d] += (<int64_t*> &rounded)[0] - origin
+        d = 0
+        while d < D:
+            n = min(D - d, <Py_ssize_t> PIECE)
+            row = values(x, h, i, d, n, room)
+            for j in range(n):
+                rounded = <double> row[j] * factor + ROUNDER
+                total[d + j] += (<int64_t*> &rounded)[0] - origin
+            d += n
 
 
 def sum_channels(
-    const float[:, :, :] x not None, const unsigned char[:, :] seen, double factor, int64_t[:, ::1] total not None,
+    x not None, const unsigned char[:, :] seen, double factor, int64_t[:, ::1] total not None,
     int threads,
 ):
     """Add the rows of each head to total (H, D), each value times `factor`, rounded to an integer.
@@ -157,44 +200,51 @@ def sum_channels(
     as above.
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h
-    cdef Py_ssize_t stride = x.strides[1] // <Py_ssize_t> sizeof(float)
     cdef bint some = seen is not None
+    cdef Floats source
     if x.size == 0:
         return
+    source = heads_of(x)
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
-        sum_head(&x[h, 0, 0], stride, L, D, &seen[h, 0] if some else NULL, factor, &total[h, 0])
+        sum_head(&source, h, L, D, &seen[h, 0] if some else NULL, factor, &total[h, 0])
 
 
 cdef uint64_t print_head(
-    const float* x, Py_ssize_t stride, Py_ssize_t L, Py_ssize_t D, const unsigned char* seen
+    const Floats* x, Py_ssize_t h, Py_ssize_t L, Py_ssize_t D, const unsigned char* seen
 ) noexcept nogil:
+    cdef float room[PIECE]
     cdef uint64_t total = 0, row
     cdef uint32_t weight
     cdef const uint32_t* bits
-    cdef Py_ssize_t i, d
+    cdef Py_ssize_t i, j, d, n
     for i in range(L):
         if seen != NULL and not seen[i]:
             continue
         row = 0
         weight = <uint32_t> i * <uint32_t> 0x9E3779B1
-        bits = <const uint32_t*> (x + i * stride)
-        for d in range(D):
-            row += <uint64_t> bits[d] * (weight + <uint32_t> d * <uint32_t> 0x85EBCA77 | 1)
+        d = 0
+        while d < D:
+            n = min(D - d, <Py_ssize_t> PIECE)
+            bits = <const uint32_t*> values(x, h, i, d, n, room)
+            for j in range(n):
+                row += <uint64_t> bits[j] * (weight + <uint32_t> (d + j) * <uint32_t> 0x85EBCA77 | 1)
+            d += n
         total = (total ^ row) * <uint64_t> 0xD6E8FEB86659FD93 + <uint64_t> i
     return total
 
 
 def fingerprints(
-    const float[:, :, :] x not None, const unsigned char[:, :] seen, uint64_t[::1] out not None, int threads,
+    x not None, const unsigned char[:, :] seen, uint64_t[::1] out not None, int threads,
 ):
     """Writes out[h]: 64 bits that the rows of head h which count, their bits and their places, decide.
 
     x: (H, L, D), the last axis contiguous. seen: as above. For telling data apart, not against malice.
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h
-    cdef Py_ssize_t stride = x.strides[1] // <Py_ssize_t> sizeof(float)
     cdef bint some = seen is not None
+    cdef Floats source
     if x.size == 0:
         return
+    source = heads_of(x)
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
-        out[h] = print_head(&x[h, 0, 0], stride, L, D, &seen[h, 0] if some else NULL)
+        out[h] = print_head(&source, h, L, D, &seen[h, 0] if some else NULL)

@@ -1,120 +1,101 @@
-# Keys and values of quantised attention as the products read them, once for all the queries of a call.
+# Keys and values of quantised attention as the products read them, in pages, and the same for every build.
 #
-# A group is 32 bits: GROUP codes, or BF16_GROUP bfloat16. Keys are grouped along the head dimension, values along the
-# keys; what a last group lacks is 0.
+#     keys      int8 (pages, Hk, page_size, D rounded up to 4): rows of codes, and for each its correction, -128 times
+#               the sum of its codes, which takes back the 128 that dot products want added to the codes of queries
+#     values    int32 (pages, Hk, page_size / 4, Dv rounded up to 16): byte i of a word is the code of key 4 g + i
+#
+# What a row or a last group lacks is 0. Queries are packed by the tasks that use them.
 
 cdef enum:
-    PACK_KEYS = 64  # keys of a task, a multiple of every group: some microseconds of work
+    PACK_KEYS = 64  # keys of a task: some microseconds of work
 
 
 cdef void pack_key_rows(
-    int* packed, const signed char* k, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t D
+    signed char* packed, Py_ssize_t width, int* correction, const signed char* k, Py_ssize_t stride, Py_ssize_t n,
+    Py_ssize_t D
 ) noexcept nogil:
-    """n keys of D codes as rows [correction, groups...]; the correction takes ZERO_POINT times their sum back."""
-    cdef Py_ssize_t key, d, groups = (D + GROUP - 1) // GROUP
+    """n keys, one after another."""
+    cdef Py_ssize_t key, d
     cdef int total
-    cdef code* row
     for key in range(n):
-        packed[groups] = 0  # the last group, whose last codes may be missing
-        row = <code*> (packed + 1)
         total = 0
         for d in range(D):
-            row[d] = <code> k[d]
             total += k[d]
-        packed[0] = -ZERO_POINT * total
-        packed += 1 + groups
+        memcpy(packed, k, D)
+        memset(packed + D, 0, width - D)
+        correction[key] = -128 * total
+        packed += width
         k += stride
 
 
-cdef void pack_value_groups(
-    int* packed, Py_ssize_t columns, const signed char* v, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t Dv
+cdef void pack_value_rows(
+    signed char* packed, Py_ssize_t columns, Py_ssize_t first, const signed char* v, Py_ssize_t stride, Py_ssize_t n,
+    Py_ssize_t Dv
 ) noexcept nogil:
-    """n values of Dv codes as groups [n / GROUP][columns]."""
-    cdef Py_ssize_t g, key, d, i
-    cdef code* group
-    for g in range((n + GROUP - 1) // GROUP):
-        key = g * GROUP
-        group = <code*> packed
-        if key + GROUP <= n:
+    """n values from key `first` of a page on, of which packed is the first group. Whole groups go at once; in a group
+    that is begun here, the keys that come later are 0."""
+    cdef Py_ssize_t d, key = first, end = first + n
+    cdef signed char* group
+    while key < end:
+        group = packed + key // 4 * 4 * columns
+        if key % 4 == 0:
+            memset(group + 4 * Dv, 0, 4 * (columns - Dv))
+        if key % 4 == 0 and key + 4 <= end:
             for d in range(Dv):
-                for i in range(GROUP):
-                    group[d * GROUP + i] = <code> v[i * stride + d]
+                group[4 * d], group[4 * d + 1] = v[d], v[stride + d]
+                group[4 * d + 2], group[4 * d + 3] = v[2 * stride + d], v[3 * stride + d]
+            v += 4 * stride
+            key += 4
         else:
+            if key % 4 == 0:
+                memset(group, 0, 4 * Dv)
             for d in range(Dv):
-                for i in range(GROUP):
-                    group[d * GROUP + i] = <code> (v[i * stride + d] if key + i < n else 0)
-        for d in range(Dv, columns):
-            packed[d] = 0
-        packed += columns
-        v += GROUP * stride
+                group[4 * d + key % 4] = v[d]
+            v += stride
+            key += 1
 
 
-ctypedef fused element:
-    const signed char
-    const float
+def pack_keys(
+    const signed char[:, :, :, :] codes not None, signed char[:, :, :, ::1] k not None,
+    int[:, :, ::1] correction not None, const Py_ssize_t[:, ::1] table not None, const Py_ssize_t[::1] begin not None,
+    const Py_ssize_t[::1] count not None, int threads
+):
+    """Writes count[i] keys of codes[i] (Hk, L, D) as keys begin[i], begin[i] + 1, ... of the sequence whose pages are
+    table[i]. The last axis of codes is contiguous."""
+    cdef Py_ssize_t Hk = codes.shape[1], L = codes.shape[2], D = codes.shape[3], size = k.shape[2]
+    cdef Py_ssize_t t, i, h, key, end, place, n, chunks = (L + PACK_KEYS - 1) // PACK_KEYS
+    for t in prange(codes.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
+        i, h, key = t // chunks // Hk, t // chunks % Hk, t % chunks * PACK_KEYS
+        end = min(key + PACK_KEYS, count[i])
+        while key < end:
+            place = begin[i] + key
+            n = min(end - key, size - place % size)
+            pack_key_rows(
+                &k[table[i, place // size], h, place % size, 0], k.shape[3],
+                &correction[table[i, place // size], h, place % size], &codes[i, h, key, 0], codes.strides[2], n, D,
+            )
+            key = key + n
 
 
-cdef void pack_bf16_groups(
-    int* packed, Py_ssize_t columns, element* v, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t Dv
-) noexcept nogil:
-    """n values as bfloat16 groups [n / BF16_GROUP][columns]: the upper halves of their floats. Codes are exact."""
-    cdef Py_ssize_t g, key, d, i
-    cdef unsigned int word
-    for g in range((n + BF16_GROUP - 1) // BF16_GROUP):
-        key = g * BF16_GROUP
-        for d in range(Dv):
-            word = 0
-            for i in range(BF16_GROUP):
-                if key + i < n:
-                    word |= bf16_bits(<float> v[i * stride + d]) << 16 * (i + 2 - BF16_GROUP)
-            packed[d] = <int> word
-        for d in range(Dv, columns):
-            packed[d] = 0
-        packed += columns
-        v += BF16_GROUP * stride
-
-
-def pack_keys(const signed char[:, :, :, :] k not None, int[:, :, :, ::1] packed not None, int threads):
-    """(B, Hk, Lk, D) codes -> (B, Hk, Lk rounded up to ROWS, 1 + groups of D). The last axis of k is contiguous."""
-    cdef Py_ssize_t Hk = k.shape[1], Lk = k.shape[2], D = k.shape[3]
-    cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    if Lk == 0:
-        return
-    packed[:, :, Lk:] = 0
-    for t in prange(k.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
-        head = t // chunks
-        key = t % chunks * PACK_KEYS
-        pack_key_rows(
-            &packed[head // Hk, head % Hk, key, 0], &k[head // Hk, head % Hk, key, 0], k.strides[2],
-            min(<Py_ssize_t> PACK_KEYS, Lk - key), D,
-        )
-
-
-def pack_values(const signed char[:, :, :, :] v not None, int[:, :, :, ::1] packed not None, int threads):
-    """(B, Hk, Lk, Dv) codes -> (B, Hk, groups of Lk, Dv rounded up to ROWS). The last axis of v is contiguous."""
-    cdef Py_ssize_t Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
-    cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    if Lk == 0:
-        return
-    for t in prange(v.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
-        head = t // chunks
-        key = t % chunks * PACK_KEYS
-        pack_value_groups(
-            &packed[head // Hk, head % Hk, key // GROUP, 0], packed.shape[3], &v[head // Hk, head % Hk, key, 0],
-            v.strides[2], min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
-        )
-
-
-def pack_values_bf16(element[:, :, :, :] v not None, int[:, :, :, ::1] packed not None, int threads):
-    """pack_values() into bfloat16, in groups of BF16_GROUP keys, from codes or from float32."""
-    cdef Py_ssize_t Hk = v.shape[1], Lk = v.shape[2], Dv = v.shape[3]
-    cdef Py_ssize_t t, head, key, chunks = (Lk + PACK_KEYS - 1) // PACK_KEYS
-    if Lk == 0:
-        return
-    for t in prange(v.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
-        head = t // chunks
-        key = t % chunks * PACK_KEYS
-        pack_bf16_groups(
-            &packed[head // Hk, head % Hk, key // BF16_GROUP, 0], packed.shape[3], &v[head // Hk, head % Hk, key, 0],
-            v.strides[2] // <Py_ssize_t> sizeof(v[0, 0, 0, 0]), min(<Py_ssize_t> PACK_KEYS, Lk - key), Dv,
-        )
+def pack_values(
+    const signed char[:, :, :, :] codes not None, int[:, :, :, ::1] v not None, const Py_ssize_t[:, ::1] table not None,
+    const Py_ssize_t[::1] begin not None, const Py_ssize_t[::1] count not None, int threads
+):
+    """pack_keys() for values."""
+    cdef Py_ssize_t Hk = codes.shape[1], L = codes.shape[2], Dv = codes.shape[3], size = v.shape[2] * 4
+    cdef Py_ssize_t t, i, h, key, end, place, n, chunks = (L + PACK_KEYS - 1) // PACK_KEYS
+    for t in prange(codes.shape[0] * Hk * chunks, nogil=True, num_threads=threads, schedule="static"):
+        i, h, key = t // chunks // Hk, t // chunks % Hk, t % chunks * PACK_KEYS
+        # chunks of groups, so that no two threads write one
+        end = min(count[i], key + PACK_KEYS - begin[i] % 4)
+        key = max(<Py_ssize_t> 0, key - begin[i] % 4)
+        if t % chunks == chunks - 1:
+            end = count[i]
+        while key < end:
+            place = begin[i] + key
+            n = min(end - key, size - place % size)
+            pack_value_rows(
+                <signed char*> &v[table[i, place // size], h, 0, 0], v.shape[3], place % size, &codes[i, h, key, 0],
+                codes.strides[2], n, Dv,
+            )
+            key = key + n

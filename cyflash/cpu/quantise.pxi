@@ -1,4 +1,4 @@
-# From float32 to int8 codes, x ~ code * scale + mean: one reading pass for means and greatest sizes, one writing pass.
+# From floats to int8 codes, x ~ code * scale + mean: one reading pass for means and greatest sizes, one writing pass.
 #
 #     find_range()    mean of each channel, and the greatest |x - mean|, of each head of each sequence
 #     encode()        codes; scales per token are found on the way, while their rows are in the first-level cache
@@ -8,15 +8,15 @@
 #
 # A value saturates where that rint is beyond +-127, which only a given scale can do: encode() counts them when asked.
 #
-# All of it in float32, each operation rounded once: the same codes on every build. Where nothing is subtracted the mean
-# is 0, which changes no bit. The first `skip` rows of a head are used in float32 by the kernels: they count for the
-# mean, but not for a scale, and their codes are 0.
+# All of it in float32, each operation rounded once: the same codes on every build. Values of 16 bits become float32 as
+# they are loaded (floats.pxi), so theirs are the codes of the float32 array. Where nothing is subtracted the mean is 0,
+# which changes no bit. The first `skip` rows of a head are used in float32 by the kernels: they count for the mean, but
+# not for a scale, and their codes are 0.
 #
 # Work is cut into runs of RUN rows of one head, whatever the threads, and sums of runs are merged in order: bits depend
 # on the head's own rows only. NaN and inf are noticed, not handled: the caller raises.
 
 cdef extern from "simd.h" nogil:
-    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     # clips to -127 .. 127, rounds half to even, stores int8; n: the first n lanes only
     void vf_store_codes(signed char*, vf) noexcept
     void vf_store_codes_part(signed char*, vf, Py_ssize_t n) noexcept
@@ -29,11 +29,13 @@ cdef enum:
 cdef float SUM_UNIT = 1.0 / (2 * RUN)
 
 
-cdef inline vf load_column(const float* p, const int j, const int vectors, Py_ssize_t n) noexcept nogil:
-    """Vector j of `vectors` that hold n floats: only the last can be part of one, with 0 in its other lanes."""
+cdef inline vf load_column(
+    const char* p, const int j, const int vectors, Py_ssize_t n, const Kind kind
+) noexcept nogil:
+    """Vector j of `vectors` that hold n values: only the last can be part of one, with 0 in its other lanes."""
     if j < vectors - 1 or n >= vectors * LANES:
-        return vf_load(p + j * LANES)
-    return vf_load_part(p + j * LANES, n - j * LANES)
+        return load_floats(beyond(p, j * LANES, kind), kind)
+    return load_floats_part(beyond(p, j * LANES, kind), n - j * LANES, kind)
 
 
 cdef inline void store_column(float* p, vf x, const int j, const int vectors, Py_ssize_t n) noexcept nogil:
@@ -48,8 +50,8 @@ cdef inline void store_column(float* p, vf x, const int j, const int vectors, Py
 
 
 cdef inline void range_of_columns(
-    const float* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t n, float* low, float* high, float* total,
-    const int vectors
+    const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t n, float* low, float* high, float* total,
+    const int vectors, const Kind kind
 ) noexcept nogil:
     """range_of_run for n channels, or as many of them as `vectors` hold."""
     cdef vf l[COLUMNS]
@@ -62,7 +64,7 @@ cdef inline void range_of_columns(
         l[j], h[j], t[j] = vf_set(INFINITY), vf_set(-INFINITY), vf_set(0.0)
     for i in range(rows):
         for j in range(vectors):
-            a = load_column(x + i * stride, j, vectors, n)
+            a = load_column(x + i * stride, j, vectors, n, kind)
             l[j] = vf_min(a, l[j])
             h[j] = vf_max(a, h[j])
             t[j] = vf_add(t[j], vf_mul(a, unit))
@@ -72,25 +74,41 @@ cdef inline void range_of_columns(
         store_column(total, t[j], j, vectors, n)
 
 
+cdef inline void range_of_elements(
+    const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, float* low, float* high, float* total,
+    const Kind kind
+) noexcept nogil:
+    """range_of_run for one type of values."""
+    cdef Py_ssize_t d = 0
+    cdef const char* p
+    while d < D:
+        p = beyond(x, d, kind)
+        if D - d > 3 * LANES:
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 4, kind)
+        elif D - d > 2 * LANES:
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 3, kind)
+        elif D - d > LANES:
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 2, kind)
+        else:
+            range_of_columns(p, stride, rows, D - d, low + d, high + d, total + d, 1, kind)
+        d += COLUMNS * LANES
+
+
 cdef void range_of_run(
-    const float* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, float* low, float* high, float* total
+    const char* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t D, Kind kind, float* low, float* high,
+    float* total
 ) noexcept nogil:
     """Least and greatest value and sum * SUM_UNIT of each channel of some rows.
 
-    x: rows x D, row stride `stride`. low, high, total: D floats each. NaN is left out of low and high; NaN and inf make
-    their channel's total NaN or infinite, and nothing else does. No rows: inf, -inf and 0.
+    x: rows x D, `stride` bytes between rows. low, high, total: D floats each. NaN is left out of low and high; NaN and
+    inf make their channel's total NaN or infinite, and nothing else does. No rows: inf, -inf and 0.
     """
-    cdef Py_ssize_t d = 0
-    while d < D:
-        if D - d > 3 * LANES:
-            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 4)
-        elif D - d > 2 * LANES:
-            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 3)
-        elif D - d > LANES:
-            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 2)
-        else:
-            range_of_columns(x + d, stride, rows, D - d, low + d, high + d, total + d, 1)
-        d += COLUMNS * LANES
+    if kind == FLOAT16:
+        range_of_elements(x, stride, rows, D, low, high, total, FLOAT16)
+    elif kind == BFLOAT16:
+        range_of_elements(x, stride, rows, D, low, high, total, BFLOAT16)
+    else:
+        range_of_elements(x, stride, rows, D, low, high, total, FLOAT32)
 
 
 cdef bint merge_runs(
@@ -130,19 +148,20 @@ cdef bint merge_runs(
 
 
 def find_range(
-    const float[:, :, :, :] x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean,
+    x not None, Py_ssize_t skip, bint smooth, float[:, :, :] mean,
     float[:, :] top not None, int threads,
 ):
     """Writes top[b, h], the greatest |x - mean| of rows from `skip` on; returns whether every value of x is finite.
 
-    x: (B, H, L, D), no axis empty, the last one contiguous. mean: (B, H, D), the last axis contiguous: written if
-    `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference is. Nothing written is of
-    use where it returns False. May raise MemoryError before anything is written.
+    x: (B, H, L, D) float32, float16 or bfloat16, no axis empty, the last one contiguous. mean: (B, H, D), the last axis
+    contiguous: written if `smooth` (the mean of all rows), else read; None for 0. top is infinite where a difference
+    is. Nothing written is of use where it returns False. May raise MemoryError before anything is written.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t skipped = (skip + RUN - 1) // RUN
     cdef Py_ssize_t n = skipped + (L - skip + RUN - 1) // RUN
-    cdef Py_ssize_t task, head, run, begin, end, stride = x.strides[2] // <Py_ssize_t> sizeof(float)
+    cdef Py_ssize_t task, head, run, begin, end
+    cdef Floats source = floats_of(x)
     cdef bint centre = mean is not None
     cdef Py_ssize_t size = heads * n * 3 * D * <Py_ssize_t> sizeof(float), wrong = 0
     cdef float* runs = <float*> malloc(size)
@@ -157,7 +176,8 @@ def find_range(
             end = min(begin + RUN, skip if run < skipped else L)
             part = runs + task * 3 * D
             range_of_run(
-                &x[head // H, head % H, begin, 0], stride, end - begin, D, part, part + D, part + 2 * D,
+                at(&source, head // H, head % H, begin), source.stride[2], end - begin, D, source.kind,
+                part, part + D, part + 2 * D,
             )
         for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
             wrong += not merge_runs(
@@ -178,12 +198,12 @@ cdef inline void load_mean(vf* m, const float* mean, Py_ssize_t d, Py_ssize_t D,
     """The mean of channels from d on; 0 where `mean` is NULL."""
     cdef int j
     for j in range(vectors):
-        m[j] = load_column(mean + d, j, vectors, D - d) if mean != NULL else vf_set(0.0)
+        m[j] = load_column(<const char*> (mean + d), j, vectors, D - d, FLOAT32) if mean != NULL else vf_set(0.0)
 
 
 cdef inline void largest_of_columns(
-    vf* top, const float* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t d, Py_ssize_t D,
-    const int vectors
+    vf* top, const char* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t d, Py_ssize_t D,
+    const int vectors, const Kind kind
 ) noexcept nogil:
     """largest_of_rows for the channels from d on, as many of them as `vectors` hold."""
     cdef vf m[COLUMNS]
@@ -194,21 +214,21 @@ cdef inline void largest_of_columns(
     for i in range(rows):
         highest = top[i]
         for j in range(vectors):
-            a = load_column(x + i * stride + d, j, vectors, D - d)
+            a = load_column(beyond(x + i * stride, d, kind), j, vectors, D - d, kind)
             highest = vf_max(vf_abs(vf_sub(a, m[j])), highest)
         top[i] = highest
 
 
 cdef inline void largest_of_rows(
-    vf* top, const float* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t D
+    vf* top, const char* x, Py_ssize_t stride, Py_ssize_t rows, const float* mean, Py_ssize_t D, const Kind kind
 ) noexcept nogil:
     """top[i], 0 before: per lane, the greatest |x - mean| of row i. NaN is left out."""
     cdef Py_ssize_t d = 0
     while d + (COLUMNS - 1) * LANES < D:
-        largest_of_columns(top, x, stride, rows, mean, d, D, COLUMNS)
+        largest_of_columns(top, x, stride, rows, mean, d, D, COLUMNS, kind)
         d += COLUMNS * LANES
     while d < D:
-        largest_of_columns(top, x, stride, rows, mean, d, D, 1)
+        largest_of_columns(top, x, stride, rows, mean, d, D, 1, kind)
         d += LANES
 
 
@@ -222,13 +242,13 @@ cdef inline vf scales_of(vf* top) noexcept nogil:
 
 
 cdef inline vf encode_columns(
-    const float* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t d,
-    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, vf* saturated, const int vectors
+    const char* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t d,
+    Py_ssize_t D, signed char* codes, Py_ssize_t codes_stride, vf* saturated, const int vectors, const Kind kind
 ) noexcept nogil:
     """encode_rows for the channels from d on, as many of them as `vectors` hold."""
     cdef vf m[COLUMNS]
     cdef vf a[COLUMNS]
-    cdef vf factor, wrong, any_wrong = vf_set(0.0), beyond = vf_set(127.5)  # is rounded to 128
+    cdef vf factor, wrong, any_wrong = vf_set(0.0), limit = vf_set(127.5)  # is rounded to 128
     cdef signed char* row
     cdef Py_ssize_t i
     cdef int j
@@ -237,11 +257,11 @@ cdef inline vf encode_columns(
         wrong = vf_set(0.0)
         factor = vf_set(inverse[i])
         for j in range(vectors):
-            a[j] = load_column(x + i * x_stride + d, j, vectors, D - d)
+            a[j] = load_column(beyond(x + i * x_stride, d, kind), j, vectors, D - d, kind)
             wrong = vf_fma(a[j], vf_set(0.0), wrong)
             a[j] = vf_mul(vf_sub(a[j], m[j]), factor)
             if saturated != NULL:
-                saturated[0] = vf_add(saturated[0], vf_less(vf_abs(a[j]), beyond, vf_set(0.0), vf_set(1.0)))
+                saturated[0] = vf_add(saturated[0], vf_less(vf_abs(a[j]), limit, vf_set(0.0), vf_set(1.0)))
         row = codes + i * codes_stride + d
         for j in range(vectors):
             if j < vectors - 1 or D - d >= vectors * LANES:
@@ -253,8 +273,8 @@ cdef inline vf encode_columns(
 
 
 cdef inline vf encode_rows(
-    const float* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t D,
-    signed char* codes, Py_ssize_t codes_stride, vf* saturated
+    const char* x, Py_ssize_t x_stride, Py_ssize_t rows, const float* mean, const float* inverse, Py_ssize_t D,
+    signed char* codes, Py_ssize_t codes_stride, vf* saturated, const Kind kind
 ) noexcept nogil:
     """Codes of some rows, `inverse` being 1 / scale of each; returns 0, or NaN in a lane that met NaN or inf.
 
@@ -264,28 +284,23 @@ cdef inline vf encode_rows(
     cdef vf wrong = vf_set(0.0)
     while d + (COLUMNS - 1) * LANES < D:
         wrong = vf_add(wrong, encode_columns(
-            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, COLUMNS,
+            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, COLUMNS, kind,
         ))
         d += COLUMNS * LANES
     while d < D:
         wrong = vf_add(wrong, encode_columns(
-            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, 1,
+            x, x_stride, rows, mean, inverse, d, D, codes, codes_stride, saturated, 1, kind,
         ))
         d += LANES
     return wrong
 
 
-cdef Py_ssize_t encode_run(
-    const float* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
+cdef inline Py_ssize_t encode_elements(
+    const char* x, Py_ssize_t x_stride, const float* mean, const float* given, Py_ssize_t given_stride,
     float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
-    signed char* codes, Py_ssize_t codes_stride, bint counted
+    signed char* codes, Py_ssize_t codes_stride, bint counted, const Kind kind
 ) noexcept nogil:
-    """Codes of some rows of one head, LANES rows at a time; returns how many of their values saturate.
-
-    x, codes: rows x D. mean: D floats, or NULL for 0. The scales are `given`, or NULL and then written to `found`. Rows
-    before `skip` get codes 0 and, in `found`, the least scale, and are not counted. -1 where a value is not finite,
-    whatever its row; 0 unless `counted`, which wants `given`. Exact for D <= 2^24 / RUN.
-    """
+    """encode_run for one type of values, LANES rows at a time."""
     cdef vf top[LANES]
     cdef vf scale, wrong = vf_set(0.0), over = vf_set(0.0)
     cdef float scales[LANES]
@@ -302,7 +317,9 @@ cdef Py_ssize_t encode_run(
         else:
             for i in range(LANES):
                 top[i] = vf_set(0.0)
-            largest_of_rows(top + skipped, x + (first + skipped) * x_stride, x_stride, n - skipped, mean, D)
+            largest_of_rows(
+                top + skipped, x + (first + skipped) * x_stride, x_stride, n - skipped, mean, D, kind,
+            )
             scale = scales_of(top)
             vf_store(scales, scale)
             vf_store(inverse, vf_div(vf_set(1.0), scale))
@@ -311,11 +328,12 @@ cdef Py_ssize_t encode_run(
         plain = skipped if counted else n
         wrong = vf_add(wrong, encode_rows(
             x + first * x_stride, x_stride, plain, mean, inverse, D, codes + first * codes_stride, codes_stride, NULL,
+            kind,
         ))
         if counted:
             wrong = vf_add(wrong, encode_rows(
                 x + (first + plain) * x_stride, x_stride, n - plain, mean, inverse + plain, D,
-                codes + (first + plain) * codes_stride, codes_stride, &over,
+                codes + (first + plain) * codes_stride, codes_stride, &over, kind,
             ))
         for i in range(skipped):
             memset(codes + (first + i) * codes_stride, 0, D)
@@ -329,22 +347,50 @@ cdef Py_ssize_t encode_run(
     return saturated if lanes[0] == 0.0 else -1
 
 
+cdef Py_ssize_t encode_run(
+    const char* x, Py_ssize_t x_stride, Kind kind, const float* mean, const float* given, Py_ssize_t given_stride,
+    float* found, Py_ssize_t found_stride, Py_ssize_t skip, Py_ssize_t rows, Py_ssize_t D,
+    signed char* codes, Py_ssize_t codes_stride, bint counted
+) noexcept nogil:
+    """Codes of some rows of one head; returns how many of their values saturate.
+
+    x, codes: rows x D, x_stride in bytes. mean: D floats, or NULL for 0. The scales are `given`, or NULL and then
+    written to `found`. Rows before `skip` get codes 0 and, in `found`, the least scale, and are not counted. -1 where a
+    value is not finite, whatever its row; 0 unless `counted`, which wants `given`. Exact for D <= 2^24 / RUN.
+    """
+    if kind == FLOAT16:
+        return encode_elements(
+            x, x_stride, mean, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride, counted,
+            FLOAT16,
+        )
+    if kind == BFLOAT16:
+        return encode_elements(
+            x, x_stride, mean, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride, counted,
+            BFLOAT16,
+        )
+    return encode_elements(
+        x, x_stride, mean, given, given_stride, found, found_stride, skip, rows, D, codes, codes_stride, counted,
+        FLOAT32,
+    )
+
+
 def encode(
-    const float[:, :, :, :] x not None, const float[:, :, :] mean, const float[:, :, :] given,
+    x not None, const float[:, :, :] mean, const float[:, :, :] given,
     float[:, :, :] found, Py_ssize_t skip, signed char[:, :, :, :] codes not None, int threads,
     Py_ssize_t[:] saturated=None,
 ):
     """Writes the codes of x; returns whether every value of x is finite.
 
-    x, codes: (B, H, L, D), no axis empty, the last ones contiguous. mean: (B, H, D), the last axis contiguous, or None
-    for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each token's own is written to
-    `found`, (B, H, L). saturated: one number, beside `given`: receives how many values saturate from row `skip` on;
-    None to save the time. Nothing written is of use where it returns False.
+    x, codes: (B, H, L, D), no axis empty, the last ones contiguous; x float32, float16 or bfloat16. mean: (B, H, D),
+    the last axis contiguous, or None for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each
+    token's own is written to `found`, (B, H, L). saturated: one number, beside `given`: receives how many values
+    saturate from row `skip` on; None to save the time. Nothing written is of use where it returns False.
     """
     cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
     cdef Py_ssize_t n = (L + RUN - 1) // RUN
     cdef Py_ssize_t task, b, h, begin, count, total = 0, wrong = 0
-    cdef Py_ssize_t x_stride = x.strides[2] // <Py_ssize_t> sizeof(float), codes_stride = codes.strides[2]
+    cdef Py_ssize_t codes_stride = codes.strides[2]
+    cdef Floats source = floats_of(x)
     cdef Py_ssize_t given_stride = given.strides[2] // <Py_ssize_t> sizeof(float) if given is not None else 0
     cdef Py_ssize_t found_stride = found.strides[2] // <Py_ssize_t> sizeof(float) if found is not None else 0
     cdef bint centre = mean is not None, static = given is not None, counted = saturated is not None
@@ -352,7 +398,7 @@ def encode(
     for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
         b, h, begin = task // n // H, task // n % H, task % n * RUN
         count = encode_run(
-            &x[b, h, begin, 0], x_stride, &mean[b, h, 0] if centre else NULL,
+            at(&source, b, h, begin), source.stride[2], source.kind, &mean[b, h, 0] if centre else NULL,
             &given[b, h, begin] if static else NULL, given_stride,
             &found[b, h, begin] if not static else NULL, found_stride,
             skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride, counted,

@@ -23,6 +23,7 @@ cdef extern from "simd.h" nogil:
     vf vf_div(vf, vf) noexcept
     vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
     vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
+    vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
     vf vf_abs(vf) noexcept
     vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
     vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
@@ -44,14 +45,30 @@ cdef extern from "simd.h" nogil:
     vi vi_load(const int*) noexcept
     vi vi_dot(vi acc, vi a, vi b) noexcept                       # acc + GROUP products; a's codes with ZERO_POINT
     vi vi_dot_at(vi acc, const int* a, vi b) noexcept            # the same, with a in memory
+    vi vi_load_part(const int*, Py_ssize_t n) noexcept           # as vf_load_part
+    vi vi_add(vi, vi) noexcept
+    vi vi_and(vi, vi) noexcept
+    vi vi_or(vi, vi) noexcept
+    vf vf_bits(vi) noexcept                                      # the same bits
+    vi vi_bits(vf) noexcept
+    vi vi_dot_bytes(vi acc, vi a, vi b) noexcept                 # acc + 4 products of unsigned bytes of a, signed of b
+    vf vf_byte(vi, int i) noexcept                               # signed byte i of each lane
     vf vf_from_int(vi) noexcept
     vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT
     void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups
     vf vf_dot_bf16(vf acc, vi a, vi b) noexcept                  # acc + BF16_GROUP products
     void vi_store_bf16(int*, const vf*) noexcept                 # BF16_GROUP vectors, rounded half to even
-    unsigned int bf16_bits(float) noexcept
+    # LANES values of 16 bits; stores round half to even, to infinity beyond the largest value, and keep NaN
+    vf vf_load_half(const unsigned short*) noexcept
+    vf vf_load_half_part(const unsigned short*, Py_ssize_t n) noexcept  # as vf_load_part
+    void vf_store_half(unsigned short*, vf) noexcept
+    void vf_store_half_part(unsigned short*, vf, Py_ssize_t n) noexcept
+    vf vf_load_bf16(const unsigned short*) noexcept
+    vf vf_load_bf16_part(const unsigned short*, Py_ssize_t n) noexcept
+    void vf_store_bf16(unsigned short*, vf) noexcept
+    void vf_store_bf16_part(unsigned short*, vf, Py_ssize_t n) noexcept
 
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cdef extern from "math.h" nogil:
     double exp(double) noexcept
@@ -60,3 +77,5 @@ cdef extern from "math.h" nogil:
 
 cdef extern from "float.h" nogil:
     float FLT_MAX, FLT_MIN
+
+cdef float BF16_MAX = 3.3895313892515355e38  # the largest bfloat16

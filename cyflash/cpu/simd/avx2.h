@@ -77,7 +77,16 @@ typedef __m256i vi;
 
 WORD vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
 WORD vi vi_load(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+WORD vi vi_load_part(const int32_t *p, ptrdiff_t n) { return _mm256_maskload_epi32(p, first_lanes(n)); }
+WORD vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+WORD vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+WORD vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+WORD vf vf_bits(vi x) { return _mm256_castsi256_ps(x); }
+WORD vi vi_bits(vf x) { return _mm256_castps_si256(x); }
 WORD vf vf_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
+WORD vf vf_byte(vi x, int i) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(x, _mm256_set1_epi32(24 - 8 * i)), 24));
+}
 
 #ifdef __AVXVNNI__
 
@@ -90,10 +99,8 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     return acc;
 }
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
-WORD vf vf_code(vi x, int i) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(
-        _mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), _mm256_set1_epi32(24 - 8 * i)), 24));
-}
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) { return vi_dot(acc, a, b); }
+WORD vf vf_code(vi x, int i) { return vf_byte(_mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), i); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     __m256i low = _mm256_or_si256(_mm256_cvtps_epi32(x[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1]), 8));
     __m256i high = _mm256_or_si256(_mm256_cvtps_epi32(x[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[3]), 8));
@@ -118,6 +125,12 @@ WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) {
     __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
             : "+x"(acc), "=&x"(product) : "m"(*(const __m256i_u *)a), "x"(b));
     return acc;
+}
+/* Bytes 0, 2 and bytes 1, 3 as pairs of 16 bits. */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    __m256i even = _mm256_and_si256(a, _mm256_set1_epi32(0x00ff00ff));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8)));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8)));
 }
 WORD vf vf_code(vi x, int i) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(x, _mm256_set1_epi32(16 - 16 * i)), 16));
@@ -154,3 +167,26 @@ WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
     int64_t codes = codes_of(x);
     memcpy(p, &codes, (size_t)n);
 }
+
+/* ---- 16-bit floats in memory ---- */
+
+WORD vf from_half(__m128i x) { return _mm256_cvtph_ps(x); }
+WORD vf from_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+WORD __m128i to_half(vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+WORD __m128i to_bf16(vf x) {
+    __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256 nan = _mm256_or_ps(_mm256_and_ps(x, _mm256_set1_ps(-0.0f)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)));
+    u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    u = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(u), nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    u = _mm256_srli_epi32(u, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+}
+
+WORD __m128i load_16(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
+WORD __m128i load_16_part(const uint16_t *p, ptrdiff_t n) {
+    __m128i x = _mm_setzero_si128();
+    memcpy(&x, p, (size_t)n * sizeof *p);
+    return x;
+}
+WORD void store_16(uint16_t *p, __m128i x) { _mm_storeu_si128((__m128i *)p, x); }
+WORD void store_16_part(uint16_t *p, __m128i x, ptrdiff_t n) { memcpy(p, &x, (size_t)n * sizeof *p); }

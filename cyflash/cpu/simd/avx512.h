@@ -72,7 +72,16 @@ typedef __m512i vi;
 
 WORD vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 WORD vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+WORD vi vi_load_part(const int32_t *p, ptrdiff_t n) { return _mm512_maskz_loadu_epi32(first_lanes(n), p); }
+WORD vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+WORD vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+WORD vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+WORD vf vf_bits(vi x) { return _mm512_castsi512_ps(x); }
+WORD vi vi_bits(vf x) { return _mm512_castps_si512(x); }
 WORD vf vf_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
+WORD vf vf_byte(vi x, int i) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(x, _mm512_set1_epi32(24 - 8 * i)), 24));
+}
 
 #ifdef __AVX512VNNI__
 
@@ -84,10 +93,8 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 }
-WORD vf vf_code(vi x, int i) {
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(
-        _mm512_xor_si512(x, _mm512_set1_epi32((int)0x80808080)), _mm512_set1_epi32(24 - 8 * i)), 24));
-}
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) { return vi_dot(acc, a, b); }
+WORD vf vf_code(vi x, int i) { return vf_byte(_mm512_xor_si512(x, _mm512_set1_epi32((int)0x80808080)), i); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     __m512i low = _mm512_or_si512(_mm512_cvtps_epi32(x[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(x[1]), 8));
     __m512i high = _mm512_or_si512(_mm512_cvtps_epi32(x[2]), _mm512_slli_epi32(_mm512_cvtps_epi32(x[3]), 8));
@@ -105,6 +112,12 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     __m512i product;
     __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(a), "v"(b));
     return acc;
+}
+/* Bytes 0, 2 and bytes 1, 3 as pairs of 16 bits. */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    __m512i even = _mm512_and_si512(a, _mm512_set1_epi32(0x00ff00ff));
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8)));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8)));
 }
 WORD vf vf_code(vi x, int i) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(x, _mm512_set1_epi32(16 - 16 * i)), 16));
@@ -156,3 +169,21 @@ WORD __m128i codes_of(vf x) {
 }
 WORD void vf_store_codes(signed char *p, vf x) { _mm_storeu_si128((__m128i *)p, codes_of(x)); }
 WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) { _mm_mask_storeu_epi8(p, first_lanes(n), codes_of(x)); }
+
+/* ---- 16-bit floats in memory. vcvtneps2bf16 is not used: it takes denormals for 0. ---- */
+
+WORD vf from_half(__m256i x) { return _mm512_cvtph_ps(x); }
+WORD vf from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+WORD __m256i to_half(vf x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+WORD __m256i to_bf16(vf x) {
+    __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i nan = _mm512_or_si512(_mm512_and_si512(u, _mm512_set1_epi32((int)0x80000000)), _mm512_set1_epi32(0x7fc00000));
+    u = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    u = _mm512_mask_mov_epi32(u, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16));
+}
+
+WORD __m256i load_16(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+WORD __m256i load_16_part(const uint16_t *p, ptrdiff_t n) { return _mm256_maskz_loadu_epi16(first_lanes(n), p); }
+WORD void store_16(uint16_t *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
+WORD void store_16_part(uint16_t *p, __m256i x, ptrdiff_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), x); }

@@ -65,7 +65,18 @@ typedef int16_t code;
 
 WORD vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
 WORD vi vi_load(const int32_t *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+WORD vi vi_load_part(const int32_t *p, ptrdiff_t n) {
+    vi x = vi_set(0);
+    for (int i = 0; i < LANES; i++) if (i < n) x[i] = p[i];
+    return x;
+}
+WORD vi vi_add(vi a, vi b) { return a + b; }
+WORD vi vi_and(vi a, vi b) { return a & b; }
+WORD vi vi_or(vi a, vi b) { return a | b; }
+WORD vf vf_bits(vi x) { return (vf)x; }
+WORD vi vi_bits(vf x) { return (vi)x; }
 WORD vf vf_from_int(vi x) { return __builtin_convertvector(x, vf); }
+WORD vf vf_byte(vi x, int i) { return vf_from_int(x << (24 - 8 * i) >> 24); }
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -74,6 +85,13 @@ WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a,
 WORD vi vi_dot(vi acc, vi a, vi b) { return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16); }
 #endif
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
+/* Bytes 0, 2 and bytes 1, 3 as pairs of 16 bits. */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    typedef int16_t words __attribute__((vector_size(16)));
+    words odd = (words)b >> 8, even = (words)((words)b << 8) >> 8;
+    acc = vi_dot(acc, a & 0x00ff00ff, (vi)even);
+    return vi_dot(acc, (vi)((vi)((uint32_t __attribute__((vector_size(16))))a >> 8) & 0x00ff00ff), (vi)odd);
+}
 
 WORD vf vf_code(vi x, int i) { return vf_from_int(i ? x >> 16 : x << 16 >> 16); }
 
@@ -109,3 +127,38 @@ WORD void vf_store_codes_part(signed char *p, vf x, ptrdiff_t n) {
     vcodes codes = codes_of(x);
     for (int i = 0; i < LANES; i++) if (i < n) p[i] = codes[i];
 }
+
+/* ---- 16-bit floats in memory, converted with integers, and with additions that neither meet nor give a denormal ---- */
+
+typedef uint16_t v16 __attribute__((vector_size(2 * LANES)));
+
+WORD vi choose_int(vi take, vi a, vi b) { return (a & take) | (b & ~take); }
+
+WORD vf from_half(v16 x) {
+    vi h = __builtin_convertvector(x, vi), size = h & 0x7fff, u = (size << 13) + (112 << 23);
+    vf denormal = (vf)(u + (1 << 23)) - (vf)vi_set(113 << 23); /* 2^-14 (1 + size / 2^10) - 2^-14 */
+    u = choose_int(size < 0x400, (vi)denormal, choose_int(size < 0x7c00, u, u + (112 << 23)));
+    return (vf)(u | (h & 0x8000) << 16);
+}
+WORD v16 to_half(vf x) {
+    vi size = (vi)x & 0x7fffffff;
+    vi normal = (size - (112 << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    vi denormal = (vi)((vf)size + 0.5f) - (vi)vf_set(0.5f); /* the last bit of 0.5 is 2^-24, as a denormal half's */
+    vi special = choose_int(size > 0x7f800000, 0x7e00 | (size >> 13 & 0x3ff), vi_set(0x7c00));
+    vi h = choose_int(size < 113 << 23, denormal, choose_int(size < 143 << 23, normal, special));
+    return __builtin_convertvector(h | ((vi)x >> 16 & 0x8000), v16);
+}
+WORD vf from_bf16(v16 x) { return (vf)(__builtin_convertvector(x, vi) << 16); }
+WORD v16 to_bf16(vf x) {
+    vi u = (vi)x, nan = (u >> 16 & 0x8000) | 0x7fc0;
+    return __builtin_convertvector(choose_int(x != x, nan, (u + 0x7fff + (u >> 16 & 1)) >> 16), v16);
+}
+
+WORD v16 load_16(const uint16_t *p) { v16 x; memcpy(&x, p, sizeof x); return x; }
+WORD void store_16(uint16_t *p, v16 x) { memcpy(p, &x, sizeof x); }
+WORD v16 load_16_part(const uint16_t *p, ptrdiff_t n) {
+    v16 x = {0};
+    for (int i = 0; i < LANES; i++) if (i < n) x[i] = p[i];
+    return x;
+}
+WORD void store_16_part(uint16_t *p, v16 x, ptrdiff_t n) { for (int i = 0; i < LANES; i++) if (i < n) p[i] = x[i]; }

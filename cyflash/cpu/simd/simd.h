@@ -25,13 +25,15 @@ enum { CACHE_LINE = 64 };
 /* Query rows of a full panel: one in each lane of VECTORS vectors. */
 enum { PANEL = LANES * VECTORS };
 
-/* A float's bfloat16, rounded half to even, as its upper 16 bits; what is finite stays finite. */
-WORD uint32_t bf16_bits(float x) {
-    uint32_t u, size;
-    memcpy(&u, &x, sizeof u);
-    size = u & 0x7fffffff;
-    if (size > 0x7f7f7fff && size < 0x7f800000) return (u >> 31 << 15) | 0x7f7f;
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
+/* LANES values of 16 bits in memory, as floats: every header says how it moves and how it converts them. Stores round
+ * half to even, beyond the largest value to infinity, and keep NaN. */
+WORD vf vf_load_half(const uint16_t *p) { return from_half(load_16(p)); }
+WORD vf vf_load_bf16(const uint16_t *p) { return from_bf16(load_16(p)); }
+WORD vf vf_load_half_part(const uint16_t *p, ptrdiff_t n) { return from_half(load_16_part(p, n)); }
+WORD vf vf_load_bf16_part(const uint16_t *p, ptrdiff_t n) { return from_bf16(load_16_part(p, n)); }
+WORD void vf_store_half(uint16_t *p, vf x) { store_16(p, to_half(x)); }
+WORD void vf_store_bf16(uint16_t *p, vf x) { store_16(p, to_bf16(x)); }
+WORD void vf_store_half_part(uint16_t *p, vf x, ptrdiff_t n) { store_16_part(p, to_half(x), n); }
+WORD void vf_store_bf16_part(uint16_t *p, vf x, ptrdiff_t n) { store_16_part(p, to_bf16(x), n); }
 
 #endif

@@ -1,0 +1,454 @@
+# Panels with few rows, where a tile with rows in lanes would be mostly idle: both products read keys and values LANES
+# numbers of a row at a time and leave the rest (scores, softmax, codes of weights) to the tiles of the other files.
+#
+#     S^T   sums of LANES partial products for LANES pairs (key, row), transposed and added: few_scores()
+#     O     [row][Dv], a weight broadcast for each key: few_accumulate()
+#
+# A decode step is bound by memory: at 20 GB/s a thread a key of 128 floats and its value take 200 cycles, their codes
+# 50, and about 30 instructions for each row. Up to FEW rows share a read. What a row's bits depend on is the same
+# whatever the number of rows.
+
+cdef enum:
+    FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
+    FEW_COLUMNS = 8     # vectors of a value that one row keeps in registers; two for each of four rows
+
+
+cdef inline Py_ssize_t few_pad(Py_ssize_t lanes) noexcept nogil:
+    """Rows that are computed: 1, 2 or a multiple of 4."""
+    return lanes if lanes < 3 else round_up(lanes, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queries
+
+
+cdef void few_pack(const Problem* x, const Head* head, Panel* panel) noexcept nogil:
+    """The queries of a panel, times scale, as rows of D rounded up to LANES, with 0 beyond."""
+    cdef Py_ssize_t r, d, width = round_up(x.D, LANES)
+    cdef const char* q
+    cdef vf scale = vf_set(x.scale)
+    memset(panel.q, 0, few_pad(panel.lanes) * width * sizeof(float))
+    for r in range(panel.lanes):
+        q = head.q + lane_at(panel, r, x.q_stride[0], x.q_stride[1])
+        d = 0
+        while d < x.D:
+            vf_store(
+                panel.q + r * width + d,
+                vf_mul(scale, load_part(q, x.q_kind, d, min(<Py_ssize_t> LANES, x.D - d))),
+            )
+            d += LANES
+
+
+cdef void few_pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept nogil:
+    """The codes of the queries plus 128, as rows of words of four, and the factors of pack_codes(). What there is
+    beyond D meets codes of 0."""
+    cdef Py_ssize_t r, d, width = round_up(round_up(x.D, 4) // 4, LANES)
+    cdef const signed char* q
+    cdef unsigned char* row
+    cdef double factor
+    cdef float sum
+    memset(panel.codes, 0, few_pad(panel.lanes) * width * sizeof(int))
+    for r in range(LANES):
+        panel.factor[r] = panel.shift[r] = 0.0
+    for r in range(panel.lanes):
+        factor = x.scale * head.q_scale[lane_at(panel, r, x.codes.q_scale_stride[1], x.codes.q_scale_stride[2])]
+        panel.factor[r] = <float> (factor if x.codes.k_scale.tokens else factor * head.k_scale[0])
+        q = head.q_codes + lane_at(panel, r, x.codes.q_stride[1], x.codes.q_stride[2])
+        row = <unsigned char*> (panel.codes + r * width)
+        sum = 0.0
+        for d in range(x.D):
+            row[d] = <unsigned char> (q[d] + 128)
+        if head.k_mean != NULL:
+            for d in range(x.D):
+                sum += <float> q[d] * head.k_mean[d]
+            sum *= <float> factor
+        if x.softcap != 0.0:
+            panel.shift[r] = sum
+        else:
+            panel.lift[r] = sum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first product
+
+
+cdef inline void few_spread(
+    float* s, vf sums, Py_ssize_t c, Py_ssize_t row, Py_ssize_t end, const int rows
+) noexcept nogil:
+    """Puts sums of LANES // rows keys x rows, from key c and row `row` on, where scores are kept."""
+    cdef float buffer[LANES]
+    cdef int i
+    vf_store(buffer, sums)
+    for i in range(LANES // rows):
+        if c + i < end:
+            if rows == 1:
+                vf_store(s + (c + i) * PANEL, vf_set(buffer[i]))
+            else:
+                memcpy(s + (c + i) * PANEL + row, buffer + i * rows, rows * sizeof(float))
+
+
+cdef inline void few_scores_of_rows(
+    float* s, const float* q, Py_ssize_t width, const float* k, Py_ssize_t stride, Py_ssize_t D, Py_ssize_t begin,
+    Py_ssize_t end, Py_ssize_t lanes, const int rows
+) noexcept nogil:
+    cdef Py_ssize_t row, d, c = begin, key
+    cdef int i, r
+    cdef const float* b[LANES]
+    cdef vf y
+    cdef vf a[4]
+    cdef vf acc[LANES]
+    while c < end:
+        for i in range(LANES // rows):
+            key = c + i if c + i < end else end - 1
+            b[i] = k + key * stride
+        row = 0
+        while row < lanes:
+            for i in range(LANES):
+                acc[i] = vf_set(0.0)
+            d = 0
+            while d + LANES <= D:
+                for r in range(rows):
+                    a[r] = vf_load(q + (row + r) * width + d)
+                for i in range(LANES // rows):
+                    y = vf_load(b[i] + d)
+                    for r in range(rows):
+                        acc[i * rows + r] = vf_fma(a[r], y, acc[i * rows + r])
+                d += LANES
+            if d < D:
+                for r in range(rows):
+                    a[r] = vf_load(q + (row + r) * width + d)
+                for i in range(LANES // rows):
+                    y = vf_load_part(b[i] + d, D - d)
+                    for r in range(rows):
+                        acc[i * rows + r] = vf_fma(a[r], y, acc[i * rows + r])
+            vf_transpose(acc)
+            few_spread(s, few_sum(acc), c, row, end, rows)
+            row += rows
+        c += LANES // rows
+
+
+cdef inline vf few_sum(vf* x) noexcept nogil:
+    """The sum of LANES vectors, by halves."""
+    cdef int i, n = LANES // 2
+    while n > 0:
+        for i in range(n):
+            x[i] = vf_add(x[i], x[i + n])
+        n //= 2
+    return x[0]
+
+
+cdef inline vi few_sum_words(vi* x) noexcept nogil:
+    cdef int i, n = LANES // 2
+    while n > 0:
+        for i in range(n):
+            x[i] = vi_add(x[i], x[i + n])
+        n //= 2
+    return x[0]
+
+
+cdef inline void raise_top(float* top, const float* s, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef vf highest = vf_load(top)
+    for c in range(begin, end):
+        highest = vf_max(highest, vf_load(s + c * PANEL))
+    vf_store(top, highest)
+
+
+cdef void few_scores(
+    float* s, float* top, const Panel* panel, const float* k, Py_ssize_t stride, Py_ssize_t D, Py_ssize_t begin,
+    Py_ssize_t end
+) noexcept nogil:
+    """scores() of few rows: S^T[c][r] = k[c] . q[r] for begin <= c < end, and top[r] = max(top[r], max_c S^T).
+
+    Each sum of D products is made of LANES sums of every LANES-th one.
+    """
+    cdef Py_ssize_t width = round_up(D, LANES)
+    if panel.lanes == 1:
+        few_scores_of_rows(s, panel.q, width, k, stride, D, begin, end, 1, 1)
+    elif panel.lanes == 2:
+        few_scores_of_rows(s, panel.q, width, k, stride, D, begin, end, 2, 2)
+    else:
+        few_scores_of_rows(s, panel.q, width, k, stride, D, begin, end, panel.lanes, 4)
+    raise_top(top, s, begin, end)
+
+
+cdef inline void few_sums_of_codes(
+    float* s, const int* q, Py_ssize_t width, const int* k, Py_ssize_t pitch, Py_ssize_t words, Py_ssize_t begin,
+    Py_ssize_t end, Py_ssize_t lanes, const int rows
+) noexcept nogil:
+    """The sums of products of codes as integers, where scores are kept."""
+    cdef Py_ssize_t row, d, c = begin, key
+    cdef int i, r
+    cdef const int* b[LANES]
+    cdef vi y
+    cdef vi a[4]
+    cdef vi acc[LANES]
+    cdef vf t[LANES]
+    while c < end:
+        for i in range(LANES // rows):
+            key = c + i if c + i < end else end - 1
+            b[i] = k + key * pitch
+        row = 0
+        while row < lanes:
+            for i in range(LANES):
+                acc[i] = vi_set(0)
+            d = 0
+            while d + LANES <= words:
+                for r in range(rows):
+                    a[r] = vi_load(q + (row + r) * width + d)
+                for i in range(LANES // rows):
+                    y = vi_load(b[i] + d)
+                    for r in range(rows):
+                        acc[i * rows + r] = vi_dot_bytes(acc[i * rows + r], a[r], y)
+                d += LANES
+            if d < words:
+                for r in range(rows):
+                    a[r] = vi_load(q + (row + r) * width + d)
+                for i in range(LANES // rows):
+                    y = vi_load_part(b[i] + d, words - d)
+                    for r in range(rows):
+                        acc[i * rows + r] = vi_dot_bytes(acc[i * rows + r], a[r], y)
+            for i in range(LANES):
+                t[i] = vf_bits(acc[i])
+            vf_transpose(t)
+            for i in range(LANES):
+                acc[i] = vi_bits(t[i])
+            few_spread(s, vf_bits(few_sum_words(acc)), c, row, end, rows)
+            row += rows
+        c += LANES // rows
+
+
+cdef void few_scores_of_codes(
+    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """scores_of_codes() of few rows, from words of four codes: the same scores to the bit."""
+    cdef Py_ssize_t c, width = round_up(words, LANES)
+    cdef vf x, y, factor = vf_load(panel.factor), shift = vf_load(panel.shift), highest = vf_load(top)
+    cdef const int* k = keys.k_words
+    if panel.lanes == 1:
+        few_sums_of_codes(s, panel.codes, width, k, keys.k_pitch, words, begin, end, 1, 1)
+    elif panel.lanes == 2:
+        few_sums_of_codes(s, panel.codes, width, k, keys.k_pitch, words, begin, end, 2, 2)
+    else:
+        few_sums_of_codes(s, panel.codes, width, k, keys.k_pitch, words, begin, end, panel.lanes, 4)
+    for c in range(begin, end):
+        y = vf_from_int(vi_add(vi_bits(vf_load(s + c * PANEL)), vi_set(keys.k_correction[c])))
+        x = vf_mul(factor, vf_set(keys.k_scale[c])) if keys.k_scale != NULL else factor
+        y = vf_fma(y, x, shift)
+        vf_store(s + c * PANEL, y)
+        highest = vf_max(highest, y)
+    vf_store(top, highest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The second product
+
+
+cdef inline float few_factor(const Problem* x, const Block* keys, bint coded) noexcept nogil:
+    """What stands for the one scale of a head's values, where they are codes in bfloat16 arithmetic; else 1."""
+    if coded and x.codes.product == BFLOAT16 and keys.v_scale != NULL and not x.codes.v_scale.tokens:
+        return keys.v_scale[0]
+    return 1.0
+
+
+cdef void few_round_weights(
+    float* s, const float* v_scale, bint tokens, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """round_weights() that leaves floats."""
+    cdef Py_ssize_t c
+    cdef unsigned short halves[LANES]
+    cdef vf x
+    for c in range(begin, end):
+        x = vf_load(s + c * PANEL)
+        if v_scale != NULL and tokens:
+            x = vf_mul(x, vf_set(v_scale[c]))
+        vf_store_bf16(halves, x)
+        vf_store(s + c * PANEL, vf_load_bf16(halves))
+
+
+cdef inline void few_accumulate_tile(
+    float* o, Py_ssize_t width, const float* p, const float* hidden, const float* v, Py_ssize_t stride,
+    Py_ssize_t begin, Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const int rows, const int columns,
+    const bint hides
+) noexcept nogil:
+    """`columns` vectors of a value for `rows` rows; n: the floats of a value in them, of which the last is part of one
+    where that is not whole."""
+    cdef Py_ssize_t c
+    cdef int i, r
+    cdef vf y[FEW_COLUMNS]
+    cdef vf w
+    cdef vf acc[2 * FEW_COLUMNS]
+    cdef float* place
+    for i in range(rows * columns):
+        acc[i] = vf_set(0.0)
+    for c in range(begin, end):
+        for i in range(columns):
+            if i < columns - 1 or n >= columns * LANES:
+                y[i] = vf_load(v + c * stride + i * LANES)
+            else:
+                y[i] = vf_load_part(v + c * stride + i * LANES, n - i * LANES)
+        for r in range(rows):
+            if hides and hidden[c * PANEL + r] == -INFINITY:
+                continue
+            w = vf_set(p[c * PANEL + r])
+            for i in range(columns):
+                acc[r * columns + i] = vf_fma(w, y[i], acc[r * columns + i])
+    for r in range(rows):
+        for i in range(columns):
+            place = o + r * width + i * LANES
+            vf_store(place, vf_fma(
+                acc[r * columns + i], vf_set(beta), vf_mul(vf_load(place), vf_set(alpha[r])),
+            ))
+
+
+cdef inline void few_accumulate_rows(
+    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const float* v, Py_ssize_t stride, Py_ssize_t Dv,
+    Py_ssize_t begin, Py_ssize_t end, float beta, const int rows, const int columns, const bint hides
+) noexcept nogil:
+    """few_accumulate() of some rows: `columns` vectors at a time, then one at a time."""
+    cdef Py_ssize_t d = 0, width = round_up(Dv, LANES)
+    cdef float* o = panel.o + row * width
+    cdef const float* p = scratch.s + row
+    cdef const float* hidden = scratch.hidden + row
+    cdef const float* alpha = scratch.alpha + row
+    while d + (columns - 1) * LANES < Dv:
+        few_accumulate_tile(
+            o + d, width, p, hidden, v + d, stride, begin, end, alpha, beta, Dv - d, rows, columns, hides,
+        )
+        d += columns * LANES
+    while d < Dv:
+        few_accumulate_tile(o + d, width, p, hidden, v + d, stride, begin, end, alpha, beta, Dv - d, rows, 1, hides)
+        d += LANES
+
+
+cdef void few_accumulate(
+    const Panel* panel, const Scratch* scratch, const float* v, Py_ssize_t stride, Py_ssize_t Dv, Py_ssize_t begin,
+    Py_ssize_t end, float beta, bint hides
+) noexcept nogil:
+    """accumulate() of few rows: O[r] = alpha[r] O[r] + beta sum over begin <= c < end of P[r][c] V[c], that from zero.
+
+    hides: only keys that scratch.hidden shows to a row count, whatever their values.
+    """
+    cdef Py_ssize_t row = 0
+    if hides:
+        for row in range(panel.lanes):
+            few_accumulate_rows(panel, scratch, row, v, stride, Dv, begin, end, beta, 1, 1, True)
+    elif panel.lanes == 1:
+        few_accumulate_rows(panel, scratch, 0, v, stride, Dv, begin, end, beta, 1, FEW_COLUMNS, False)
+    elif panel.lanes == 2:
+        few_accumulate_rows(panel, scratch, 0, v, stride, Dv, begin, end, beta, 2, FEW_COLUMNS // 2, False)
+    else:
+        while row < panel.lanes:
+            few_accumulate_rows(panel, scratch, row, v, stride, Dv, begin, end, beta, 4, FEW_COLUMNS // 4, False)
+            row += 4
+
+
+cdef inline int weights_of_group(const int* p) noexcept nogil:
+    """The codes of four keys for one row as a word of bytes."""
+    if GROUP == 4:
+        return p[0]
+    return (p[0] & 0xff) | (p[0] >> 8 & 0xff00) | (p[PANEL] & 0xff) << 16 | (p[PANEL] >> 16 & 0xff) << 24
+
+
+cdef inline void few_accumulate_codes_tile(
+    float* o, Py_ssize_t width, const int* p, const int* v, Py_ssize_t pitch, Py_ssize_t begin, Py_ssize_t end,
+    const float* alpha, const float* beta, const int rows, const int columns
+) noexcept nogil:
+    """few_accumulate_codes() of `rows` rows and `columns` vectors of columns, for groups begin <= t < end."""
+    cdef Py_ssize_t t, low, high, part
+    cdef int i, r
+    cdef vi y[FEW_COLUMNS]
+    cdef vi w
+    cdef vi acc[2 * FEW_COLUMNS]
+    cdef vf sum[2 * FEW_COLUMNS]
+    cdef vf factor
+    for r in range(rows):
+        for i in range(columns):
+            sum[r * columns + i] = vf_mul(vf_load(o + r * width + i * LANES), vf_set(alpha[r]))
+    low = begin
+    while low < end:
+        part = low * 4 // PART_KEYS
+        high = min(end, (part + 1) * (PART_KEYS // 4))
+        for i in range(rows * columns):
+            acc[i] = vi_set(0)
+        for t in range(low, high):
+            for i in range(columns):
+                y[i] = vi_load(v + t * pitch + i * LANES)
+            for r in range(rows):
+                w = vi_set(weights_of_group(p + t * (4 // GROUP) * PANEL + r))
+                for i in range(columns):
+                    acc[r * columns + i] = vi_dot_bytes(acc[r * columns + i], w, y[i])
+        for r in range(rows):
+            factor = vf_set(beta[part * PANEL + r])
+            for i in range(columns):
+                sum[r * columns + i] = vf_fma(factor, vf_from_int(acc[r * columns + i]), sum[r * columns + i])
+        low = high
+    for r in range(rows):
+        for i in range(columns):
+            vf_store(o + r * width + i * LANES, sum[r * columns + i])
+
+
+cdef inline void few_accumulate_codes_rows(
+    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const int* v, Py_ssize_t pitch, Py_ssize_t Dv,
+    Py_ssize_t begin, Py_ssize_t end, const int rows, const int columns
+) noexcept nogil:
+    cdef Py_ssize_t d = 0, width = round_up(Dv, LANES)
+    cdef float* o = panel.o + row * width
+    cdef const int* p = scratch.p + row
+    cdef const float* alpha = scratch.alpha + row
+    cdef const float* beta = scratch.beta + row
+    while d + columns * LANES <= width:
+        few_accumulate_codes_tile(o + d, width, p, v + d, pitch, begin, end, alpha, beta, rows, columns)
+        d += columns * LANES
+    while d < width:
+        few_accumulate_codes_tile(o + d, width, p, v + d, pitch, begin, end, alpha, beta, rows, 1)
+        d += LANES
+
+
+cdef void few_accumulate_codes(
+    const Panel* panel, const Scratch* scratch, const int* v, Py_ssize_t pitch, Py_ssize_t Dv, Py_ssize_t low,
+    Py_ssize_t end
+) noexcept nogil:
+    """accumulate_codes() of few rows, from groups of four keys. low: a multiple of 4. A key without a weight counts
+    nothing, whatever its codes."""
+    cdef Py_ssize_t row = 0, first = low // 4, last = (end + 3) // 4
+    if panel.lanes == 1:
+        few_accumulate_codes_rows(panel, scratch, 0, v, pitch, Dv, first, last, 1, FEW_COLUMNS)
+    elif panel.lanes == 2:
+        few_accumulate_codes_rows(panel, scratch, 0, v, pitch, Dv, first, last, 2, FEW_COLUMNS // 2)
+    else:
+        while row < panel.lanes:
+            few_accumulate_codes_rows(panel, scratch, row, v, pitch, Dv, first, last, 4, FEW_COLUMNS // 4)
+            row += 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+cdef bint few_is_finite(const Panel* panel, Py_ssize_t Dv) noexcept nogil:
+    cdef Py_ssize_t r, d, width = round_up(Dv, LANES)
+    cdef float o
+    for r in range(panel.lanes):
+        for d in range(Dv):
+            o = panel.o[r * width + d]
+            if o - o != 0.0:
+                return False
+    return True
+
+
+cdef void few_write_rows(
+    const Panel* panel, Py_ssize_t Dv, char* out, Py_ssize_t head_stride, Py_ssize_t row_stride, Kind kind
+) noexcept nogil:
+    """write_rows() of few rows."""
+    cdef Py_ssize_t r, d, width = round_up(Dv, LANES)
+    cdef char* place
+    for r in range(panel.lanes):
+        place = out + lane_at(panel, r, head_stride, row_stride)
+        d = 0
+        while d < Dv:
+            store_part(
+                place, kind, d, min(<Py_ssize_t> LANES, Dv - d),
+                vf_mul(vf_load(panel.o + r * width + d), vf_set(panel.l[r])),
+            )
+            d += LANES
