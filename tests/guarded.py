@@ -15,6 +15,7 @@ import numpy as np
 
 import cyflash
 from cyflash import FlashAttentionConfig, arrays, flash_attention, flash_attention_int8, operands, quantize
+from cyflash.attention import attend_stored
 from cyflash.cpu import observe
 from cyflash.quant import histogram
 
@@ -264,6 +265,56 @@ def _fencing_what_is_made(fences, at_end):
         yield
 
 
+def _apart(stored):
+    """`stored` with every page at the end of accessible memory of its own; a function that forbids page i."""
+    n, starts = len(stored.k), []
+
+    def moved(x):
+        if x is None or len(x) != n or x.shape[2] not in (stored.page_size, stored.page_size // 4):
+            return x
+        x = np.ascontiguousarray(x)
+        room = -(-x[0].nbytes // PAGE) * PAGE
+        memory = mmap.mmap(-1, PAGE + n * (room + PAGE))
+        first = np.frombuffer(memory, np.uint8).ctypes.data
+        copy = np.ndarray(x.shape, x.dtype, memory, PAGE + room - x[0].nbytes, (room + PAGE, *x.strides[1:]))
+        copy[...] = x
+        for i in range(n + 1):
+            protect(first + i * (room + PAGE), PAGE)
+        starts.append((first + PAGE, room))
+        return copy
+
+    names = ("k", "v", "k_correction", "k_scale", "v_scale")
+    apart = stored._replace(**{name: moved(getattr(stored, name)) for name in names})
+    return apart, lambda i: [protect(first + i * (room + PAGE), room) for first, room in starts]
+
+
+def pages_of_a_cache():
+    """Neither pages of other rows, nor those before a window, nor a byte beyond a page."""
+    for dtype in ("fp32", "fp16", "bf16", "int8"):
+        for page_size, left in ((16, None), (48, None), (64, 100), (256, 700)):
+            cache = cyflash.PagedKVCache(4096 // page_size, page_size, 2, 24, dtype, v_head_dim=20)
+            rows = [cache.add(), cache.add()]
+            _, k, v = cases.arrays(2, 2, Lq=1900, D=24, Dv=20)
+            for start in range(0, 1900, 100):
+                now = np.s_[:, :, start : start + 100]
+                cache.append(k[now], v[now], rows=rows, lengths=[100, 30])
+            for Lq, threads in ((1, 1), (1, 3), (5, 2), (60, 1)):
+                q = cases.arrays(1, 4, 2, Lq, 1, 24)[0]
+                options = {"causal": True, "window": None if left is None else (left, 0), "return_lse": True}
+                options["num_threads"] = threads
+                stored, table, keys = cache.stored(np.array(rows[:1]))
+                expected = attend_stored(q, stored, table, keys, **options)
+                apart, forbid_page = _apart(stored)
+                first = 0 if left is None else (1900 - Lq - left) // 512 * 512 // page_size
+                assert left is None or first > 0
+                needed = table[0, first : -(-1900 // page_size)]
+                for i in set(range(len(stored.k))) - set(needed.tolist()):
+                    forbid_page(i)
+                table = np.array(table)
+                table[0, :first] = -1
+                cases.assert_same_bits(attend_stored(q, apart, table, keys, **options), expected)
+
+
 def quantising():
     """The passes that quantise: neither inputs nor outputs are touched outside, whatever the tails."""
     build = cyflash.cpu.active()
@@ -319,7 +370,7 @@ def control_skipping():
 
 SCENARIOS = (
     causal, window, window_right, causal_window, mask_block, mask_padding, mask_rows, mask_with_options, one_query,
-    bias_of_skipped_tiles, beyond_the_ends, beyond_the_ends_int8, quantising,
+    bias_of_skipped_tiles, pages_of_a_cache, beyond_the_ends, beyond_the_ends_int8, quantising,
     converting, observing, beyond_the_ends_of_halves,
 )
 CONTROLS = (control, control_fence, control_skipping)

@@ -51,7 +51,7 @@ def test_16_bit_rows_are_rounded_once(dtype):
     assert 0 < error.max() <= 2.0**-8 * np.abs(k).max()
 
 
-def test_dense_agrees_with_the_reference(build):
+def test_dense_agrees_with_the_reference(one_build):
     q, _, _ = tokens(30)
     for length in (40, 30, 1, 0):
         oracle = filled([length])
@@ -61,7 +61,7 @@ def test_dense_agrees_with_the_reference(build):
 
 @pytest.mark.parametrize("pv", [None, "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("name", INT8)
-def test_dense_int8_agrees_with_the_simulation(build, name, pv):
+def test_dense_int8_agrees_with_the_simulation(one_build, name, pv):
     q, _, _ = tokens(30)
     for length in (40, 2):
         oracle = filled([length], "int8", **INT8[name])

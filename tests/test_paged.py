@@ -1,4 +1,6 @@
 """PagedKVCache: pages in any order and of any size, shared by forks, counted, given back; never another bit."""
+import mmap
+import sys
 from contextlib import suppress
 
 import cases
@@ -7,6 +9,7 @@ import pytest
 from caching import DTYPES, DV, HK, D, H, attend, make, make_paged, numpy_dtype, same_bits, tokens, verify
 
 from cyflash import KVCache, PagedKVCache
+from cyflash.attention import attend_stored
 
 SIZES = (16, 32, 48, 64, 256, 272)
 INT8 = {"k_mean": np.full((HK, 1, D), 0.3, np.float32), "fp32_sinks": 5}
@@ -299,3 +302,29 @@ def test_what_pages_held_before_does_not_leak(one_build):
             now = np.s_[:, :, :n]
             verify(cache, oracle, q[now], k[now], v[now], rows=[row], causal=False)
     assert numpy_dtype("float32") == np.float32
+
+
+@pytest.fixture(scope="module")
+def sparse_memory():
+    """24 GB of addresses, of which only the touched pages exist."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return np.frombuffer(mmap.mmap(-1, 24 << 30, flags=flags), np.uint8)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or sys.maxsize < 2**32, reason="needs lazy memory")
+@pytest.mark.parametrize("which", ["k", "v", "k_scale", "v_scale", "k_correction"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_pages_beyond_32_bits(build, sparse_memory, dtype, which):
+    """Pages more than 2^31 elements apart give the bits of neighbours."""
+    cache, _, rows = scattered(dtype, 16, [60, 20])
+    stored, table, keys = cache.stored(np.array(rows))
+    x = getattr(stored, which)
+    if x is None:
+        pytest.skip("float caches have no scales")
+    stride = ((1 << 31) + 4096) * x.itemsize // (len(x) - 1) // 4096 * 4096 + 4096
+    far = np.ndarray(x.shape, x.dtype, sparse_memory, strides=(stride, *x.strides[1:]))
+    far[...] = x
+    for Lq in (1, 20):
+        q = tokens(Lq, 2)[0]
+        expected = attend_stored(q, stored, table, keys, return_lse=True)
+        same_bits(attend_stored(q, stored._replace(**{which: far}), table, keys, return_lse=True), expected)
