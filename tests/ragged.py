@@ -2,6 +2,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from hypothesis import strategies as st
 
 BATCHES = {  # (queries, keys) of each sequence
     "one": [(40, 50)],
@@ -77,6 +78,20 @@ def all_options(batch, heads=H, seed=0):
     for name in ("causal", "scale", "window", "softcap", "bias", "mask for some", "alibi batch", "sinks"):
         together |= options(name, batch, heads, seed)
     return together
+
+
+@st.composite
+def calls(draw_one, float_of=st.just(np.float32)):
+    """((q, k, v, cu_seqlens_q, cu_seqlens_k), options) of any batch."""
+    length = st.one_of(st.integers(0, 5), st.integers(0, 150))
+    batch = draw_one(st.lists(st.tuples(length, length), max_size=6))
+    kv_heads, group = draw_one(st.integers(1, 3)), draw_one(st.integers(1, 5))
+    heads, sizes = (kv_heads * group, kv_heads), draw_one(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    *arrays, cu_q, cu_k = draw(batch, heads, sizes, seed=draw_one(st.integers(0, 1000)))
+    together = {}
+    for name in draw_one(st.lists(st.sampled_from(NAMES), unique=True)):
+        together |= options(name, batch, heads[0])
+    return (*(x.astype(draw_one(float_of)) for x in arrays), cu_q, cu_k), together
 
 
 def of_sequence(arguments, i):

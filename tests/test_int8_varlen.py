@@ -1,11 +1,15 @@
 """flash_attention_int8_varlen: bit for bit a loop of flash_attention_int8, each sequence with its own scales."""
 import cases_int8
+import hypothesis
 import numpy as np
 import pytest
 import ragged
 from caching import numpy_dtype, same_bits
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from ragged import BATCHES, DV, HK, D, H, all_options, bounds_of, draw, loop, of_sequence, sequence
 
+import cyflash
 from cyflash import FlashAttentionConfig, LayerScales, flash_attention_int8, flash_attention_int8_varlen
 
 MEAN = np.linspace(-1, 1, HK * D, dtype=np.float32).reshape(HK, 1, D)
@@ -188,6 +192,18 @@ def test_packed_qkv(one_build):
     packed = np.random.default_rng(0).standard_normal((75, 3, H, D), dtype=np.float32)
     q, k, v = packed.transpose(1, 0, 2, 3)
     same_bits(run((q, k, v, cu, cu), causal=True), run((q.copy(), k.copy(), v.copy(), cu, cu), causal=True))
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(ragged.calls(st.sampled_from([np.float32, np.float16])), st.sampled_from(list(SETTINGS)),
+       st.sampled_from(cyflash.cpu.runnable()), st.integers(1, 3))
+def test_any_call(call, settings, build, threads):
+    arrays, options = call
+    if "per head" in settings or "mean" in settings:
+        settings = "default"  # theirs are of other heads
+    with cyflash.set_implementation(build):
+        result = run(arrays, **SETTINGS[settings], **options, num_threads=threads)
+        same_bits(result, loop(flash_attention_int8, *arrays, **SETTINGS[settings], **options))
 
 
 # Bad input: what is the same as without int8 is in test_varlen.py; that both look is shown by a few

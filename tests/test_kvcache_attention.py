@@ -26,6 +26,8 @@ from caching import (
     tokens,
     verify,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import cyflash
 from cyflash import FlashAttentionConfig, LayerScales, flash_attention, flash_attention_int8, quantize
@@ -397,8 +399,8 @@ def test_no_setting_of_int8_is_ignored(one_build, name):
     k, v = (rng.standard_normal((1, HK, 60, d), dtype=np.float32) for d in (D, DV))
     q = rng.standard_normal((1, H, 60, D), dtype=np.float32)
     results = []
-    for settings in (INT8[name], {}):
-        cache, oracle = make(1, 64, "int8", **settings)
+    for of_int8 in (INT8[name], {}):
+        cache, oracle = make(1, 64, "int8", **of_int8)
         results.append(verify(cache, oracle, q, k, v)[0])
     assert np.median(np.abs(results[0] - results[1])) > 1e-4
 
@@ -606,3 +608,44 @@ def test_an_int8_cache_is_flash_attention_int8(one_build):
     out = cyflash.flash_attention_with_kvcache(q, cache, k, v)
     same_bits([out], [flash_attention_int8(q, k, v, causal=True, quant=LayerScales(k_mean=MEAN))])
     assert int8_values(Oracle(1, "int8"), v[0])["smooth_k"] is False
+
+
+# Any call
+
+
+@st.composite
+def any_call(draw):
+    """A cache with its oracle, and arguments of one call on some of its rows."""
+    dtype, page_size = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([16, 32, 80, 256]))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    sizes = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    given = {"fp32_sinks": draw(st.sampled_from([0, 0, 1, 17]))} if dtype == "int8" else {}
+    n, Lq = draw(st.integers(1, 4)), draw(st.integers(1, 40))
+    before = draw(st.lists(st.integers(0, 400), min_size=n, max_size=n))
+    cache = cyflash.PagedKVCache(40 * 256 // page_size, page_size, kv_heads, sizes[0], numpy_dtype(dtype),
+                                 v_head_dim=sizes[1], **given)
+    rows = [cache.add() for _ in range(n)]
+    oracle = Oracle(n, dtype, kv_heads=kv_heads, head_dim=sizes[0], v_head_dim=sizes[1], **given)
+    heads = (kv_heads * group, kv_heads)
+    q, k, v = tokens(max(before) + Lq, n, seed=draw(st.integers(0, 1000)), heads=heads, sizes=sizes)
+    for one in (cache, oracle):
+        one.append(k, v, rows=rows, lengths=before)
+    arguments = {"q": q[:, :, -Lq:].astype(numpy_dtype(draw(st.sampled_from(FLOATS))))}
+    if draw(st.booleans()):
+        arguments |= {"k": k[:, :, -Lq:], "v": v[:, :, -Lq:]}
+    if draw(st.booleans()):
+        arguments["lengths"] = draw(st.lists(st.integers(0, Lq), min_size=n, max_size=n))
+    added = arguments.get("lengths", [Lq] * n) if "k" in arguments else [0] * n
+    longest = max(a + b for a, b in zip(before, added, strict=True))
+    names = [name for name in cases.NAMES if "top-left" not in name and (longest > 1 or name != "mask padding")]
+    for name in draw(st.lists(st.sampled_from(names), unique=True)):
+        arguments |= cases.options(name, n, heads[0], Lq, longest)
+    return cache, oracle, arguments | {"causal": draw(st.booleans())}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(any_call(), st.sampled_from(cyflash.cpu.runnable()), st.integers(1, 3))
+def test_any_call(call, build, threads):
+    cache, oracle, arguments = call
+    with cyflash.set_implementation(build):
+        verify(cache, oracle, **arguments, how={"num_threads": threads})

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import ragged
 from caching import numpy_dtype, same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ragged import BATCHES, DV, HK, D, H, all_options, bounds_of, draw, loop, of_sequence, sequence
 
+import cyflash
 from cyflash import FlashAttentionConfig, flash_attention, flash_attention_varlen
 
 
@@ -93,11 +96,11 @@ def test_threads_and_repeats(build):
     batch = [(3, 900), (200, 200), (1, 1), (0, 5), (64, 30), (1, 2000)]
     call = draw(batch)
     options = all_options(batch)
-    for given in ({}, {"causal": True}, options):
-        expected = run(call, **given, num_threads=1)
+    for some in ({}, {"causal": True}, options):
+        expected = run(call, **some, num_threads=1)
         for threads in (2, 3, 8):
-            same_bits(run(call, **given, num_threads=threads), expected)
-        same_bits(run(call, **given), expected)
+            same_bits(run(call, **some, num_threads=threads), expected)
+        same_bits(run(call, **some), expected)
 
 
 def test_neighbours_change_nothing(one_build):
@@ -219,6 +222,14 @@ def test_nan_and_infinity_stay_where_they_are(one_build):
     assert np.isfinite(out[:7]).all() and np.isnan(out[7:20]).all() and np.isfinite(out[20:]).all()
     mask = [np.arange(20) != 7, None]
     assert np.isfinite(run(call, mask=mask)[0]).all()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(ragged.calls(), st.sampled_from(cyflash.cpu.runnable()), st.integers(1, 3))
+def test_any_call(call, build, threads):
+    arrays, options = call
+    with cyflash.set_implementation(build):
+        verify(arrays, {"num_threads": threads}, **options)
 
 
 # Bad input
