@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ragged import BATCHES, DV, HK, D, H, all_options, bounds_of, draw, loop, of_sequence, sequence
 
 import cyflash
-from cyflash import FlashAttentionConfig, LayerScales, flash_attention_int8, flash_attention_int8_varlen
+from cyflash import FlashAttentionConfig, LayerScales, flash_attention_int8, flash_attention_int8_varlen, quantize
 
 MEAN = np.linspace(-1, 1, HK * D, dtype=np.float32).reshape(HK, 1, D)
 PER_HEAD = LayerScales(np.full((H, 1, 1), 0.03), np.full((HK, 1, 1), 0.03), np.full((HK, 1, 1), 0.02), k_mean=MEAN,
@@ -150,6 +150,27 @@ def test_codes(one_build):
     equals_the_loop((q, codes[1], codes[2], cu_q, cu_k), k_scale=0.025, v_scale=0.025, causal=True)
 
 
+def test_static_scales_of_any_shape(one_build):
+    """A number, (H, 1) per head and (total, H, 1) per token, of floats and of codes."""
+    batch = BATCHES["without queries"]
+    q, k, v, cu_q, cu_k = draw(batch)
+    r = np.random.default_rng(0)
+    for of in (lambda x: (), lambda x: (x.shape[1], 1), lambda x: (*x.shape[:2], 1)):
+        scales = [(0.02 + 0.02 * r.random(of(x))).astype(np.float32) for x in (q, k, v)]
+        codes = [np.clip(np.rint(x / s), -127, 127).astype(np.int8) for x, s in zip((q, k, v), scales, strict=True)]
+        for arrays in ((q, k, v), codes):
+            given = dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True))
+            out, lse = run((*arrays, cu_q, cu_k), **given, causal=True)
+            for i in range(len(batch)):
+                own = {}
+                for name, s, cu in zip(given, scales, (cu_q, cu_k, cu_k), strict=True):
+                    token = s.ndim == 3
+                    own[name] = s[cu[i] : cu[i + 1]].swapaxes(0, 1) if token else s[:, None] if s.ndim else float(s)
+                alone = flash_attention_int8(*sequence(*arrays, cu_q, cu_k, i), **own, causal=True, return_lse=True)
+                rows = slice(cu_q[i], cu_q[i + 1])
+                same_bits((out[rows], lse[rows]), [x.swapaxes(0, 1) for x in alone])
+
+
 def test_threads_and_repeats(build):
     batch = [(3, 900), (200, 200), (1, 1), (0, 5), (64, 30), (1, 2000)]
     call = draw(batch)
@@ -234,6 +255,10 @@ def bad():
         yield of(f"{name} codes without scale", ValueError, [f"{name}_scale"],
                  **{name: np.ones(good[name].shape, np.int8)})
         yield of(f"{name}_scale zero", ValueError, [f"{name}_scale: expected", "0.0"], **{f"{name}_scale": 0.0})
+    yield of("k quantised", (TypeError, ValueError), ["k: expected"], k=quantize(k))
+    yield of("q_scale of another shape", ValueError, ["q_scale: expected", "(3, 1)"], q_scale=np.ones((3, 1)))
+    yield of("k_scale per channel", ValueError, ["k_scale: expected"], k_scale=np.ones((1, 1, D)))
+    yield of("v_scale of one axis", ValueError, ["v_scale: expected"], v_scale=np.ones(HK))
     yield of("granularity", ValueError, ["granularity: expected", "'row'"], granularity="row")
     yield of("smooth_k", ValueError, ["smooth_k: expected", "'yes'"], smooth_k="yes")
     yield of("fp32_sinks", ValueError, ["fp32_sinks: expected", "-1"], fp32_sinks=-1)

@@ -271,6 +271,16 @@ def test_truncate_some_rows(dtype):
         verify(cache, oracle, part(q, 0, 3), bound=False)
 
 
+def test_truncate_to_one_length(dtype):
+    cache, oracle = make(3, 64, dtype)
+    q, k, v = tokens(50, 3)
+    cache.append(k, v), oracle.append(k, v)
+    cache.truncate(20), oracle.truncate([20] * 3)
+    cache.truncate(7, rows=[2, 0]), oracle.truncate([7, 7], [2, 0])
+    assert cache.lengths.tolist() == [7, 20, 7]
+    verify(cache, oracle, part(q, 0, 3), bound=False)
+
+
 def test_reset(dtype):
     cache, oracle = make(3, 64, dtype)
     q, k, v = tokens(50, 3)

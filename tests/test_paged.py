@@ -178,6 +178,63 @@ def test_a_window_gives_back_pages(one_build, dtype):
     assert cache.lengths[row] == 200
 
 
+def test_rows_are_those_that_are_there():
+    """Numbers are the lowest that are free; "all" rows are those there are, in ascending order."""
+    cache, oracle = make_paged(12, 16)
+    q, k, v = tokens(30, 4)
+    assert [cache.add() for _ in range(4)] == [0, 1, 2, 3]
+    cache.append(k, v)
+    cache.free(1), cache.free(2)
+    assert cache.rows.tolist() == [0, 3] and cache.lengths.tolist() == [30, 0, 0, 30]
+    for row, i in ((0, 0), (3, 3)):
+        oracle.add(row)
+        oracle.append(k[i : i + 1], v[i : i + 1], [row])
+    verify(cache, oracle, q[:2, :, :3])
+    cache.append(k[:2, :, :2], v[:2, :, :2]), oracle.append(k[:2, :, :2], v[:2, :, :2])
+    cache.truncate([31, 32]), oracle.truncate([31, 32])
+    verify(cache, oracle, q[:2, :, :3])
+    assert cache.add() == 1
+    oracle.add(1)
+    oracle.rows = dict(sorted(oracle.rows.items()))
+    verify(cache, oracle, q[:3, :, :3], k[:3, :, :3], v[:3, :, :3])
+    cache.reset()
+    assert cache.lengths.tolist() == [0, 0, 0, 0] and cache.free_pages == cache.pages == 12
+
+
+def test_pages_are_counted(dtype):
+    """free_pages is what the rows do not hold, shared pages counted once."""
+    cache, _ = make_paged(10, 16, dtype)
+    _, k, v = tokens(40)
+    row = cache.add()
+    assert cache.free_pages == 10
+    cache.append(k, v, rows=[row])
+    assert cache.free_pages == 7
+    fork = cache.fork(row)
+    assert cache.free_pages == 7
+    cache.append(part(k, 0, 1), part(v, 0, 1), rows=[fork])
+    assert cache.free_pages == 6
+    cache.truncate([16], rows=[row])
+    assert cache.free_pages == 7  # its last page was its own, the second is the fork's as well
+    cache.free(fork)
+    assert cache.free_pages == 9
+    cache.free(row)
+    assert cache.free_pages == 10
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 2, 2], [0, 1, 1]], ids=str)
+def test_reorder(dtype, order):
+    """As a KVCache's, on few pages."""
+    cache, oracle = make_paged(9, 16, dtype, **settings_of(dtype))
+    q, k, v = tokens(50, 3)
+    for _ in range(3):
+        oracle.add(cache.add())
+    cache.append(k, v, lengths=[40, 7, 33]), oracle.append(k, v, lengths=[40, 7, 33])
+    cache.reorder(order), oracle.reorder(order)
+    now = np.s_[:, :, :1]
+    verify(cache, oracle, q[now], k[now], v[now])
+    verify(cache, oracle, q[:, :, :4])
+
+
 # fork
 
 

@@ -205,6 +205,17 @@ def test_config(one_build):
             bounds.Case(*sequence(*call, i)).check(out[rows].swapaxes(0, 1), lse[rows].swapaxes(0, 1), rms=False)
 
 
+def test_queries_after_the_last_sequence(one_build):
+    """Output 0 and LSE -inf, also in an array of the caller's; keys there are not read."""
+    q, k, v, cu_q, cu_k = draw([(5, 6), (3, 4), (4, 7)])
+    k[10:], v[10:], q[8:] = np.nan, np.nan, np.nan
+    expected = run((q[:8], k[:10], v[:10], cu_q[:3], cu_k[:3]), causal=True)
+    for cu in ((cu_q[:3], cu_k[:3]), (np.array([0, 5, 8, 8]), np.array([0, 6, 10, 10]))):
+        out, lse = run((q, k, v, *cu), causal=True, out=np.full((12, H, DV), np.nan, np.float32))
+        same_bits((out[:8], lse[:8]), expected)
+        assert not out[8:].any() and (lse[8:] == -np.inf).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit(one_build, dtype):
     *arrays, cu_q, cu_k = draw(BATCHES["mixed"])
