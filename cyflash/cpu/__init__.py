@@ -39,10 +39,10 @@ BUILDS = {
 BLOCK_SIZE_KV = 128
 LONG_BLOCK_SIZE_KV = 256
 
-# Query rows of a task are one panel; of keys and values of 16 bits four, so that a block is converted for all of them
-# (at D = 64, D = 128: bfloat16 1.36, 1.49 times as fast as float32 with one panel, 1.65, 1.80 with four, 1.70, 1.82
-# with eight).
-PANELS_16 = 4
+# Query rows of a task are one panel; where keys or values are converted four, so that a block is converted for all of
+# them (bfloat16 at D = 64, D = 128: 1.36, 1.49 times as fast as float32 with one panel, 1.65, 1.80 with four, 1.70,
+# 1.82 with eight).
+CONVERTING_PANELS = 4
 
 # A block is summed before it is added to what earlier blocks gave, so its length decides the rounding error; and beyond
 # this its scores (512 x 48 x 4 bytes = 96 KB) are far out of the first-level cache.
@@ -160,15 +160,15 @@ def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
     return tile_sizes_of(active() if build is None else load(build), block_size_q, block_size_kv)
 
 
-def tile_sizes_of(module, block_size_q=None, block_size_kv=None, kind="fp32"):
+def tile_sizes_of(module, block_size_q=None, block_size_kv=None, kind="fp32", converts=False):
     """`tile_sizes` of a build that is already chosen: the active one may change in another thread meanwhile.
 
-    kind: "int8" of quantised attention, where a block that is longer than PART_KEYS is a multiple of it; "fp16" or
-    "bf16" of keys or values that are converted block by block.
+    kind: what the first product multiplies, "fp32", "bf16" or "int8". Of codes, a block that is longer than PART_KEYS
+    is a multiple of it. converts: a block of keys or values is converted before it is used.
     """
     panel, rows, part = (module.SHAPE[name] for name in ("PANEL", "ROWS", "PART_KEYS"))
     if block_size_q is None:
-        Br = panel * (PANELS_16 if kind in ("fp16", "bf16") else 1)
+        Br = panel * (CONVERTING_PANELS if converts else 1)
     else:
         Br = min(-(-block_size_q // panel), MAX_BLOCK_SIZE_Q // panel) * panel
     if block_size_kv is None:
