@@ -144,7 +144,8 @@ def dense(oracle, row, q, *, pv=None, **options):
         return flash_attention_int8(q, k, **int8_values(oracle, v, pv), **options, return_lse=True)
     if q.dtype == numpy_dtype(oracle.dtype):
         return flash_attention(q, *(x.astype(q.dtype) for x in (k, v)), **options, return_lse=True)
-    out, lse = flash_attention(q.astype(np.float32), k, v, **options, return_lse=True)
+    kept = (x.astype(numpy_dtype(oracle.dtype)) for x in (k, v))
+    out, lse = flash_attention(q.astype(np.float32), *kept, **options, return_lse=True)
     return out.astype(q.dtype), lse
 
 
