@@ -13,6 +13,7 @@
          kernel.pxi    the algorithm, written once in the words of simd/*.h
 
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
+    merge.py         attention over keys in parts, put together
     schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work
     plain.py         attention in plain NumPy float32, to compare with
@@ -27,6 +28,7 @@ from cyflash.attention import flash_attention, flash_attention_int8
 from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
+from cyflash.merge import merge_states
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
 from cyflash.varlen import flash_attention_int8_varlen, flash_attention_varlen
 
@@ -44,6 +46,7 @@ __all__ = [
     "flash_attention_int8",
     "flash_attention_int8_varlen",
     "flash_attention_varlen",
+    "merge_states",
     "quantize",
     "reference",
     "set_implementation",
