@@ -13,6 +13,7 @@
          kernel.pxi    the algorithm, written once in the words of simd/*.h
 
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
+    sdpa.py          the signature and semantics of torch's scaled_dot_product_attention
     merge.py         attention over keys in parts, put together
     schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work
@@ -30,6 +31,7 @@ from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
 from cyflash.merge import merge_states
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
+from cyflash.sdpa import scaled_dot_product_attention
 from cyflash.varlen import flash_attention_int8_varlen, flash_attention_varlen
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "merge_states",
     "quantize",
     "reference",
+    "scaled_dot_product_attention",
     "set_implementation",
     "set_num_threads",
 ]
