@@ -105,7 +105,7 @@ plain = [
 ]
 
 setup(
-    packages=["cyflash", "cyflash.bench", "cyflash.cpu", "cyflash.quant"],
+    packages=["cyflash", "cyflash.bench", "cyflash.compat", "cyflash.cpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={"cyflash": ["py.typed", "report_page.html"]},
     ext_modules=cythonize(
