@@ -5,8 +5,6 @@ import numpy as np
 
 from cyflash import arrays
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def merge_states(out_a, lse_a, out_b, lse_b, *, lse_base="e"):
     """Attention over the keys of two parts together, from the outputs and log-sum-exps of each.
@@ -82,12 +80,7 @@ def _weighted(out, weight, lse):
 
 def _check(out_a, lse_a, out_b, lse_b):
     for name, x in (("out_a", out_a), ("out_b", out_b)):
-        arrays.require_array(name, x)
-        if x.dtype.name not in DTYPES or not x.dtype.isnative:
-            raise TypeError(
-                f"{name}: expected float32, float16 or bfloat16, got {arrays.dtype_name(x.dtype)}; "
-                f"write {name}.astype(np.float32)"
-            )
+        arrays.require_float(name, x)
     if out_a.ndim < 2:
         raise ValueError(f"out_a: expected (..., Lq, Dv), got shape {out_a.shape}")
     if out_b.shape != out_a.shape:

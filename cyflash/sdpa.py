@@ -19,15 +19,15 @@ def scaled_dot_product_attention(
 
     Parameters
     ----------
-    query : ndarray of float32, shape (..., Lq, D)
+    query : ndarray of float32, float16 or bfloat16, shape (..., Lq, D)
         Two axes or more. Leading axes of query, key and value broadcast by NumPy's rules, as in torch; nothing is
         copied for that.
-    key : ndarray of float32, shape (..., Lk, D)
+    key : ndarray of query's dtype, shape (..., Lk, D)
         Keys.
-    value : ndarray of float32, shape (..., Lk, Dv)
+    value : ndarray of query's dtype, shape (..., Lk, Dv)
         Values.
-    attn_mask : ndarray of bool or float32, optional
-        Broadcasts to the scores, (..., Lq, Lk). Of bool: True takes part. Of float32: added to the scores, -inf hides.
+    attn_mask : ndarray of bool, float32 or query's dtype, optional
+        Broadcasts to the scores, (..., Lq, Lk). Of bool: True takes part. Else it is added to the scores, -inf hides.
     dropout_p : float
         Only 0 is implemented.
     is_causal : bool
@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
 
     Returns
     -------
-    out : ndarray of float32, shape (..., Lq, Dv)
+    out : ndarray of query's dtype, shape (..., Lq, Dv)
         C order. Rows that see no key are 0, as those of torch are on the CPU.
 
     Raises
@@ -69,7 +69,9 @@ def scaled_dot_product_attention(
     (2, 8, 128, 64)
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
-        arrays.require_float32(name, x)
+        arrays.require_float(name, x)
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: expected {query.dtype.name} as query has, got {x.dtype.name}")
         if x.ndim < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions (..., L, D), got shape {x.shape}")
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
@@ -78,7 +80,7 @@ def scaled_dot_product_attention(
     checked_dropout(dropout_p, None)
     _check_lengths(query, key, value)
     lead, kv_lead = _leading_axes(query, key, value, enable_gqa)
-    mask = {} if attn_mask is None else _mask(attn_mask, (*lead, query.shape[-2], key.shape[-2]), is_causal)
+    mask = {} if attn_mask is None else _mask(attn_mask, query, (*lead, query.shape[-2], key.shape[-2]), is_causal)
     out = np.empty((*lead, query.shape[-2], value.shape[-1]), query.dtype)
     ones = (None,) * (2 - len(lead))  # four axes at least: one path serves all
     _attend(
@@ -161,7 +163,7 @@ def _broadcast_shapes(query, key, value, *shapes):
         ) from None
 
 
-def _mask(attn_mask, scores, is_causal):
+def _mask(attn_mask, query, scores, is_causal):
     """attn_mask as an option of `flash_attention`."""
     arrays.require_array("attn_mask", attn_mask, dtype="bool")
     if is_causal:
@@ -169,13 +171,16 @@ def _mask(attn_mask, scores, is_causal):
             "attn_mask: expected None with is_causal=True, as in torch; cyflash.flash_attention takes causal=True, "
             'causal_align="top-left" and mask or bias together'
         )
-    if attn_mask.dtype != np.bool_ and attn_mask.dtype != arrays.FLOAT32:
+    name = "mask" if attn_mask.dtype == np.bool_ else "bias"
+    if name == "bias" and attn_mask.dtype not in (arrays.FLOAT32, query.dtype):
         raise TypeError(
-            f"attn_mask: expected bool (True takes part) or float32 (added to the scores), "
+            f"attn_mask: expected bool (True takes part), float32 or query's {query.dtype.name} (added to the scores), "
             f"got {arrays.dtype_name(attn_mask.dtype)}; write attn_mask.astype(bool) or attn_mask.astype(np.float32)"
         )
+    if name == "bias":
+        attn_mask = attn_mask.astype(np.float32, copy=False)
     try:
-        return {"mask" if attn_mask.dtype == np.bool_ else "bias": np.broadcast_to(attn_mask, scores)}
+        return {name: np.broadcast_to(attn_mask, scores)}
     except ValueError:
         raise ValueError(
             f"attn_mask: expected a shape that broadcasts to (..., Lq, Lk) = {scores}, got {attn_mask.shape}"

@@ -52,9 +52,9 @@ def flash_attn_func(
     ----------
     q : ndarray of float32, float16 or bfloat16, shape (B, Lq, H, D)
         Queries.
-    k : ndarray of float32, shape (B, Lk, Hk, D)
+    k : ndarray of q's dtype, shape (B, Lk, Hk, D)
         Keys. Hk divides H: query head h reads kv head h // (H // Hk).
-    v : ndarray of float32, shape (B, Lk, Hk, Dv)
+    v : ndarray of q's dtype, shape (B, Lk, Hk, Dv)
         Values.
     dropout_p : float
         Only 0 is implemented.
@@ -75,7 +75,7 @@ def flash_attn_func(
 
     Returns
     -------
-    out : ndarray of float32, shape (B, Lq, H, Dv)
+    out : ndarray of q's dtype, shape (B, Lq, H, Dv)
         0 in rows that see no key.
     lse : ndarray of float32, shape (B, H, Lq)
         Natural logarithm; -inf in rows that see no key. Only with return_attn_probs, as is the None after it.
@@ -117,7 +117,7 @@ def flash_attn_kvpacked_func(
     ----------
     q : ndarray of float32, float16 or bfloat16, shape (B, Lq, H, D)
         Queries.
-    kv : ndarray of float32, shape (B, Lk, 2, Hk, D)
+    kv : ndarray of q's dtype, shape (B, Lk, 2, Hk, D)
         Keys and values, which are read in place.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, as are results and errors.
@@ -149,7 +149,7 @@ def flash_attn_qkvpacked_func(
 
     Parameters
     ----------
-    qkv : ndarray of float32, shape (B, L, 3, H, D)
+    qkv : ndarray of float32, float16 or bfloat16, shape (B, L, 3, H, D)
         Read in place.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`, as are results and errors.
@@ -176,11 +176,11 @@ def flash_attn_varlen_func(
 
     Parameters
     ----------
-    q : ndarray of float32, shape (total_q, H, D)
+    q : ndarray of float32, float16 or bfloat16, shape (total_q, H, D)
         Queries.
-    k : ndarray of float32, shape (total_k, Hk, D); with block_table (pages, page_size, Hk, D)
+    k : ndarray of q's dtype, shape (total_k, Hk, D); with block_table (pages, page_size, Hk, D)
         Keys.
-    v : ndarray of float32, shape (total_k, Hk, Dv); with block_table (pages, page_size, Hk, Dv)
+    v : ndarray of q's dtype, shape (total_k, Hk, Dv); with block_table (pages, page_size, Hk, Dv)
         Values.
     cu_seqlens_q : ndarray of int32 or int64, shape (B + 1,)
         Sequence b has the queries cu_seqlens_q[b] up to cu_seqlens_q[b + 1]; the first entry is 0. Empty sequences are
@@ -197,7 +197,7 @@ def flash_attn_varlen_func(
 
     Returns
     -------
-    out : ndarray of float32, shape (total_q, H, Dv)
+    out : ndarray of q's dtype, shape (total_q, H, Dv)
         0 in rows that see no key.
     lse : ndarray of float32, shape (H, total_q)
         Natural logarithm. Only with return_attn_probs, as is the None after it.
@@ -245,9 +245,9 @@ def flash_attn_varlen_kvpacked_func(
 
     Parameters
     ----------
-    q : ndarray of float32, shape (total_q, H, D)
+    q : ndarray of float32, float16 or bfloat16, shape (total_q, H, D)
         Queries.
-    kv : ndarray of float32, shape (total_k, 2, Hk, D)
+    kv : ndarray of q's dtype, shape (total_k, 2, Hk, D)
         Keys and values, which are read in place.
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         As in `flash_attn_varlen_func`, as are results and errors.
@@ -284,7 +284,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     Parameters
     ----------
-    qkv : ndarray of float32, shape (total, 3, H, D)
+    qkv : ndarray of float32, float16 or bfloat16, shape (total, 3, H, D)
         Read in place.
     cu_seqlens : ndarray of int32 or int64, shape (B + 1,)
         Sequence b is tokens cu_seqlens[b] up to cu_seqlens[b + 1].

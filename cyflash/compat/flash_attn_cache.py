@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, attention
-from cyflash.compat.flash_attn_checks import KINDS, check_range, checked_index, checked_integers, errors_name
+from cyflash.compat.flash_attn_checks import check_range, checked_index, checked_integers, errors_name
 from cyflash.plan import make_plan
 
 PAGE = 16  # page sizes are multiples of this
@@ -19,13 +19,14 @@ class Places(NamedTuple):
     """Key j of row b is row j % page_size of page table[b, j // page_size], in caches (pages, page_size, Hk, D)."""
 
     table: np.ndarray  # (B, P), int64
-    page_size: int
+    page_size: int | None  # None: one page for each row
 
     def write(self, cache, new, begin):
         """Put new (B, L, Hk, D) into the cache, from key begin[b] of each row."""
         keys = begin[:, None] + np.arange(new.shape[1])
-        pages = np.take_along_axis(self.table, keys // self.page_size, axis=1)
-        cache[pages, keys % self.page_size] = new
+        page_size = self.page_size or max(1, cache.shape[1])
+        pages = np.take_along_axis(self.table, keys // page_size, axis=1)
+        cache[pages, keys % page_size] = new
 
     def of_rows(self, rows):
         return self._replace(table=self.table[rows])
@@ -45,7 +46,7 @@ def places_in(k_cache, cache_seqlens, cache_batch_idx, block_table, B, L):
 
 def _places_of_rows(k_cache, cache_batch_idx, B):
     """Each row of the caches is one page."""
-    rows, capacity = k_cache.shape[:2]
+    rows = k_cache.shape[0]
     if cache_batch_idx is not None:
         index = checked_integers("cache_batch_idx", cache_batch_idx, (B,), f"({B},), one of each row of q")
         check_range("cache_batch_idx", index, 0, rows - 1, "the rows of the caches")
@@ -53,7 +54,7 @@ def _places_of_rows(k_cache, cache_batch_idx, B):
         raise ValueError(f"k_cache: expected at least {B} rows, as many as q has, got {k_cache.shape}")
     else:
         index = np.arange(B)
-    return Places(index[:, None], max(PAGE, -(-capacity // PAGE) * PAGE))
+    return Places(index[:, None], None)
 
 
 def checked_table(name, cache, block_table, B):
@@ -174,17 +175,12 @@ def attend(q, k_cache, v_cache, places, keys, options, return_lse, first=None):
     """(out (B, Lq, H, Dv), lse (B, H, Lq) or None): each row of q over the first `keys` keys of its row."""
     from cyflash.stored import Stored
 
-    B, Lq, H, D = q.shape
-    Dv = v_cache.shape[3]
-    stored = Stored(
-        kind=KINDS[k_cache.dtype.name], page_size=places.page_size, k=k_cache.transpose(0, 2, 1, 3),
-        v=v_cache.transpose(0, 2, 1, 3), D=D, Dv=Dv, k_sum=None, k_scale=None, v_scale=None, k_mean=None, fp32_sinks=0,
-        float_k=None, float_v=None,
-    )
-    out = np.empty((B, Lq, H, Dv), q.dtype)
+    out = np.empty((*q.shape[:3], v_cache.shape[3]), q.dtype)
+    q, k, v, heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k_cache, v_cache, out))
+    kind = arrays.kind_of(k.dtype)
+    stored = Stored(kind, places.page_size, k, v, D=k.shape[3], Dv=v.shape[3], v_kind=kind)
     with errors_name():
         _, lse = attention.attend_stored(
-            q.transpose(0, 2, 1, 3), stored, places.table, keys, first=first, **options, return_lse=return_lse,
-            out=out.transpose(0, 2, 1, 3),
+            q, stored, places.table, keys, first=first, **options, return_lse=return_lse, out=heads_first
         )
     return out, lse

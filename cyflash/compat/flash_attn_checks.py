@@ -7,18 +7,11 @@ import numpy as np
 from cyflash import arrays
 from cyflash.plan import checked_dropout
 
-KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
 
 def check_shape(name, x, axes, sizes):
     """Raise unless x is a float array with these axes, such as "B Lq H D". A letter that is in `sizes` must have that
     length, and a number is one; other letters are added to sizes."""
-    arrays.require_array(name, x)
-    if x.dtype.name not in KINDS or not x.dtype.isnative:
-        raise TypeError(
-            f"{name}: expected float32, float16 or bfloat16, got {arrays.dtype_name(x.dtype)}; "
-            f"write {name}.astype(np.float32)"
-        )
+    arrays.require_float(name, x)
     axes = axes.split()
     known = {axis: int(axis) if axis.isdecimal() else sizes.get(axis) for axis in axes}
     if x.ndim != len(axes) or any(known[axis] not in (None, n) for axis, n in zip(axes, x.shape, strict=True)):
