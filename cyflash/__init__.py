@@ -14,6 +14,7 @@
 
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
     sdpa.py          the signature and semantics of torch's scaled_dot_product_attention
+    compat/          the functions of other libraries (flash_attn), imported by who wants them
     merge.py         attention over keys in parts, put together
     schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work
