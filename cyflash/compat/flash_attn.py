@@ -409,7 +409,7 @@ def flash_attn_with_kvcache(
         places.write(k_cache, k, lengths)
         places.write(v_cache, v, lengths)
     out, lse = cache.attend(
-        q, k_cache, v_cache, places, lengths + (L or 0), options, bool(return_softmax_lse), first=cache_leftpad
+        q, k_cache, v_cache, places, lengths + (L or 0), options, bool(return_softmax_lse), leftpad=cache_leftpad
     )
     return (out, lse) if return_softmax_lse else out
 

@@ -171,16 +171,18 @@ def _rotate(x, cos, sin, interleaved):
     return turned
 
 
-def attend(q, k_cache, v_cache, places, keys, options, return_lse, first=None):
-    """(out (B, Lq, H, Dv), lse (B, H, Lq) or None): each row of q over the first `keys` keys of its row."""
+def attend(q, k_cache, v_cache, places, keys, options, return_lse, leftpad=None):
+    """(out (B, Lq, H, Dv), lse (B, H, Lq) or None): each row of q over the first `keys` keys of its row, of which those
+    before leftpad are hidden."""
     from cyflash.stored import Stored
 
     out = np.empty((*q.shape[:3], v_cache.shape[3]), q.dtype)
     q, k, v, heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k_cache, v_cache, out))
+    mask = None if leftpad is None else np.arange(keys.max(initial=0)) >= leftpad[:, None, None, None]
     kind = arrays.kind_of(k.dtype)
     stored = Stored(kind, places.page_size, k, v, D=k.shape[3], Dv=v.shape[3], v_kind=kind)
     with errors_name():
         _, lse = attention.attend_stored(
-            q, stored, places.table, keys, first=first, **options, return_lse=return_lse, out=heads_first
+            q, stored, places.table, keys, mask=mask, **options, return_lse=return_lse, out=heads_first
         )
     return out, lse
