@@ -11,6 +11,7 @@ import numpy as np
 from cyflash import arrays, attention
 from cyflash.compat.flash_attn_checks import check_range, checked_index, checked_integers, errors_name
 from cyflash.plan import make_plan
+from cyflash.stored import Stored
 
 PAGE = 16  # page sizes are multiples of this
 
@@ -174,8 +175,6 @@ def _rotate(x, cos, sin, interleaved):
 def attend(q, k_cache, v_cache, places, keys, options, return_lse, leftpad=None):
     """(out (B, Lq, H, Dv), lse (B, H, Lq) or None): each row of q over the first `keys` keys of its row, of which those
     before leftpad are hidden."""
-    from cyflash.stored import Stored
-
     out = np.empty((*q.shape[:3], v_cache.shape[3]), q.dtype)
     q, k, v, heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k_cache, v_cache, out))
     mask = None if leftpad is None else np.arange(keys.max(initial=0)) >= leftpad[:, None, None, None]
