@@ -23,9 +23,13 @@ def inputs(query, key, value, dtype="float32"):
 def verify(arrays, dtype="float32", **options):
     """Compare with torch on the same arrays."""
     torch = pytest.importorskip("torch")
-    masks = {name: torch.from_numpy(x.copy()) for name, x in options.items() if isinstance(x, np.ndarray)}
-    tensors = [torch.from_numpy(x.astype(F32)).to(getattr(torch, dtype)) for x in arrays]
-    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, **options | masks).to(torch.float32).numpy()
+
+    def tensor(x):
+        return torch.from_numpy(x.astype(F32)).to(getattr(torch, x.dtype.name))
+
+    masks = {name: tensor(x) for name, x in options.items() if isinstance(x, np.ndarray)}
+    expected = torch.nn.functional.scaled_dot_product_attention(*map(tensor, arrays), **options | masks)
+    expected = expected.to(torch.float32).numpy()
     out = scaled_dot_product_attention(*arrays, **options)
     assert out.dtype == arrays[0].dtype and out.shape == expected.shape and out.flags.c_contiguous
     np.testing.assert_allclose(out.astype(F32), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
@@ -103,6 +107,18 @@ def masks(shape, kind):
 @pytest.mark.parametrize("shape", [shape for shape in MASKS if len(shape) > 1], ids=str)
 def test_masks(shape, kind, dtype):
     verify(inputs((2, 4, 7, 16), (2, 4, 9, 16), (2, 4, 9, 16), dtype), dtype, attn_mask=masks(shape, kind))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float", "-inf"])
+def test_masks_of_16_bit(kind, dtype):
+    """Of query's dtype; beside others float32 alone."""
+    arrays = inputs((2, 4, 7, 16), (2, 4, 9, 16), (2, 4, 9, 16), dtype)
+    mask = masks((4, 7, 9), kind).astype(arrays[0].dtype)
+    out = verify(arrays, dtype, attn_mask=mask)
+    assert np.array_equal(out, scaled_dot_product_attention(*arrays, attn_mask=mask.astype(F32)))
+    with pytest.raises(TypeError, match=f"attn_mask: expected bool .* query's float32 .* got {dtype}"):
+        scaled_dot_product_attention(*(x.astype(F32) for x in arrays), attn_mask=mask)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -228,6 +244,7 @@ BAD = {
     "None": (TypeError, {"value": None}, ["value: ", "NoneType"]),
     "float64": (TypeError, {"query": np.zeros((2, 4, 7, 16))}, ["query: expected float32", "float64", "reference"]),
     "key float64": (TypeError, {"key": np.zeros((2, 4, 9, 16))}, ["key: expected float32", "float64"]),
+    "two dtypes": (TypeError, {"value": GOOD["value"].astype("f2")}, ["value: expected float32 as query", "float16"]),
     "value big-endian": (TypeError, {"value": np.zeros((2, 4, 9, 16), ">f4")}, ["value: expected float32", ">f4"]),
     "masked array": (TypeError, {"key": np.ma.zeros((2, 4, 9, 16), F32)}, ["key: ", "MaskedArray"]),
     "one axis": (ValueError, {"query": random(16)}, ["query: expected at least 2 dimensions", "(16,)"]),
