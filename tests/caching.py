@@ -140,13 +140,9 @@ def dense(oracle, row, q, *, pv=None, **options):
     k, v = oracle.rows[row]
     options = {"causal": True, "window": oracle.window} | options
     if oracle.dtype == "int8":
-        q = q.astype(np.float32) if q.dtype == np.float32 else q
         return flash_attention_int8(q, k, **int8_values(oracle, v, pv), **options, return_lse=True)
-    if q.dtype == numpy_dtype(oracle.dtype):
-        return flash_attention(q, *(x.astype(q.dtype) for x in (k, v)), **options, return_lse=True)
-    kept = (x.astype(numpy_dtype(oracle.dtype)) for x in (k, v))
-    out, lse = flash_attention(q.astype(np.float32), *kept, **options, return_lse=True)
-    return out.astype(q.dtype), lse
+    k, v = (x.astype(numpy_dtype(oracle.dtype)) for x in (k, v))
+    return flash_attention(q, k, v, **options, return_lse=True)
 
 
 def int8_values(oracle, v, pv=None):
