@@ -213,12 +213,13 @@ def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
-    call = describe(q, k, v, (q, k, v), config, kinds=kinds_of(k, v), **options)
+    kinds = kinds_of(k, v)
+    call = describe(q, k, v, (q, k, v), config, kinds=kinds, **options)
     dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
     if dropout_p is not None or seed is not None:
         checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
     q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
-    return run(call, q, floats(k, v))
+    return run(call, q, floats(k, v, kinds))
 
 
 def attend_int8(
@@ -246,7 +247,7 @@ def attend_int8(
         checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
         q, k, v = operands.float_operands(q, k, v, settings)
-        return run(call, q, floats(k, v))
+        return run(call, q, floats(k, v, kinds_of(k, v)))
     others = call.out.nbytes + call.threads * call.tile_bytes(
         k_kind="int8", v_kind="int8", product=settings.pv, precise=settings.fp32_sinks
     )
@@ -312,15 +313,14 @@ def attend_stored(
     return run(call, q, stored, ready, sequences=sequences, pages=np.ascontiguousarray(table, np.intp))[:2]
 
 
-def kinds_of(*operands):
-    """What arrays hold, as `arrays.kind_of` calls it."""
-    return tuple(arrays.kind_of(x.dtype) for x in operands)
+def kinds_of(k, v):
+    """What keys and values hold, as `arrays.kind_of` calls it."""
+    return arrays.kind_of(k.dtype), arrays.kind_of(v.dtype)
 
 
-def floats(k, v):
-    """Arrays (B, Hk, L, D) of floats as the kernels read them."""
-    kind, v_kind = kinds_of(k, v)
-    return Stored(kind, None, k, v, k.shape[3], v.shape[3], v_kind)
+def floats(k, v, kinds):
+    """Arrays (B, Hk, L, D) of floats of these kinds as the kernels read them."""
+    return Stored(kinds[0], None, k, v, k.shape[3], v.shape[3], kinds[1])
 
 
 def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
@@ -386,9 +386,9 @@ def describe(
         _check_out(out, shape, dtype, memory, options)
     lse = np.empty(shape[:-1], np.float32) if return_lse else None
     build = cpu.active()
-    native = {arrays.kind_of(dtype), *kinds} == {"bf16"} and build.SHAPE["BF16_GROUP"] == 2
-    kind = "int8" if kinds[0] == "int8" else "bf16" if native else "fp32"
-    converts = not {*kinds} <= {"fp32", "int8"} or (kind == "int8" and pv not in (None, "int8"))
+    native = kinds == ("bf16", "bf16") and arrays.kind_of(dtype) == "bf16" and build.SHAPE["BF16_GROUP"] == 2
+    kind = "bf16" if native else "int8" if kinds[0] == "int8" else "fp32"
+    converts = kinds not in (("fp32", "fp32"), ("int8", "int8")) or (kind == "int8" and pv not in (None, "int8"))
     Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, kind, converts)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
@@ -422,18 +422,15 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
         sequences, pages = _dense(plan.B, plan.Lq, plan.Lk, plan.offset)
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     kinds = None if q is None else arrays.kind_of(q.dtype), arrays.kind_of(out.dtype)
+    tile_bytes = 0
     if out.size:
-        call.build.forward(
+        tile_bytes = call.build.forward(
             q, kinds[0] or "fp32", stored, sequences, pages, codes, arrays.four_axes(direct), kinds[1],
             None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, call.native,
             call.Br, call.Bc, call.threads,
         )
     if direct is not out:
         out[...] = direct
-    tile_bytes = call.tile_bytes(
-        k_kind=stored.kind, v_kind=stored.v_kind, product="fp32" if codes is None else codes.pv,
-        precise=stored.fp32_sinks, native=call.native, page_size=stored.page_size,
-    )
     return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(call.build))
 
 

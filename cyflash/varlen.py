@@ -73,15 +73,16 @@ def flash_attention_varlen(
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (3,))
     lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, q, k)
+    kinds = attention.kinds_of(k, v)
     call = _describe(
-        q, k, v, lengths, config, attention.kinds_of(k, v), causal=causal, causal_align=causal_align, scale=scale,
+        q, k, v, lengths, config, kinds, causal=causal, causal_align=causal_align, scale=scale,
         window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks,
         return_lse=return_lse, out=out, num_threads=num_threads,
     )
     if config is not None and config.dropout_p:
         attention.checked_dropout(config.dropout_p, None)
     q, k, v = (_heads_first(arrays.rows_in_place(x)) for x in (q, k, v))
-    out, lse = _run(call, lengths, q, attention.floats(k, v), None, lengths.begin_k)
+    out, lse = _run(call, lengths, q, attention.floats(k, v, kinds), None, lengths.begin_k)
     return (out, lse) if return_lse else out
 
 

@@ -526,7 +526,8 @@ def forward(
     const Py_ssize_t[:, ::1] pages not None, codes, out not None, str out_kind not None, float[:, :, :] lse,
     options not None, bint ragged, bint native, Py_ssize_t Br, Py_ssize_t Bc, int threads,
 ):
-    """Attention of checked arrays (attention.py). Writes out and, unless None, lse.
+    """Attention of checked arrays (attention.py). Writes out and, unless None, lse; returns the bytes of scratch of one
+    thread.
 
     q: (B, H, Lq, D), of kind q_kind; None where codes are enough. out, lse: (B, H, Lq, Dv), (B, H, Lq). stored: a
     Stored (stored.py). sequences: (n, 5) of number, index along B, Lq, Lk, offset.
@@ -588,6 +589,7 @@ def forward(
         run(&x, threads)
     finally:
         free(x.sequences)
+    return scratch_floats(&x) * sizeof(float)
 
 
 cdef int describe_codes(Problem* x, stored, codes, bint ragged) except -1:
