@@ -11,7 +11,7 @@ import numpy as np
 
 from cyflash import arrays, quantized
 from cyflash.quantized import PRODUCTS, LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
-from cyflash.stored import Stored
+from cyflash.stored import KEYS_UNIT, Stored
 
 
 class Settings(NamedTuple):
@@ -192,9 +192,6 @@ def _rows_of(x):
 
 
 # Codes
-
-
-KEYS_UNIT = 16  # keys and values are packed in so many, and every group that a kernel reads together fits
 
 
 def prepare(q, k, v, settings, build, threads, others=0):

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, attention, operands, parts, quantized
-from cyflash.operands import KEYS_UNIT, Codes
+from cyflash.operands import Codes
 from cyflash.plan import broadcast_bias, broadcast_mask
 from cyflash.quantized import quantise_call
-from cyflash.stored import Stored
+from cyflash.stored import KEYS_UNIT, Stored
 
 
 def flash_attention_varlen(
@@ -174,7 +174,8 @@ class Lengths(NamedTuple):
     Lk: np.ndarray
 
     @classmethod
-    def of(cls, cu_seqlens_q, cu_seqlens_k, q, k):
+    def of(cls, cu_seqlens_q, cu_seqlens_k, q, k=None):
+        """Those that cu_seqlens say, within the rows of q and k; without k, of keys that lie elsewhere."""
         cu_q = _checked_offsets("cu_seqlens_q", cu_seqlens_q, "q", q)
         cu_k = _checked_offsets("cu_seqlens_k", cu_seqlens_k, "k", k)
         if len(cu_q) != len(cu_k):
@@ -192,6 +193,7 @@ class Lengths(NamedTuple):
 
 
 def _checked_offsets(name, offsets, of, x):
+    """cu_seqlens as an array of int, within the rows of the array x, which is called `of`, unless that is None."""
     given, offsets = offsets, np.asarray(offsets)
     if offsets.dtype.kind not in "iu":
         got = f"dtype {offsets.dtype.name}" if isinstance(given, np.ndarray) else repr(given)
@@ -204,7 +206,7 @@ def _checked_offsets(name, offsets, of, x):
     if (np.diff(offsets) < 0).any():
         i = int(np.argmax(np.diff(offsets) < 0))
         raise ValueError(f"{name}: expected entries that do not decrease, got {offsets[i]} and then {offsets[i + 1]}")
-    if offsets[-1] > len(x):
+    if x is not None and offsets[-1] > len(x):
         raise ValueError(f"{name}: expected at most the {len(x)} rows of {of} {x.shape}, got {offsets[-1]} at the end")
     return offsets
 
