@@ -161,7 +161,7 @@ def flash_attention_int8(
         Default: quant's, else "int8".
     quant : LayerScales, optional
         Scales, mean of the keys, fp32_sinks and pv of a calibrated layer. A planned one (`LayerScales.parts`) is run
-        part by part: q, k and v must be float32 arrays then, and no other argument may say how to quantise them.
+        part by part: q, k and v must be float arrays then, and no other argument may say how to quantise them.
     causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks, return_lse, out, config, num_threads
         As in `flash_attention`. A config's block_size_kv above 64 is rounded up to a multiple of 64; a smaller one
         shortens the parts of the notes.
@@ -279,7 +279,8 @@ def attend_stored(
         Called when nothing about the arguments can raise any more: writes the last keys and values, which `keys` counts
         already, and returns the (stored, table) to read.
 
-    The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)).
+    The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)). The caller has checked
+    table, keys and queries.
     """
     n, _, Lq, _ = arrays.require_float("q", q, (4,)).shape
     keys = np.asarray(keys)
@@ -367,8 +368,8 @@ def describe(
     changes no bit, so that small calls stay small.
 
     memory: the arrays that q, k and v lie in. kinds: of keys and values as they are stored; pv: how codes of values are
-    multiplied. dtype, out_shape, pairs: of the output, and how
-    many queries meet how many keys of a head, where q, k and v are only the shapes that the sequences fit in.
+    multiplied. Where q, k and v are only the shapes that the sequences fit in, dtype and out_shape are those of the
+    output, and pairs is the sum of Lq * Lk.
     """
     block_size_q = block_size_kv = None
     if config is not None:

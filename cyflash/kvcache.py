@@ -58,7 +58,7 @@ class KVCache:
     granularity : {"token", "head", "tensor"}, default "token"
         int8: with "token", the scale of each token of each head is found when it comes. The others need scales.
     k_scale, v_scale : float or array-like of float, shape (), (Hk, 1, 1), optional
-        int8: static scales, as in `quantize`. What lies beyond 127 scales saturates.
+        int8: static scales, as in `quantize`; numbers with granularity "tensor". What lies beyond 127 scales saturates.
     k_mean : array-like of float, shape (Hk, 1, D) or one that broadcasts to it, optional
         int8: subtracted from the keys before they are quantised; exactly compensated. A mean cannot be found as tokens
         come, since earlier codes would change with it: take that of a calibration.
@@ -89,6 +89,8 @@ class KVCache:
     ------
     TypeError, ValueError
         For arguments that do not fit.
+    ImportError
+        For bfloat16 without ml_dtypes.
     MemoryError
         When it cannot be allocated. Memory that no token was written to may not be taken from the system yet.
 
@@ -240,6 +242,8 @@ class KVCache:
 
         Raises
         ------
+        TypeError
+            For what are no integers.
         ValueError
             For other lengths and rows, and where a query after what remains would see tokens that the window gave up.
         """
@@ -263,6 +267,11 @@ class KVCache:
         Parameters
         ----------
         rows : array-like of int, optional
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what are no rows of this cache.
         """
         self._rows.clear(self._checked_rows(rows))
         self._room = None
@@ -278,6 +287,8 @@ class KVCache:
 
         Raises
         ------
+        TypeError
+            For what are no integers.
         ValueError
             For what is no row, and for another number of them.
         """
@@ -441,7 +452,7 @@ class KVCache:
         Returns
         -------
         KVCache
-            With the tokens, capacity and options of the saved one.
+            Or PagedKVCache, of which `load` is called. With the tokens, capacity and options of the saved one.
 
         Raises
         ------
@@ -557,7 +568,12 @@ class PagedKVCache(KVCache):
         Returns
         -------
         int
-            Its number.
+            The new row's number.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no row.
         """
         sources = self._checked_rows([row], "row")
         new = self.add()
@@ -571,6 +587,11 @@ class PagedKVCache(KVCache):
         ----------
         row : int
             Its number may be that of another row later.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no row.
         """
         rows = self._checked_rows([row], "row")
         self._rows.clear(rows)

@@ -3,13 +3,18 @@
     detect.pyx     what the CPU and the operating system can run (compiled for any CPU)
     threads.py     how many threads a call gets
     simd/*.h       the vocabulary of each build; simd.h picks one; vocabulary.pxi is how Cython sees it
-    kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes product.pxi, softmax.pxi,
-                   int8.pxi, change.pxi: a file for each step
+    kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes a file for each step:
+                     block.pxi                          keys and values of a block, as the products read them
+                     product.pxi, int8.pxi, bf16.pxi    the products in float32, of codes and of bfloat16
+                     few.pxi                            both products where query rows are few, as in decoding
+                     change.pxi, softmax.pxi            what changes a score; weights
     floats.pxi     arrays of float32, float16 and bfloat16, read as floats
     quantise.pxi   from floats to codes; pack.pxi: from codes to what the products read
-    driver.pxi     tasks, threads, scratch; the entries `forward` and `forward_codes`
+    store.pxi      new tokens into the pages of a cache
+    driver.pxi     tasks, chunks of keys, threads, scratch; the entry `forward`
     inspect.pxi    windows into the kernels for tests and benchmarks
-    _<build>.pyx   two lines that compile both for one build
+    observe.pyx    histograms, sums and fingerprints for calibration (compiled for any CPU)
+    _<build>.pyx   two lines that compile the kernels for one build
 
 A build is imported only when this machine can run it: its module may contain its instructions anywhere.
 """
