@@ -299,8 +299,10 @@ def _codes(name, x, settings, build, threads, room, counts):
 
 
 def require_finite(name, x):
-    if not np.isfinite(x).all():
-        place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    """Raise where x, an array of floats, has NaN or inf."""
+    finite = arrays.finite(x)
+    if not finite.all():
+        place = tuple(int(i) for i in np.unravel_index(np.argmin(finite), x.shape))
         raise ValueError(f"{name}: expected finite values, got {x[place]} at {place}")
 
 

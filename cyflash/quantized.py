@@ -213,8 +213,7 @@ def scale_of(top):
 
 
 def _not_finite(name, x, ndim):
-    with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN
-        place = np.unravel_index(np.argmin(np.isfinite(x)), x.shape)
+    place = np.unravel_index(np.argmin(arrays.finite(x)), x.shape)
     shown = tuple(int(i) for i in place[4 - ndim :])
     return (
         f"{name}: expected finite values, got {x[place]} at {shown}; they count for the scale also where a mask hides "
