@@ -27,6 +27,7 @@ UNLIKE = Decode((8192, 6144, 4097, 3000, 2048, 1024, 500, 77), 32, 8, 128)
 PAGE_SIZES = (16, 64, 256)
 HALF = (Case((1, 8, 4096, 64)), Case((1, 8, 4096, 128)))
 FORMATS = {"fp32": "float32", "int8": "int8"}
+BOTH = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def mixed_lengths(n, least, most):
@@ -91,20 +92,18 @@ def _long_row(outcome, worker, threads, limit, bar):
         return
     cases = {f"{name} cache": replace(LONG_ROW, dtype=dtype) for name, dtype in FORMATS.items()}
     ways = cases | {f"reading the {name}": Read(case) for name, case in cases.items()}
-    result = _compare(
-        outcome,
-        worker,
-        {f"{name}, {count}": _on(case, count) for name, case in ways.items() for count in (1, threads)},
-        limit,
-        bar.next(title(LONG_ROW)),
-    )
+    calls = {f"{name}, {count}": _on(case, count) for name, case in ways.items() for count in (1, threads)}
+    result = _compare(outcome, worker, calls, limit, bar.next(title(LONG_ROW)))
     for name in ways:
         what = f"{title(LONG_ROW)}, {name}: {threads} threads vs one"
         outcome.add_ratio(result, what, f"{name}, 1", f"{name}, {threads}")
 
 
 def _on(case, threads):
-    return replace(case, cache=_on(case.cache, threads)) if isinstance(case, Read) else replace(case, num_threads=threads)
+    """The case with a thread count of its own."""
+    if isinstance(case, Read):
+        return replace(case, cache=_on(case.cache, threads))
+    return replace(case, num_threads=threads)
 
 
 def _append(outcome, worker, limit, bar):
@@ -118,16 +117,16 @@ def _append(outcome, worker, limit, bar):
 def _ragged(outcome, case, worker, limit, bar):
     for name in FORMATS:
         asked = replace(case, int8=name == "int8")
-        calls = {"loop": replace(asked, how="loop"), "varlen": asked}
+        calls = {f"{name}, loop": replace(asked, how="loop"), f"{name}, varlen": asked}
         result = _compare(outcome, worker, calls, limit, bar.next(title(case)))
-        outcome.add_ratio(result, f"{title(case)}, {name}: varlen vs a loop of calls", "loop", "varlen")
+        outcome.add_ratio(result, f"{title(case)}, {name}: varlen vs a loop of calls", *calls)
 
 
 def _paged(outcome, case, name, worker, limit, bar):
-    paged = {f"pages of {size}": replace(case, page_size=size) for size in PAGE_SIZES}
-    result = _compare(outcome, worker, {"KVCache": case} | paged, limit, bar.next(f"paged {title(case)}"))
+    whole, paged = f"{name}, KVCache", {f"{name}, pages of {size}": replace(case, page_size=size) for size in PAGE_SIZES}
+    result = _compare(outcome, worker, {whole: case} | paged, limit, bar.next(f"paged {title(case)}"))
     for label in paged:
-        outcome.add_ratio(result, f"{title(case)}, {name}, {label}: vs KVCache", "KVCache", label)
+        outcome.add_ratio(result, f"{title(case)}, {label}: vs KVCache", whole, label)
 
 
 def _bytes(outcome, dtypes):
@@ -153,9 +152,6 @@ def _bfloat16(outcome, environments, limit, bar):
         for case in HALF:
             fp32, bf16 = (f"{name} {title(case)}" for name in BOTH)
             outcome.add_ratio(result, f"flash_attention {title(case)}, bf16, 1 thread: vs own fp32", fp32, bf16)
-
-
-BOTH = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def _compare(outcome, worker, calls, limit, on_round):

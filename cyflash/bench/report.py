@@ -22,7 +22,8 @@ BUSY_BELOW = 0.9
 
 @dataclass
 class Row:
-    """`unit`: "x" for a ratio, "of peak", "of reading", "us" or "MB"; no spread where it could not be measured: `note` says why."""
+    """`unit`: "x" for a ratio, "of peak", "of reading", "us" or "MB"; no spread where it could not be
+    measured: `note` says why."""
 
     what: str
     spread: Spread | None
@@ -138,9 +139,9 @@ def show(outcome):
     if outcome.caches:
         console.print(_caches_table(outcome.caches))
         console.print(
-            "One new query of each head to a full cache: its time, and speed against the fp32 cache in the same rounds. "
-            "Reading: all bytes of that very cache, by vector loads and nothing else. Error: relative L1 against float64 "
-            "on standard normal inputs, the largest of the shapes.\n",
+            "One query of each head to a full cache: its time, and speed against the fp32 cache in the same rounds. "
+            "Torch: contiguous keys and values. Reading: all bytes of that very cache, by vector loads and nothing "
+            "else. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes.\n",
             highlight=False,
         )
     if outcome.rows:
@@ -260,6 +261,9 @@ def _speed_cell(result, label):
     return f"{result.gflops(label):.0f} {unit}{speed}"
 
 
+_CACHES = {"cyflash": "cyflash fp32", "reading fp32": "reading fp32 cache", "reading int8": "reading int8 cache"}
+
+
 def _caches_table(races):
     """One row per label, one column per case."""
     table = Table(title=f"Decode, {_threads(races[0].threads)}", show_lines=True, **_NARROW)
@@ -274,9 +278,6 @@ def _caches_table(races):
         cells = (_cache_cell(result, label) for result in races)
         table.add_row(name, f"{max(errors):.1e}" if judged else "", *cells)
     return table
-
-
-_CACHES = {"cyflash": "cyflash fp32", "reading fp32": "reading the fp32 cache", "reading int8": "reading the int8 cache"}
 
 
 def _cache_cell(result, label):
