@@ -123,7 +123,8 @@ def _ragged(outcome, case, worker, limit, bar):
 
 
 def _paged(outcome, case, name, worker, limit, bar):
-    whole, paged = f"{name}, KVCache", {f"{name}, pages of {size}": replace(case, page_size=size) for size in PAGE_SIZES}
+    whole = f"{name}, KVCache"
+    paged = {f"{name}, pages of {size}": replace(case, page_size=size) for size in PAGE_SIZES}
     result = _compare(outcome, worker, {whole: case} | paged, limit, bar.next(f"paged {title(case)}"))
     for label in paged:
         outcome.add_ratio(result, f"{title(case)}, {label}: vs KVCache", whole, label)
