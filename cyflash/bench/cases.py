@@ -113,7 +113,8 @@ INT8 = Tolerance("int8", 1.8e-2, 4e-2, at_least=1e-3)
 INT8_TENSOR = Tolerance("int8", 3e-2, 6e-2, at_least=1e-3)
 
 
-TOLERANCES = {"float32": FP32, "float16": FP16, "bfloat16": BF16, "int8": INT8}
+INT8_ROW = Tolerance("int8", 3e-2, 6e-2, at_least=1e-3)  # a single row of many keys, most with weights of few codes
+TOLERANCES = {"float32": FP32, "float16": FP16, "bfloat16": BF16, "int8": INT8_ROW}  # of arrays and caches
 
 
 class Parts:

@@ -76,8 +76,7 @@ def _caches(outcome, case, workers, dtypes, limit, bar):
     result = run_race(entries, limit, on_round=bar.next(title(case)))
     outcome.caches.append(result)
     for label, of in READ.items():
-        what = f"{title(case)}, {_name(of)} cache: share of the speed of reading it"
-        outcome.add_ratio(result, what, label, of, unit="of reading")
+        outcome.add_ratio(result, f"{title(case)}, {_name(of)} cache: vs reading it", label, of)
     absent = outcome.skipped.get("torch", "it could not be started")
     outcome.add_ratio(result, f"{title(case)}, fp32 cache: vs torch", "torch", "cyflash", absent=absent)
     for label in list(dtypes)[1:]:
@@ -119,7 +118,7 @@ def _ragged(outcome, case, worker, limit, bar):
         asked = replace(case, int8=name == "int8")
         calls = {f"{name}, loop": replace(asked, how="loop"), f"{name}, varlen": asked}
         result = _compare(outcome, worker, calls, limit, bar.next(title(case)))
-        outcome.add_ratio(result, f"{title(case)}, {name}: varlen vs a loop of calls", *calls)
+        outcome.add_ratio(result, f"{title(case)}, {name}: varlen vs loop", *calls)
 
 
 def _paged(outcome, case, name, worker, limit, bar):

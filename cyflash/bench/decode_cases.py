@@ -138,9 +138,9 @@ class Ragged:
     how: str = "varlen"
 
     def title(self):
-        what = "" if self.queries == "all" else "the last queries of "
-        shape = f"lengths {min(self.lengths)} to {max(self.lengths)}, {self.heads} heads, D={self.D}"
-        return f"{what}{len(self.lengths)} sequences, {shape}"
+        what = "" if self.queries == "all" else "last queries of "
+        shape = f"{min(self.lengths)} to {max(self.lengths)}, {self.heads} heads, D={self.D}"
+        return f"{what}{len(self.lengths)} sequences of {shape}"
 
     def question(self):
         return replace(self, int8=False, how="varlen")

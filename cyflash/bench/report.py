@@ -22,8 +22,7 @@ BUSY_BELOW = 0.9
 
 @dataclass
 class Row:
-    """`unit`: "x" for a ratio, "of peak", "of reading", "us" or "MB"; no spread where it could not be
-    measured: `note` says why."""
+    """`unit`: "x" for a ratio, "of peak", "us" or "MB"; no spread where it could not be measured: `note` says why."""
 
     what: str
     spread: Spread | None
@@ -53,10 +52,10 @@ class Outcome:
         self.systems.setdefault(threads, {}).update({label: worker.about for label, worker in workers.items()})
         self.failures |= {f"{label}, {threads} threads": reason for label, reason in failures.items()}
 
-    def add_ratio(self, result, what, slower, faster, absent="", unit="x"):
+    def add_ratio(self, result, what, slower, faster, absent=""):
         """A row of how many times the time of `faster` the time of `slower` is; `absent`: why one did not take part."""
         missing = [result.failures.get(label, absent) for label in (slower, faster) if label not in result.timings]
-        self.rows.append(Row(what, None if missing else result.ratio(slower, faster), unit, "; ".join(missing)))
+        self.rows.append(Row(what, None if missing else result.ratio(slower, faster), "x", "; ".join(missing)))
 
     def all_failures(self):
         """{where: why}: of starting and of every race."""
@@ -266,7 +265,8 @@ _CACHES = {"cyflash": "cyflash fp32", "reading fp32": "reading fp32 cache", "rea
 
 def _caches_table(races):
     """One row per label, one column per case."""
-    table = Table(title=f"Decode, {_threads(races[0].threads)}", show_lines=True, **_NARROW)
+    heading = f"Decode, {_threads(races[0].threads)}"
+    table = Table(title=heading, caption=_variants(races), show_lines=True, **_NARROW)
     table.add_column("", overflow="fold", vertical="middle")
     table.add_column("error", justify="right", no_wrap=True)
     for result in races:
