@@ -146,6 +146,12 @@ def aligned(x):
     return x if x.flags.aligned else _copy(x, x.ndim)
 
 
+def finite(x):
+    """Where x is neither NaN nor infinite."""
+    with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN
+        return np.isfinite(x)
+
+
 def once(x):
     """A view of x in which axes that were broadcast have length 1."""
     return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]

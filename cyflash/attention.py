@@ -161,7 +161,7 @@ def flash_attention_int8(
         Default: quant's, else "int8".
     quant : LayerScales, optional
         Scales, mean of the keys, fp32_sinks and pv of a calibrated layer. A planned one (`LayerScales.parts`) is run
-        part by part: q, k and v must be float32 arrays then, and no other argument may say how to quantise them.
+        part by part: q, k and v must be float arrays then, and no other argument may say how to quantise them.
     causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks, return_lse, out, config, num_threads
         As in `flash_attention`. A config's block_size_kv above 64 is rounded up to a multiple of 64; a smaller one
         shortens the parts of the notes.
@@ -213,12 +213,13 @@ def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
-    call = describe(q, k, v, (q, k, v), config, kind=kind_of_tiles(k.dtype, v.dtype), **options)
+    kinds = kinds_of(k, v)
+    call = describe(q, k, v, (q, k, v), config, kinds=kinds, **options)
     dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
     if dropout_p is not None or seed is not None:
         checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
     q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
-    return run(call, q, floats(k, v))
+    return run(call, q, floats(k, v, kinds))
 
 
 def attend_int8(
@@ -233,7 +234,9 @@ def attend_int8(
         return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         operands.require_operand(name, x)
-    call = describe(q, k, v, [operands.memory_of(x) for x in (q, k, v)], config, kind="int8", **options)
+    how = getattr(quant, "pv", None) if pv is None else pv
+    memory = [operands.memory_of(x) for x in (q, k, v)]
+    call = describe(q, k, v, memory, config, kinds=("int8", "int8"), pv=how, **options)
     settings = operands.settle(
         q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, granularity=granularity, smooth_k=smooth_k,
         fp32_sinks=fp32_sinks, pv=pv, quant=quant,
@@ -244,7 +247,7 @@ def attend_int8(
         checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
         q, k, v = operands.float_operands(q, k, v, settings)
-        return run(call, q, floats(k, v))
+        return run(call, q, floats(k, v, kinds_of(k, v)))
     others = call.out.nbytes + call.threads * call.tile_bytes(
         k_kind="int8", v_kind="int8", product=settings.pv, precise=settings.fp32_sinks
     )
@@ -276,7 +279,8 @@ def attend_stored(
         Called when nothing about the arguments can raise any more: writes the last keys and values, which `keys` counts
         already, and returns the (stored, table) to read.
 
-    The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)).
+    The options are those of `flash_attention`; bias and mask broadcast to (n, H, Lq, max(keys)). The caller has checked
+    table, keys and queries.
     """
     n, _, Lq, _ = arrays.require_float("q", q, (4,)).shape
     keys = np.asarray(keys)
@@ -284,8 +288,8 @@ def attend_stored(
     Hk = stored.k.shape[1]
     k, v = arrays.Shape((n, Hk, longest, stored.D)), arrays.Shape((n, Hk, longest, stored.Dv))
     coded = stored.kind == "int8"
-    kind = "int8" if coded else kind_of_tiles(stored.k.dtype, stored.v.dtype)
-    call = describe(q, k, v, (q,), config, kind=kind, causal_align=causal_align, **options)
+    kinds = stored.kind, stored.v_kind
+    call = describe(q, k, v, (q,), config, kinds=kinds, pv=pv, causal_align=causal_align, **options)
     if pv is not None and (not coded or pv not in PRODUCTS):
         raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
     if config is not None and config.dropout_p:
@@ -310,20 +314,20 @@ def attend_stored(
     return run(call, q, stored, ready, sequences=sequences, pages=np.ascontiguousarray(table, np.intp))[:2]
 
 
-def kind_of_tiles(*dtypes):
-    """What decides tile sizes: that of the arrays that is not float32, if any."""
-    return next((kind for kind in map(arrays.kind_of, dtypes) if kind != "fp32"), "fp32")
+def kinds_of(k, v):
+    """What keys and values hold, as `arrays.kind_of` calls it."""
+    return arrays.kind_of(k.dtype), arrays.kind_of(v.dtype)
 
 
-def floats(k, v):
-    """Arrays (B, Hk, L, D) of floats as the kernels read them."""
-    return Stored(arrays.kind_of(k.dtype), None, k, v, k.shape[3], v.shape[3], arrays.kind_of(v.dtype))
+def floats(k, v, kinds):
+    """Arrays (B, Hk, L, D) of floats of these kinds as the kernels read them."""
+    return Stored(kinds[0], None, k, v, k.shape[3], v.shape[3], kinds[1])
 
 
 def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
     """`attend_int8` of a planned layer: a call for each part, on its heads, into its heads of out and lse."""
     parts.require_alone(q, k, v, how)
-    call = describe(q, k, v, (q, k, v), config, kind="int8", num_threads=num_threads, **options)
+    call = describe(q, k, v, (q, k, v), config, kinds=("int8", "int8"), num_threads=num_threads, **options)
     if config is not None and config.dropout_p:
         checked_dropout(config.dropout_p, None)
     works = []
@@ -348,6 +352,7 @@ class _Call(NamedTuple):
     Br: int
     Bc: int
     threads: int
+    native: bool  # both products are of bfloat16
     top_left: bool  # of plan.py's causal_align, where offsets differ between sequences
 
     def tile_bytes(self, **kinds):
@@ -356,14 +361,15 @@ class _Call(NamedTuple):
 
 
 def describe(
-    q, k, v, memory, config, *, kind, causal=None, scale=None, return_lse=False, out=None, num_threads=None, dtype=None,
-    out_shape=None, pairs=None, **options,
+    q, k, v, memory, config, *, kinds, pv=None, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
+    dtype=None, out_shape=None, pairs=None, **options,
 ):
     """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
     changes no bit, so that small calls stay small.
 
-    memory: the arrays that q, k and v lie in. kind: that of the tiles. dtype, out_shape, pairs: of the output, and how
-    many queries meet how many keys of a head, where q, k and v are only the shapes that the sequences fit in.
+    memory: the arrays that q, k and v lie in. kinds: of keys and values as they are stored; pv: how codes of values are
+    multiplied. Where q, k and v are only the shapes that the sequences fit in, dtype and out_shape are those of the
+    output, and pairs is the sum of Lq * Lk.
     """
     block_size_q = block_size_kv = None
     if config is not None:
@@ -381,14 +387,17 @@ def describe(
         _check_out(out, shape, dtype, memory, options)
     lse = np.empty(shape[:-1], np.float32) if return_lse else None
     build = cpu.active()
-    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, kind)
+    native = kinds == ("bf16", "bf16") and arrays.kind_of(dtype) == "bf16" and build.SHAPE["BF16_GROUP"] == 2
+    kind = "bf16" if native else "int8" if kinds[0] == "int8" else "fp32"
+    converts = kinds not in (("fp32", "fp32"), ("int8", "int8")) or (kind == "int8" and pv not in (None, "int8"))
+    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, kind, converts)
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
     flops = _visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
     work = flops if plan.Lq >= FEW_ROWS else flops * FEW_ROWS // max(plan.Lq, 1)
     count = threads.for_call(1 + int(work / FLOPS_PER_THREAD), num_threads)
-    return _Call(plan, out, lse, flops, build, Br, Bc, count, options.get("causal_align") == "top-left")
+    return _Call(plan, out, lse, flops, build, Br, Bc, count, native, options.get("causal_align") == "top-left")
 
 
 def output_dtype(q):
@@ -414,19 +423,15 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
         sequences, pages = _dense(plan.B, plan.Lq, plan.Lk, plan.offset)
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     kinds = None if q is None else arrays.kind_of(q.dtype), arrays.kind_of(out.dtype)
-    native = codes is None and {*kinds, stored.kind, stored.v_kind} == {"bf16"} and call.build.SHAPE["BF16_GROUP"] == 2
+    tile_bytes = 0
     if out.size:
-        call.build.forward(
+        tile_bytes = call.build.forward(
             q, kinds[0] or "fp32", stored, sequences, pages, codes, arrays.four_axes(direct), kinds[1],
-            None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, native,
+            None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, call.native,
             call.Br, call.Bc, call.threads,
         )
     if direct is not out:
         out[...] = direct
-    tile_bytes = call.tile_bytes(
-        k_kind=stored.kind, v_kind=stored.v_kind, product="fp32" if codes is None else codes.pv,
-        precise=stored.fp32_sinks, native=native, page_size=stored.page_size,
-    )
     return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(call.build))
 
 

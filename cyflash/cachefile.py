@@ -11,6 +11,7 @@ import numpy as np
 
 from cyflash.files import read_safetensors, safetensors_path, write_safetensors
 from cyflash.quantized import LayerScales
+from cyflash.stored import KEYS_UNIT
 from cyflash.storing import checked_count, format_of
 
 
@@ -75,8 +76,8 @@ def _restored(cls, options, tensors):
     how = options | {name: checked_count(name, options[name]) for name in ("page_size", "pages", "capacity")}
     if how["left"] is not None:
         checked_count("left", how["left"], 0)
-    if how["page_size"] % 16 or not isinstance(how["grows"], bool):
-        raise ValueError(f"page_size, grows: expected a multiple of 16 and a bool, got {options}")
+    if how["page_size"] % KEYS_UNIT or not isinstance(how["grows"], bool):
+        raise ValueError(f"page_size, grows: expected a multiple of {KEYS_UNIT} and a bool, got {options}")
     quant = None
     if how["dtype"] == "int8":
         quant = LayerScales(

@@ -15,7 +15,7 @@ import numpy as np
 from cyflash import cpu
 from cyflash.cpu import cpu_info
 from cyflash.cpu.threads import checked
-from cyflash.plan import _flag, _real
+from cyflash.plan import _real, checked_flag
 
 KIB, MIB = 1024, 1024**2
 MOST_ROWS, LEAST_KEYS, MOST_KEYS = 512, 64, cpu.MAX_BLOCK_SIZE_KV  # limits of `FlashAttentionConfig.auto`
@@ -72,7 +72,7 @@ class FlashAttentionConfig:
     def __post_init__(self):
         for name in ("head_dim", "num_heads", "block_size_q", "block_size_kv"):
             self._normalise(name, checked)
-        self._normalise("causal", _flag)
+        self._normalise("causal", checked_flag)
         self._normalise("dropout_p", _real)
         if self.scale is not None:
             self._normalise("scale", _real)

@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import arrays, attention, cachefile, plan
-from cyflash.plan import UNBOUNDED
+from cyflash import arrays, attention, cachefile
+from cyflash.plan import UNBOUNDED, checked_flag, checked_window
 from cyflash.pool import Pool, Rows
 from cyflash.quantized import QuantizedTensor
+from cyflash.stored import KEYS_UNIT
 from cyflash.storing import checked_count, format_of
 
 __all__ = ["KVCache", "PagedKVCache", "flash_attention_with_kvcache"]
 
 PAGE_SIZE = 256  # tokens: so long that a kernel's block of keys is seldom in two pages
-PAGE_UNIT = 16  # page sizes are multiples of this, and so of every group of tokens that a kernel reads together
 
 
 class _Tokens(NamedTuple):
@@ -58,7 +58,7 @@ class KVCache:
     granularity : {"token", "head", "tensor"}, default "token"
         int8: with "token", the scale of each token of each head is found when it comes. The others need scales.
     k_scale, v_scale : float or array-like of float, shape (), (Hk, 1, 1), optional
-        int8: static scales, as in `quantize`. What lies beyond 127 scales saturates.
+        int8: static scales, as in `quantize`; numbers with granularity "tensor". What lies beyond 127 scales saturates.
     k_mean : array-like of float, shape (Hk, 1, D) or one that broadcasts to it, optional
         int8: subtracted from the keys before they are quantised; exactly compensated. A mean cannot be found as tokens
         come, since earlier codes would change with it: take that of a calibration.
@@ -89,6 +89,8 @@ class KVCache:
     ------
     TypeError, ValueError
         For arguments that do not fit.
+    ImportError
+        For bfloat16 without ml_dtypes.
     MemoryError
         When it cannot be allocated. Memory that no token was written to may not be taken from the system yet.
 
@@ -121,15 +123,14 @@ class KVCache:
         k_scale=None, v_scale=None, k_mean=None, quant=None, fp32_sinks=0, window=None, grow=False,
     ):
         batch, capacity = checked_count("batch", batch), checked_count("capacity", capacity)
-        if not isinstance(grow, (bool, np.bool_)):
-            raise ValueError(f"grow: expected True or False, got {grow!r}")
+        grow = checked_flag("grow", grow)
         kept = format_of(
             kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks
         )
         left = _left(window, capacity)
         page_size = _page_size(capacity, left)
         pages = batch * _pages_of_row(capacity, page_size, left)
-        self._begin(kept, batch, pages, page_size, capacity, left, bool(grow))
+        self._begin(kept, batch, pages, page_size, capacity, left, grow)
 
     def _begin(self, kept, rows, pages, page_size, capacity, left, grows=False):
         self._format, self._capacity, self._left, self._grows = kept, capacity, left, grows
@@ -241,6 +242,8 @@ class KVCache:
 
         Raises
         ------
+        TypeError
+            For what are no integers.
         ValueError
             For other lengths and rows, and where a query after what remains would see tokens that the window gave up.
         """
@@ -264,6 +267,11 @@ class KVCache:
         Parameters
         ----------
         rows : array-like of int, optional
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what are no rows of this cache.
         """
         self._rows.clear(self._checked_rows(rows))
         self._room = None
@@ -279,6 +287,8 @@ class KVCache:
 
         Raises
         ------
+        TypeError
+            For what are no integers.
         ValueError
             For what is no row, and for another number of them.
         """
@@ -442,7 +452,7 @@ class KVCache:
         Returns
         -------
         KVCache
-            With the tokens, capacity and options of the saved one.
+            Or PagedKVCache, of which `load` is called. With the tokens, capacity and options of the saved one.
 
         Raises
         ------
@@ -504,8 +514,8 @@ class PagedKVCache(KVCache):
         k_scale=None, v_scale=None, k_mean=None, quant=None, fp32_sinks=0, window=None,
     ):
         pages, page_size = checked_count("pages", pages), checked_count("page_size", page_size)
-        if page_size % PAGE_UNIT:
-            raise ValueError(f"page_size: expected a multiple of {PAGE_UNIT}, got {page_size}")
+        if page_size % KEYS_UNIT:
+            raise ValueError(f"page_size: expected a multiple of {KEYS_UNIT}, got {page_size}")
         kept = format_of(
             kv_heads, head_dim, v_head_dim, dtype, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks
         )
@@ -558,7 +568,12 @@ class PagedKVCache(KVCache):
         Returns
         -------
         int
-            Its number.
+            The new row's number.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no row.
         """
         sources = self._checked_rows([row], "row")
         new = self.add()
@@ -572,6 +587,11 @@ class PagedKVCache(KVCache):
         ----------
         row : int
             Its number may be that of another row later.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no row.
         """
         rows = self._checked_rows([row], "row")
         self._rows.clear(rows)
@@ -706,7 +726,7 @@ def _check_queries(q, cache, n):
 
 def _check_window(window, options, queries, ends, first):
     """Raise where queries see tokens that the cache gave up."""
-    left, _ = plan._window(options["window"])
+    left, _ = checked_window(options["window"])
     if left > window[0]:
         raise ValueError(f"window: expected one within the cache's {window}, got {options['window']}")
     start = ends - queries if options["causal_align"] == "bottom-right" else np.zeros_like(ends)
@@ -733,7 +753,7 @@ def _left(window, capacity):
     """How many tokens before its own a query sees; None for all."""
     if window is None:
         return None
-    left, right = plan._window(window)
+    left, right = checked_window(window)
     if left >= UNBOUNDED or right:
         raise ValueError(f"window: expected (left, 0) with left of at least 0, got {window!r}")
     if capacity < left + 1:
@@ -744,7 +764,7 @@ def _left(window, capacity):
 def _page_size(capacity, left):
     """Of a row in a window, a page more than its tokens need is held: an eighth of them at most."""
     tokens = capacity if left is None else -(-capacity // 8)
-    return min(PAGE_SIZE, -(-tokens // PAGE_UNIT) * PAGE_UNIT)
+    return min(PAGE_SIZE, -(-tokens // KEYS_UNIT) * KEYS_UNIT)
 
 
 def _pages_of_row(capacity, page_size, left):

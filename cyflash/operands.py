@@ -11,7 +11,7 @@ import numpy as np
 
 from cyflash import arrays, quantized
 from cyflash.quantized import PRODUCTS, LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
-from cyflash.stored import Stored
+from cyflash.stored import KEYS_UNIT, Stored
 
 
 class Settings(NamedTuple):
@@ -194,9 +194,6 @@ def _rows_of(x):
 # Codes
 
 
-KEYS_UNIT = 16  # keys and values are packed in so many, and every group that a kernel reads together fits
-
-
 def prepare(q, k, v, settings, build, threads, others=0):
     """Quantise what is float, pack keys and values: (queries in floats or None, Stored, Codes).
 
@@ -237,8 +234,8 @@ def prepare(q, k, v, settings, build, threads, others=0):
     stored = Stored(
         "int8", None, room["k"], values, D, Dv, "int8" if packed_v else arrays.kind_of(values.dtype),
         k_correction=room["k_correction"],
-        k_scale=_per_key(k_scale, (B, Hk, Lk), padded),
-        v_scale=None if v_scale is None else _per_key(v_scale, (B, Hk, Lk), padded),
+        k_scale=_per_key("k", k_scale, (B, Hk, Lk), padded, settings),
+        v_scale=None if v_scale is None else _per_key("v", v_scale, (B, Hk, Lk), padded, settings),
         k_mean=None if k_mean is None else _of_heads(k_mean, k_codes.shape),
         fp32_sinks=settings.fp32_sinks,
         float_k=floats[1],
@@ -302,8 +299,10 @@ def _codes(name, x, settings, build, threads, room, counts):
 
 
 def require_finite(name, x):
-    if not np.isfinite(x).all():
-        place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    """Raise where x, an array of floats, has NaN or inf."""
+    finite = arrays.finite(x)
+    if not finite.all():
+        place = tuple(int(i) for i in np.unravel_index(np.argmin(finite), x.shape))
         raise ValueError(f"{name}: expected finite values, got {x[place]} at {place}")
 
 
@@ -314,10 +313,11 @@ def _spread(scale, shape):
     return np.broadcast_to(scale[..., 0], shape)
 
 
-def _per_key(scale, shape, padded):
-    """(B, Hk, padded) where the scale differs between tokens, else (B, Hk, 1)."""
+def _per_key(name, scale, shape, padded, settings):
+    """(B, Hk, padded) where each token has a scale, else (B, Hk, 1)."""
     B, Hk, Lk = shape
-    if scale.shape[2] == 1:
+    found = settings.scales[name] is None and settings.granularity[name] == "token"
+    if scale.shape[2] == 1 and not found:
         return _spread(scale, (B, Hk, 1))
     room = np.ones((B, Hk, padded), np.float32)
     room[:, :, :Lk] = scale[..., 0]

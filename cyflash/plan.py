@@ -48,8 +48,8 @@ def make_plan(
     Hk, Lk, Dv = _key_value_shape(q, k, v)
     if not isinstance(causal_align, str) or causal_align not in ("bottom-right", "top-left"):
         raise ValueError(f"causal_align: expected 'bottom-right' or 'top-left', got {causal_align!r}")
-    left, right = _window(window)
-    if _flag("causal", causal):
+    left, right = checked_window(window)
+    if checked_flag("causal", causal):
         right = 0
     rows = (*q.shape[:-1], Lk)
     return Plan(
@@ -117,7 +117,8 @@ def _layout_hint(q):
     return f"; if your arrays are {order}, pass x.transpose({axes}) (no copy is made)"
 
 
-def _flag(name, value):
+def checked_flag(name, value):
+    """`value` as a bool, else ValueError."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
@@ -154,7 +155,7 @@ def _softcap(value):
     return cap
 
 
-def _window(window):
+def checked_window(window):
     """(left, right) with UNBOUNDED for -1."""
     if window is None:
         return UNBOUNDED, UNBOUNDED

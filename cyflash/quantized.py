@@ -18,6 +18,7 @@ import numpy as np
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
 from cyflash.files import read_safetensors, replacing, safetensors_path
+from cyflash.plan import checked_flag
 
 __all__ = ["LayerScales", "QuantizedTensor", "checked_granularity", "checked_scale", "quantise_call", "quantize"]
 
@@ -93,8 +94,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     arrays.require_float("x", x, (2, 3, 4))
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected a head_dim of at least 1, got shape {x.shape}")
-    if not isinstance(smooth, (bool, np.bool_)):
-        raise ValueError(f"smooth: expected True or False, got {smooth!r}")
+    smooth = checked_flag("smooth", smooth)
     skip = _checked_sinks(fp32_sinks, x.shape)
     if scale is not None:
         scale = checked_scale("scale", scale, x.shape)
@@ -213,8 +213,7 @@ def scale_of(top):
 
 
 def _not_finite(name, x, ndim):
-    with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN
-        place = np.unravel_index(np.argmin(np.isfinite(x)), x.shape)
+    place = np.unravel_index(np.argmin(arrays.finite(x)), x.shape)
     shown = tuple(int(i) for i in place[4 - ndim :])
     return (
         f"{name}: expected finite values, got {x[place]} at {shown}; they count for the scale also where a mask hides "

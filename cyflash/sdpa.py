@@ -9,7 +9,7 @@ import numpy as np
 
 from cyflash import arrays
 from cyflash.attention import flash_attention
-from cyflash.plan import checked_dropout
+from cyflash.plan import checked_dropout, checked_flag
 
 
 def scaled_dot_product_attention(
@@ -75,8 +75,7 @@ def scaled_dot_product_attention(
         if x.ndim < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions (..., L, D), got shape {x.shape}")
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, (bool, np.bool_)):
-            raise ValueError(f"{name}: expected True or False, got {flag!r}")
+        checked_flag(name, flag)
     checked_dropout(dropout_p, None)
     _check_lengths(query, key, value)
     lead, kv_lead = _leading_axes(query, key, value, enable_gqa)

@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Pages and packed arrays hold a multiple of so many keys, and so whole groups of those that a kernel reads together.
+KEYS_UNIT = 16
+
 
 class Stored(NamedTuple):
     """What the pages hold; the table and the lengths of the sequences are passed beside it."""
 
     kind: str  # of keys: "fp32", "fp16", "bf16" or "int8"
-    page_size: int | None  # a multiple of 16; None: each sequence is one page
+    page_size: int | None  # a multiple of KEYS_UNIT; None: each sequence is one page
     # (pages, Hk, page_size, D), the last axis contiguous; int8: D rounded up to 4, with 0 beyond D, pages contiguous
     k: np.ndarray
     # (pages, Hk, page_size, Dv); int8: int32 (pages, Hk, page_size // 4, Dv rounded up to 16), with 0 beyond Dv: byte i

@@ -17,7 +17,9 @@ from cyflash.stored import Stored
 # Of a copy: some 10 us of a thread's time. Below that, waking another one does not pay.
 NUMBERS_PER_THREAD = 1 << 16
 
+
 def threads_for(x, num_threads):
+    """How many threads copy or quantise x."""
     return threads.for_call(1 + x.size // NUMBERS_PER_THREAD, num_threads)
 
 
@@ -97,6 +99,7 @@ class Floats:
         store(ready[1], pages["v"], table, begins, counts, num_threads)
 
     def stored(self, pages, by_row, page_size):
+        """The `Stored` of these arrays; by_row: entries of the rows that are read, in their order."""
         return Stored(self.kind, page_size, pages["k"], pages["v"], self.D, self.Dv, self.kind)
 
 

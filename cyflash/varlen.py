@@ -5,15 +5,16 @@
 Each sequence gets the bits of a call of its own.
 """
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
 from cyflash import arrays, attention, operands, parts, quantized
-from cyflash.operands import KEYS_UNIT, Codes
+from cyflash.operands import Codes
 from cyflash.plan import broadcast_bias, broadcast_mask
 from cyflash.quantized import quantise_call
-from cyflash.stored import Stored
+from cyflash.stored import KEYS_UNIT, Stored
 
 
 def flash_attention_varlen(
@@ -72,15 +73,16 @@ def flash_attention_varlen(
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (3,))
     lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, q, k)
+    kinds = attention.kinds_of(k, v)
     call = _describe(
-        q, k, v, lengths, config, attention.kind_of_tiles(k.dtype, v.dtype), causal=causal, causal_align=causal_align,
-        scale=scale, window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks,
+        q, k, v, lengths, config, kinds, causal=causal, causal_align=causal_align, scale=scale,
+        window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks,
         return_lse=return_lse, out=out, num_threads=num_threads,
     )
     if config is not None and config.dropout_p:
         attention.checked_dropout(config.dropout_p, None)
     q, k, v = (_heads_first(arrays.rows_in_place(x)) for x in (q, k, v))
-    out, lse = _run(call, lengths, q, attention.floats(k, v), None, lengths.begin_k)
+    out, lse = _run(call, lengths, q, attention.floats(k, v, kinds), None, lengths.begin_k)
     return (out, lse) if return_lse else out
 
 
@@ -103,7 +105,8 @@ def flash_attention_int8_varlen(
         (total, H, 1) per token. Otherwise as in `flash_attention_int8`.
     granularity, smooth_k, fp32_sinks, pv, quant
         As in `flash_attention_int8`, sequence by sequence: so are scales and means that are found in the call, and the
-        first keys of `fp32_sinks`. A planned `quant` runs each sequence in calls of its own.
+        first keys of `fp32_sinks`, which are all where a sequence has fewer. A planned `quant` runs each sequence in
+        calls of its own.
     causal, causal_align, scale, window, softcap, bias, mask, alibi_slopes, sinks, return_lse, out, config, num_threads
         As in `flash_attention_varlen`.
 
@@ -146,7 +149,8 @@ def flash_attention_int8_varlen(
         "alibi_slopes": alibi_slopes, "sinks": sinks, "num_threads": num_threads,
     }  # fmt: skip
     call = _describe(
-        q, k, v, lengths, config, "int8", bias=bias, mask=mask, return_lse=return_lse, out=out, **options
+        q, k, v, lengths, config, ("int8", "int8"), pv=pv, bias=bias, mask=mask, return_lse=return_lse, out=out,
+        **options,
     )
     if config is not None and config.dropout_p:
         attention.checked_dropout(config.dropout_p, None)
@@ -157,7 +161,6 @@ def flash_attention_int8_varlen(
     else:
         scales = {name: _scale_heads_first(name, given[name], x) for name, x in zip(given, (q, k, v), strict=True)}
         settings = operands.settle(*(x.swapaxes(0, 1) for x in (q, k, v)), **scales, **how)
-        lengths.check_sinks(settings.fp32_sinks, quant)
         _run(call, lengths, *_prepare(call, lengths, q, k, v, settings))
     return (call.out, call.lse) if return_lse else call.out
 
@@ -171,7 +174,8 @@ class Lengths(NamedTuple):
     Lk: np.ndarray
 
     @classmethod
-    def of(cls, cu_seqlens_q, cu_seqlens_k, q, k):
+    def of(cls, cu_seqlens_q, cu_seqlens_k, q, k=None):
+        """Those that cu_seqlens say, within the rows of q and k; without k, of keys that lie elsewhere."""
         cu_q = _checked_offsets("cu_seqlens_q", cu_seqlens_q, "q", q)
         cu_k = _checked_offsets("cu_seqlens_k", cu_seqlens_k, "k", k)
         if len(cu_q) != len(cu_k):
@@ -181,12 +185,6 @@ class Lengths(NamedTuple):
             )
         return cls(cu_q[:-1], np.diff(cu_q), cu_k[:-1], np.diff(cu_k))
 
-    def check_sinks(self, n, quant):
-        """Raise where a sequence has fewer keys than the caller wants in float32."""
-        if quant is None and n and (self.Lk < n).any():
-            i = int(np.argmax(self.Lk < n))
-            raise ValueError(f"fp32_sinks: expected at most the {self.Lk[i]} keys of sequence {i}, got {n}")
-
     def of_sequence(self, i):
         """The rows of one sequence: (slice of q, slice of k)."""
         return (
@@ -195,9 +193,11 @@ class Lengths(NamedTuple):
 
 
 def _checked_offsets(name, offsets, of, x):
-    offsets = np.asarray(offsets)
+    """cu_seqlens as an array of int, within the rows of the array x, which is called `of`, unless that is None."""
+    given, offsets = offsets, np.asarray(offsets)
     if offsets.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got dtype {offsets.dtype.name}")
+        got = f"dtype {offsets.dtype.name}" if isinstance(given, np.ndarray) else repr(given)
+        raise TypeError(f"{name}: expected integers, got {got}")
     if offsets.ndim != 1 or not offsets.size:
         raise ValueError(f"{name}: expected one axis, with one entry more than sequences, got shape {offsets.shape}")
     offsets = offsets.astype(np.intp)
@@ -206,7 +206,7 @@ def _checked_offsets(name, offsets, of, x):
     if (np.diff(offsets) < 0).any():
         i = int(np.argmax(np.diff(offsets) < 0))
         raise ValueError(f"{name}: expected entries that do not decrease, got {offsets[i]} and then {offsets[i + 1]}")
-    if offsets[-1] > len(x):
+    if x is not None and offsets[-1] > len(x):
         raise ValueError(f"{name}: expected at most the {len(x)} rows of {of} {x.shape}, got {offsets[-1]} at the end")
     return offsets
 
@@ -232,20 +232,21 @@ def _scale_heads_first(name, scale, x):
     return scale if scale.size > 1 else scale.item()
 
 
-def _describe(q, k, v, lengths, config, kind, *, bias, mask, out, **options):
+def _describe(q, k, v, lengths, config, kinds, *, bias, mask, out, **options):
     """The checked call, its plan with one bias and mask for each sequence."""
     n, (_, H, D) = len(lengths.Lq), q.shape
     longest_q, longest_k = int(lengths.Lq.max(initial=0)), int(lengths.Lk.max(initial=0))
     if len(v) != len(k):
         raise ValueError(f"v: expected the {len(k)} rows of k {k.shape}, got {v.shape}")
-    if k.shape[2] != D or not k.shape[1] or H % k.shape[1] or v.shape[1] != k.shape[1]:
+    if k.shape[2] != D or not k.shape[1] or H % k.shape[1]:
         raise ValueError(
-            f"k, v: expected (total_k, Hk, D) and (total_k, Hk, Dv) with D={D} and an Hk that divides H={H}, as in q "
-            f"{q.shape}, got {k.shape} and {v.shape}"
+            f"k: expected (total_k, Hk, D) with D={D} and an Hk that divides H={H}, as in q {q.shape}, got {k.shape}"
         )
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v: expected (total_k, Hk, Dv) with Hk={k.shape[1]} as in k {k.shape}, got {v.shape}")
     shapes = ((n, H, longest_q, D), (n, k.shape[1], longest_k, D), (n, v.shape[1], longest_k, v.shape[2]))
     call = attention.describe(
-        *map(arrays.Shape, shapes), (q, k, v), config, kind=kind, dtype=attention.output_dtype(q),
+        *map(arrays.Shape, shapes), (q, k, v), config, kinds=kinds, dtype=attention.output_dtype(q),
         out_shape=(*q.shape[:-1], v.shape[2]), out=out, pairs=int((lengths.Lq * lengths.Lk).sum()), **options,
     )
     rows = [(H, int(Lq), int(Lk)) for Lq, Lk in zip(lengths.Lq, lengths.Lk, strict=True)]
@@ -370,11 +371,12 @@ def _quantised(name, x, begins, lengths, places, room, call, settings, counts):
             codes[:, :, to] = x[:, :, rows]
         else:
             saturated = None if scale is None else np.zeros(1, np.intp)
-            _, scale, found = quantise_call(
-                name, x[:, :, rows], settings.granularity[name], scale=scale,
-                mean=None if mean is None else arrays.four_axes(mean), smooth=smooth, fp32_sinks=skip,
-                threads=call.threads, build=call.build, ndim=3, codes=codes[:, :, to], saturated=saturated,
-            )
+            with _places_in_the_whole(name, x):
+                _, scale, found = quantise_call(
+                    name, x[:, :, rows], settings.granularity[name], scale=scale,
+                    mean=None if mean is None else arrays.four_axes(mean), smooth=smooth, fp32_sinks=skip,
+                    threads=call.threads, build=call.build, codes=codes[:, :, to], saturated=saturated,
+                )
             if saturated is not None:
                 before = counts.get(name, (0, 0))
                 counts[name] = before[0] + int(saturated[0]), before[1] + int(L - skip) * H * D
@@ -385,6 +387,16 @@ def _quantised(name, x, begins, lengths, places, room, call, settings, counts):
         else:
             scales[i] = np.broadcast_to(scale[0, :, 0], (H, 1))
     return codes, scales, means
+
+
+@contextmanager
+def _places_in_the_whole(name, x):
+    """Errors about numbers of a sequence show their place in the caller's array, of which x is (1, H, total, D)."""
+    try:
+        yield
+    except ValueError:
+        operands.require_finite(name, x[0].swapaxes(0, 1))
+        raise
 
 
 def _run_planned(call, lengths, q, k, v, bias, mask, config, options):

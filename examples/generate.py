@@ -41,7 +41,7 @@ class Run(NamedTuple):
 def main(arguments=None):
     args = parse(arguments)
     try:
-        cyflash.set_num_threads(args.threads)
+        cyflash.set_num_threads(args.threads or (None if args.model else 1))  # seeded: small products
         with threadpool_limits(cyflash.cpu_info()["threads"], "blas"):
             return report(args)
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
@@ -196,7 +196,8 @@ def parse(arguments):
     prompt.add_argument("--ids", type=int, nargs="+", help="ids to begin with")
     dtypes = ("fp32", "fp16", "bf16", "int8")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["fp32", "int8"], help="caches (fp32 int8)")
-    parser.add_argument("--threads", type=positive, help="of cyflash and of NumPy's products (default: all CPUs)")
+    threads = "of cyflash and of NumPy's products (default: 1; all CPUs with --model)"
+    parser.add_argument("--threads", type=positive, help=threads)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompt (%(default)s)")
     for name, default in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, help=f"of the seeded model ({default})")

@@ -194,7 +194,7 @@ class Layer:
     def _centre(self, k, visible):
         if k.shape[1] > MOST_ROWS:
             raise ValueError(f"k: expected at most {MOST_ROWS} keys in one sequence, got {k.shape[1]}; observe parts")
-        finite = np.where(_finite(k), k, k.dtype.type(0)) if self.nonfinite["k"] else k
+        finite = np.where(arrays.finite(k), k, k.dtype.type(0)) if self.nonfinite["k"] else k
         flags = None if visible is None else visible.view(np.uint8)
         in_fp32 = finite[:, : self.fp32_sinks]
         in_fp32 = in_fp32 if visible is None else in_fp32[visible[:, : self.fp32_sinks]]
@@ -233,10 +233,5 @@ def _first_bad(x, visible, b, ndim):
 
 def _wrong(x, visible):
     """Where x is NaN or infinite, of what is seen."""
-    wrong = ~_finite(x)
+    wrong = ~arrays.finite(x)
     return wrong if visible is None else wrong & visible[..., None]
-
-
-def _finite(x):
-    with np.errstate(invalid="ignore"):  # ml_dtypes warns of signalling NaN
-        return np.isfinite(x)

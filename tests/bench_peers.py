@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from cyflash.bench.cases import BF16
+from cyflash.bench.decode_systems import CyflashDecode
 from cyflash.bench.systems import Candidate, System
 from cyflash.reference import attention
 
@@ -138,6 +139,16 @@ class Dies(_Peer):
             return made.call()
 
         return {"reference": lambda: Candidate(call, np.asarray)}
+
+
+class ForgetsTokens(CyflashDecode):
+    """Its int8 caches lose half of their tokens."""
+
+    def _cache(self, case):
+        cache = super()._cache(case)
+        if case.dtype == "int8":
+            cache.truncate(np.array(case.keys) // 2)
+        return cache
 
 
 class NotInstalled(_Peer):

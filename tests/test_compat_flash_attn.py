@@ -22,8 +22,6 @@ from cyflash.compat.flash_attn import (
 
 F32 = np.float32
 TOLERANCES = {"float32": 4e-6, "float16": 2e-3, "bfloat16": 2e-2}  # of numbers near 1
-needs_varlen = pytest.mark.skipif(not hasattr(cyflash, "flash_attention_varlen"), reason="flash_attention_varlen")
-needs_stored = pytest.mark.skipif(not hasattr(cyflash.attention, "attend_stored"), reason="attend_stored")
 
 
 def random(*shape, dtype="float32", seed=0):
@@ -221,7 +219,6 @@ LENGTHS = {
 }
 
 
-@needs_varlen
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -239,7 +236,6 @@ def test_varlen(options, lengths, dtype):
     assert_same(packed, (out, lse, None))
 
 
-@needs_varlen
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_varlen_qkvpacked(options):
     cu_seqlens = cu(5, 0, 12, 1)
@@ -250,7 +246,6 @@ def test_varlen_qkvpacked(options):
     assert np.array_equal(flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 99, **options), expected[0])
 
 
-@needs_stored
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -395,7 +390,6 @@ class Setting:
         return out
 
 
-@needs_stored
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("options", ["none", "causal", "window", "all"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -406,13 +400,11 @@ def test_caches(case, options, dtype):
         assert np.array_equal(setting.call(), out)
 
 
-@needs_stored
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_cache_options(options):
     Setting(L=5, Lq=5, **options).verify()
 
 
-@needs_stored
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("rotary", ROTARY.values(), ids=ROTARY)
 @pytest.mark.parametrize("options", ["none", "causal", "window", "left window"])
@@ -422,7 +414,6 @@ def test_rotary(case, options, rotary, dtype):
     Setting(**CASES[case], **OPTIONS[options], rotary=dim, interleaved=interleaved, dtype=dtype).verify()
 
 
-@needs_stored
 def test_rotary_moves_queries_only_where_they_are_ordered():
     """Neither causal nor a window: all queries stand at cache_seqlens."""
     setting = Setting(L=3, Lq=3, rotary=16)
@@ -433,27 +424,23 @@ def test_rotary_moves_queries_only_where_they_are_ordered():
     assert not np.array_equal(out[:, 0], out[:, 1])
 
 
-@needs_stored
 def test_rotary_in_float32_beside_16_bit():
     setting = Setting(L=3, Lq=3, rotary=16, dtype="float16")
     wide = {name: setting.arguments[name].astype(F32) for name in ("rotary_cos", "rotary_sin")}
     assert np.array_equal(setting.call(**wide), setting.call())
 
 
-@needs_stored
 def test_all_of_the_cache_by_default():
     setting = Setting(L=0, seqlens=[50, 50])
     assert np.array_equal(setting.call(cache_seqlens=None), setting.call())
 
 
-@needs_stored
 @pytest.mark.parametrize("num_splits", [0, 1, 7])
 def test_num_splits_changes_nothing(num_splits):
     setting = Setting(L=0)
     assert np.array_equal(setting.call(num_splits=num_splits), setting.call())
 
 
-@needs_stored
 @pytest.mark.parametrize("page", [None, 16])
 def test_strided_caches(page):
     """Caches that are views: both in one array, heads before the length."""
@@ -468,7 +455,6 @@ def test_strided_caches(page):
     assert (packed[:, :, 0] == 0).all()
 
 
-@needs_stored
 def test_rows_in_sequence():
     """Prefill, a chunk, then token after token through the caches: the rows of one causal call."""
     q, k, v = random(2, 40, 4, 16), random(2, 40, 2, 16), random(2, 40, 2, 16)
@@ -483,7 +469,6 @@ def test_rows_in_sequence():
     assert np.array_equal(k_cache[:, :40], k) and np.isnan(k_cache[:, 40:]).all()
 
 
-@needs_stored
 def test_pages_equal_rows():
     """To the bit, wherever pages lie."""
     for options in (OPTIONS["causal"], OPTIONS["all"]):
@@ -491,7 +476,6 @@ def test_pages_equal_rows():
         assert np.array_equal(rows.call(), pages.call())
 
 
-@needs_stored
 def test_shared_pages_and_rows():
     """Rows may read the same pages, as those of a common prefix do; of two that write one place the last wins."""
     setting = Setting(L=0, page=16, seqlens=[30, 30])
@@ -610,14 +594,12 @@ BAD_PAGES = {
 }
 
 
-@needs_varlen
 @pytest.mark.parametrize("name", BAD_VARLEN)
 def test_bad_varlen(name):
     error, change, parts = BAD_VARLEN[name]
     refused(error, parts, flash_attn_varlen_func, **(VARLEN | change))
 
 
-@needs_stored
 @pytest.mark.parametrize("name", {**BAD_VARLEN, **BAD_PAGES})
 def test_bad_pages(name):
     error, change, parts = (BAD_VARLEN | BAD_PAGES)[name]
@@ -628,7 +610,6 @@ def test_bad_pages(name):
     refused(error, parts, flash_attn_varlen_func, **(VARLEN | PAGES | change))
 
 
-@needs_varlen
 def test_bad_varlen_packed():
     qkv = random(9, 3, 4, 16)
     call = {"qkv": qkv, "cu_seqlens": cu(5, 4), "max_seqlen": 5}
@@ -754,8 +735,6 @@ def test_bad_caches(name):
 ], ids=["beyond the keys", "negative", "beyond the pool", "too few pages", "too many keys", "rank"])
 def test_bad_tables(change, parts):
     """30 + 5 and 11 + 5 keys in pages of 16: three and one are looked at."""
-    if not parts and not hasattr(cyflash.attention, "attend_stored"):
-        pytest.skip("attend_stored")
     setting = of_one_head_dim(page=16)
     before = [x.copy() for x in (setting.k_cache, setting.v_cache)]
     if not parts:

@@ -15,6 +15,13 @@ import cyflash
 SMALL = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocabulary": 256}
 
 
+@pytest.fixture(autouse=True)
+def default_threads():
+    """The example sets the number of threads of its process, which here is everyone's."""
+    yield
+    cyflash.set_num_threads(None)
+
+
 @pytest.fixture(scope="module")
 def small():
     return llama.seeded(**SMALL)
@@ -283,10 +290,8 @@ def test_a_folder_generates(small, tmp_path, capsys):
     assert "attention decides" not in out
 
 
-def test_threads_are_those_asked_for(capsys):
-    try:
-        assert generate.main(["--tokens", "2", "--prompt-length", "4", "--layers", "1", "--threads", "1"]) == 0
-        assert cyflash.cpu_info()["threads"] == 1
-    finally:
-        cyflash.set_num_threads(None)
-    assert "threads: 1" in " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize(("arguments", "expected"), [([], 1), (["--threads", "2"], 2)])
+def test_threads_are_those_asked_for(capsys, arguments, expected):
+    assert generate.main(["--tokens", "2", "--prompt-length", "4", "--layers", "1", *arguments]) == 0
+    assert cyflash.cpu_info()["threads"] == expected
+    assert f"threads: {expected}" in capsys.readouterr().out

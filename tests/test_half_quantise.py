@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from halves import KINDS, as_kind, assert_same_bits, dtype_of, exact
 
+import cyflash
 from cyflash import arrays, cpu, reference
 from cyflash.quant import QuantizedTensor, quantize
 from cyflash.quantized import GRANULARITIES, quantise_call
@@ -100,6 +101,16 @@ def test_threads_change_nothing(build, kind, threads):
         strict=True,
     ):
         assert_same_bits(one, other)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pv", ["int8", "bf16"])
+def test_signalling_nan_raises_and_warns_of_nothing(kind, pv):
+    (x,) = as_kind(kind, random(2, 40, 16))
+    v = x.copy()
+    v.view(np.uint16)[1, 3, 5] = {"fp16": 0x7C01, "bf16": 0x7F81}[kind]
+    with pytest.raises(ValueError, match=r"v: expected finite values, got nan at \(1, 3, 5\)"):
+        cyflash.flash_attention_int8(x, x, v, pv=pv)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

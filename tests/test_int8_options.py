@@ -181,6 +181,8 @@ def test_scales_a_million_times_apart(build, which, pv):
 @pytest.mark.parametrize("pv", PV)
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 1000), (5, 0), (0, 5), (0, 0)], ids=str)
 def test_short_and_empty(build, lengths, pv):
+    if pv == "bf16":
+        lengths = lengths[0], min(lengths[1], 500)  # one chunk: of several, test_split.py
     q, k, v = inputs(*lengths)
     cases_int8.verify(q, k, v, pv=pv)
     out, lse, *_ = cases_int8.run(q, k, v, pv=pv, sinks=np.ones(H, np.float32))

@@ -144,6 +144,24 @@ def test_the_calibration_part_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     assert Path("scales.safetensors").is_file()
 
 
+def test_the_serving_part_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick_start, serving = (
+        README.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("Quick start", "Serving")
+    )
+    names = {"LayerScales": cyflash.LayerScales}
+    exec(re.findall(r"```python\n(.*?)```", quick_start, re.S)[0], names)
+    (block,) = re.findall(r"```python\n(.*?)```", serving, re.S)
+    exec(block, names)
+    assert cyflash.KVCache.load("cache.safetensors").lengths.tolist() == [1020, 700]
+    assert names["cache"].dtype == np.int8 and names["cache"].window == (1023, 0)
+    assert names["pages"].lengths.tolist() == [1024, 1024] and names["pages"].free_pages == 1024 - 1024 // 64
+    q, k, v = (names[name] for name in "qkv")
+    assert np.allclose(names["lse"], cyflash.flash_attention(q, k, v, return_lse=True)[1], atol=1e-5)
+    exact = cyflash.flash_attention(q, k, v, causal=True).swapaxes(1, 2)
+    assert names["out"].dtype == np.float16 and np.allclose(names["out"], exact, atol=1e-2)
+
+
 def modules_with_examples():
     """Their names, with quant/ as it is installed."""
     for path in sorted([*(ROOT / "cyflash").rglob("*.py"), *(ROOT / "quant").rglob("*.py")]):

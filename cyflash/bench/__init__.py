@@ -6,6 +6,7 @@
     race.py      starts the workers, checks them, times them in turns; ratios of medians with their spread
     suite.py     `--suite`: the fixed list of comparisons in fp32
     int8.py      `--int8`: the same of int8 with fp32, bfloat16 and itself
+    decode.py    `--decode`: caches, ragged batches and 16 bits; its own decode_cases.py and decode_systems.py
     report.py    progress, tables, JSON, plot
 
 Times are wall-clock seconds of one call with inputs, compiled models and threads ready. A ratio is the median time of a
@@ -18,8 +19,9 @@ import sys
 from pathlib import Path
 
 from cyflash import cpu_info, set_implementation
-from cyflash.bench import int8, report, suite
+from cyflash.bench import decode, int8, report, suite
 from cyflash.bench.cases import Case
+from cyflash.bench.decode_systems import DECODE_SYSTEMS
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import INT8_SYSTEMS, SYSTEMS
 from cyflash.output import check_files
@@ -35,10 +37,13 @@ SHAPES = (
 )
 
 
+LISTS = {"suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS)}
+
+
 def add_arguments(parser):
     """Adds the options of `cyflash bench` to an argparse parser."""
     peers = ", ".join(name for name in SYSTEMS if name != "cyflash")
-    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash")
+    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash") + "; --decode: torch"
     add = parser.add_argument
     add("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="L queries on L keys (default: 7 common shapes)")
     add("--causal", action="store_true", help="causal attention; only visible pairs count as work")
@@ -53,6 +58,9 @@ def add_arguments(parser):
     )
     lists.add_argument(
         "--int8", action="store_true", help="a fixed list: int8 against own fp32 and peers, options, builds, threads"
+    )
+    lists.add_argument(
+        "--decode", action="store_true", help="a fixed list: KV caches, torch, speed of memory, ragged batches, bf16"
     )
     add("--json", type=Path, metavar="FILE", help="write every time and setting to FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
@@ -86,19 +94,19 @@ def run(args):
     >>> bench.run(args)  # doctest: +SKIP
     0
     """
-    systems, skipped = _systems(args.systems, INT8_SYSTEMS if args.int8 else SYSTEMS)
+    chosen = next((name for name in LISTS if getattr(args, name)), None)
+    fixed_list, known = LISTS.get(chosen, (None, SYSTEMS))
+    systems, skipped = _systems(args.systems, known)
     threads = _thread_counts(args.threads)
     environments = {"cyflash": _build(args.isa)}
     limit = _limit(args)
     check_files(args.json, args.plot)
-    if (args.suite or args.int8) and (args.shapes or args.causal):
-        name = "--suite" if args.suite else "--int8"
-        raise ValueError(f"{name} measures a fixed list of shapes; leave out --shapes and --causal")
+    if chosen and (args.shapes or args.causal):
+        raise ValueError(f"--{chosen} measures a fixed list of shapes; leave out --shapes and --causal")
     outcome = report.Outcome(_options(args), skipped)
     try:
         with report.progress() as progress:
-            if args.suite or args.int8:
-                fixed_list = suite if args.suite else int8
+            if fixed_list:
                 fixed_list.run(outcome, systems, threads, environments, limit, progress)
             else:
                 for count in threads:
@@ -176,5 +184,5 @@ def _limit(args):
 
 def _options(args):
     """The arguments as the report keeps them."""
-    names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", "suite", "int8")
+    names = ("shapes", "causal", "threads", "systems", "isa", "seconds", "rounds", *LISTS)
     return {name: getattr(args, name) for name in names}

@@ -29,7 +29,7 @@ class Int8:
 class Case:
     """`shape` is (B, H, L, D); `kv_heads` None means H; `options` are names in OPTIONS; `reuse_out` writes every
     output into one array, as the peers that can do; `num_threads` None means the process's default; `int8` None means
-    fp32."""
+    floats, of `dtype`."""
 
     shape: tuple[int, int, int, int]
     causal: bool = False
@@ -39,6 +39,17 @@ class Case:
     num_threads: int | None = None
     reuse_out: bool = True
     int8: Int8 | None = None
+    dtype: str = "float32"
+
+    def title(self):
+        return f"({', '.join(map(str, self.shape))}){' causal' if self.causal else ''}"
+
+    def question(self):
+        """The case without what must not change the answer, so that its reference is computed once."""
+        return Case(self.shape, self.causal, self.window, self.options, self.kv_heads)
+
+    def expected(self):
+        return Expected(self)
 
     def inputs(self):
         """q, k, v: float32, standard normal."""
@@ -97,11 +108,37 @@ class Tolerance:
 # systems choose by themselves, at 4e-4 or more, bfloat16 throughout at 3e-3 to 5e-3; int8 at 8e-3 to 2e-2.
 FP32 = Tolerance("fp32", 1e-5, 1e-4)
 BF16 = Tolerance("bf16", 1e-2, 5e-2, at_least=1e-4)
+FP16 = Tolerance("fp16", 1e-3, 5e-3, at_least=1e-5)
 INT8 = Tolerance("int8", 1.8e-2, 4e-2, at_least=1e-3)
 INT8_TENSOR = Tolerance("int8", 3e-2, 6e-2, at_least=1e-3)
 
 
-class Expected:
+INT8_ROW = Tolerance("int8", 3e-2, 6e-2, at_least=1e-3)  # a single row of many keys, most with weights of few codes
+TOLERANCES = {"float32": FP32, "float16": FP16, "bfloat16": BF16, "int8": INT8_ROW}  # of arrays and caches
+
+
+class Parts:
+    """What is known of an output in float64: `parts` are (index, values there); the last axis are the columns."""
+
+    def __init__(self, shape, parts):
+        self.shape, self.parts = shape, parts
+
+    def error(self, output):
+        if output.shape != self.shape:
+            raise ValueError(f"output: expected shape {self.shape}, got {output.shape}")
+        difference = magnitude = worst = largest = checked = 0.0
+        for index, expected in self.parts:
+            gap = np.abs(output[index] - expected)
+            difference += gap.sum()
+            magnitude += np.abs(expected).sum()
+            worst = np.maximum(worst, gap.max())  # keeps NaN
+            largest = max(largest, np.abs(expected).max())
+            checked += expected.size // self.shape[-1]
+        rows = output.size // self.shape[-1]
+        return Error(float(difference / magnitude), float(worst / largest), int(checked), rows)
+
+
+class Expected(Parts):
     """The float64 output of a case: all of it, or of large cases the first and last rows, which bound every window
     and diagonal, of the first and last sequences."""
 
@@ -114,24 +151,11 @@ class Expected:
             blocks = [(slice(0, at_once // 2), "top-left"), (slice(L - at_once // 2, L), "bottom-right")]
         sequences = range(B) if B * H * L * L <= 8 * SCORES_AT_ONCE else sorted({0, B - 1})
         keywords = case.keywords()
-        self.shape = case.shape
-        self.parts = []
+        parts = []
         for rows, align in blocks:
             by_rows = {name: keywords[name][rows] for name in ("mask", "bias") if name in keywords}
             for b in sequences:
                 arrays = q[b, :, rows], k[b], v[b]
-                self.parts.append((b, rows, reference_attention(*arrays, causal_align=align, **(keywords | by_rows))))
-
-    def error(self, output):
-        if output.shape != self.shape:
-            raise ValueError(f"output: expected shape {self.shape}, got {output.shape}")
-        difference = magnitude = worst = largest = checked = 0.0
-        for b, rows, expected in self.parts:
-            gap = np.abs(output[b, :, rows] - expected)
-            difference += gap.sum()
-            magnitude += np.abs(expected).sum()
-            worst = np.maximum(worst, gap.max())  # keeps NaN
-            largest = max(largest, np.abs(expected).max())
-            checked += expected.size // self.shape[3]
-        rows = self.shape[0] * self.shape[1] * self.shape[2]
-        return Error(float(difference / magnitude), float(worst / largest), int(checked), rows)
+                values = reference_attention(*arrays, causal_align=align, **(keywords | by_rows))
+                parts.append(((b, slice(None), rows), values))
+        super().__init__(case.shape, parts)

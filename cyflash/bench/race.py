@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cyflash.bench.cases import Case, Error, Expected
+from cyflash.bench.cases import Case, Error
 
 TURN_SECONDS = 0.03  # calls shorter than this are repeated within a turn
 MOST_CALLS = 200
@@ -252,11 +252,11 @@ def run_race(entries, limit, peak=None, on_round=lambda done, elapsed: None, dot
     dot products of codes too.
     """
     result = Race(entries[0].worker.threads, {entry.label: entry.case for entry in entries})
-    expected = {case: Expected(case) for case in dict.fromkeys(_question(entry.case) for entry in entries)}
+    expected = {case: case.expected() for case in dict.fromkeys(entry.case.question() for entry in entries)}
     running = []
     for entry in entries:
         try:
-            result.timings[entry.label] = _prepared(entry, expected[_question(entry.case)])
+            result.timings[entry.label] = _prepared(entry, expected[entry.case.question()])
             running.append(entry)
         except SystemFailed as failure:
             result.failures[entry.label] = str(failure)
@@ -283,11 +283,6 @@ def run_race(entries, limit, peak=None, on_round=lambda done, elapsed: None, dot
     for worker in {entry.worker for entry in running}:
         worker.ask("forget")
     return result
-
-
-def _question(case):
-    """The case without what must not change the answer, so that its reference is computed once."""
-    return Case(case.shape, case.causal, case.window, case.options, case.kv_heads)
 
 
 def _prepared(entry, expected):

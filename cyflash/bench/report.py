@@ -41,7 +41,8 @@ class Outcome:
     races: list = field(default_factory=list)  # systems against each other
     comparisons: list = field(default_factory=list)  # cyflash against itself
     int8: list = field(default_factory=list)  # fp32, every way to int8 and its peers against each other
-    rows: list[Row] = field(default_factory=list)  # of --suite and --int8
+    caches: list = field(default_factory=list)  # caches of every dtype, the speed of reading them, and torch
+    rows: list[Row] = field(default_factory=list)  # of --suite, --int8 and --decode
     environment: dict = field(default_factory=lambda: _environment())
 
     def add_team(self, threads, workers, failures):
@@ -59,14 +60,14 @@ class Outcome:
     def all_failures(self):
         """{where: why}: of starting and of every race."""
         found = dict(self.failures)
-        for result in (*self.races, *self.int8, *self.comparisons):
+        for result in (*self.races, *self.int8, *self.caches, *self.comparisons):
             for label, reason in result.failures.items():
                 found[f"{label} {title(result.cases[label])}, {result.threads} threads"] = reason
         return found
 
 
 def title(case):
-    return f"({', '.join(map(str, case.shape))}){' causal' if case.causal else ''}"
+    return case.title()
 
 
 def _environment():
@@ -132,6 +133,14 @@ def show(outcome):
             "Rates count 2 (D + Dv) operations for each visible pair; below each: speed against cyflash fp32 in the "
             "same rounds. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes. "
             "Codes: q, k, v come quantised; float in: all defaults, quantisation included.\n",
+            highlight=False,
+        )
+    if outcome.caches:
+        console.print(_caches_table(outcome.caches))
+        console.print(
+            "One query of each head to a full cache: its time, and speed against the fp32 cache in the same rounds. "
+            "Torch: contiguous keys and values. Reading: all bytes of that very cache, by vector loads and nothing "
+            "else. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes.\n",
             highlight=False,
         )
     if outcome.rows:
@@ -251,6 +260,33 @@ def _speed_cell(result, label):
     return f"{result.gflops(label):.0f} {unit}{speed}"
 
 
+_CACHES = {"cyflash": "cyflash fp32", "reading fp32": "reading fp32 cache", "reading int8": "reading int8 cache"}
+
+
+def _caches_table(races):
+    """One row per label, one column per case."""
+    heading = f"Decode, {_threads(races[0].threads)}"
+    table = Table(title=heading, caption=_variants(races), show_lines=True, **_NARROW)
+    table.add_column("", overflow="fold", vertical="middle")
+    table.add_column("error", justify="right", no_wrap=True)
+    for result in races:
+        table.add_column(result.cases["cyflash"].title().replace(", ", "\n"), justify="right", no_wrap=True)
+    for label in races[0].cases:
+        errors = [result.timings[label].error.rel_l1 for result in races if label in result.timings]
+        name = _CACHES.get(label, label)
+        judged = errors and not label.startswith("reading")
+        cells = (_cache_cell(result, label) for result in races)
+        table.add_row(name, f"{max(errors):.1e}" if judged else "", *cells)
+    return table
+
+
+def _cache_cell(result, label):
+    if label not in result.timings:
+        return "[bold red]FAILED" if label in result.cases else ""
+    speed = f"\n[bold]{result.ratio('cyflash', label).value:.2f} x" if "cyflash" in result.timings else ""
+    return f"{as_time(result.timings[label].median)}{speed}"
+
+
 def _rows_table(rows):
     """One line per row, its note below."""
     table = Table(**_NARROW)
@@ -290,8 +326,9 @@ def write_json(outcome, path):
         "failures": outcome.all_failures(),
         "races": [_race_record(result) for result in outcome.races],
         "int8": [_race_record(result) for result in outcome.int8],
+        "caches": [_race_record(result) for result in outcome.caches],
         "comparisons": [_race_record(result) for result in outcome.comparisons],
-        "suite": [asdict(row) for row in outcome.rows],  # of --suite or --int8
+        "suite": [asdict(row) for row in outcome.rows],  # of --suite, --int8 or --decode
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -319,7 +356,13 @@ def _race_record(result):
 
 
 def plot(outcome, path):
-    """GFLOP/s of every system on every case, a panel per thread count, with the measured peak."""
+    """GFLOP/s of every system on every case, a panel per thread count, with the measured peak; of `--decode`, speed
+    against the fp32 cache."""
+    if outcome.caches:
+        figure = figure_class()(figsize=(9, 4.4), layout="constrained")
+        _plot_caches(figure.subplots(), outcome.caches)
+        figure.savefig(path, dpi=130)
+        return
     panels = {}
     for result in outcome.races:
         panels.setdefault(f"fp32 attention (B, H, L, D), {_threads(result.threads)}", []).append(result)
@@ -334,6 +377,25 @@ def plot(outcome, path):
 
 def _threads(count):
     return f"{count} thread{'s' * (count > 1)}"
+
+
+def _plot_caches(axes, races):
+    labels = list(dict.fromkeys(label for result in races for label in result.cases))
+    width = 0.8 / len(labels)
+    for index, label in enumerate(labels):
+        style = {"color": "0.8" if "fp32" in label else "0.6"} if label.startswith("reading") else {}
+        speeds = [
+            result.ratio("cyflash", label).value if {"cyflash", label} <= result.timings.keys() else math.nan
+            for result in races
+        ]
+        places = [x + index * width for x in range(len(races))]
+        bars = axes.bar(places, speeds, width, label=_CACHES.get(label, label), zorder=2, **style)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
+    centres = [x + 0.4 - width / 2 for x in range(len(races))]
+    axes.set_xticks(centres, [result.cases["cyflash"].title() for result in races], fontsize=8)
+    axes.set(ylabel="times as fast as the fp32 cache", title=f"One query to a full cache, {_threads(races[0].threads)}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
 
 
 def _plot_panel(axes, name, races):

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from cyflash.bench.cases import BF16, FP32
+from cyflash.bench.cases import BF16, FP32, TOLERANCES
 
 
 @dataclass
@@ -79,13 +79,14 @@ class Cyflash(System):
 
     @classmethod
     def tolerance(cls, case):
-        return FP32 if case.int8 is None else case.int8.tolerance()
+        return TOLERANCES[case.dtype] if case.int8 is None else case.int8.tolerance()
 
     def candidates(self, case):
         from cyflash import flash_attention, flash_attention_int8
+        from cyflash.arrays import checked_dtype
 
         def build():
-            q, k, v = case.inputs()
+            q, k, v = (x.astype(checked_dtype("dtype", case.dtype), copy=False) for x in case.inputs())
             keywords = {name: value for name, value in case.keywords().items() if value is not None}
             if case.reuse_out:
                 keywords["out"] = np.empty_like(q)

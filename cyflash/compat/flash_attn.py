@@ -20,16 +20,16 @@ from cyflash.compat import flash_attn_cache as cache
 from cyflash.compat.flash_attn_checks import (
     as_options,
     check_dtypes,
-    check_flag,
     check_heads,
     check_longest,
     check_range,
     check_shape,
     checked_index,
     checked_integers,
-    cut,
     errors_name,
 )
+from cyflash.plan import checked_flag
+from cyflash.varlen import Lengths
 
 __all__ = [
     "flash_attn_func",
@@ -380,7 +380,7 @@ def flash_attn_with_kvcache(
     ((2, 1, 8, 64), True)
     """
     options = as_options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
-    check_flag("rotary_interleaved", rotary_interleaved)
+    checked_flag("rotary_interleaved", rotary_interleaved)
     checked_index("num_splits", num_splits)
     sizes = {}
     rows = "cache_rows capacity" if block_table is None else "pages page_size"
@@ -433,10 +433,7 @@ def _attend_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, options, return_attn_pro
 
 def _attend_paged(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, options, return_attn_probs):
     """One call for all sequences of one number of queries: these are gathered, the pages are read where they are."""
-    begins, queries = cut("cu_seqlens_q", cu_seqlens_q, len(q))
-    _, keys = cut("cu_seqlens_k", cu_seqlens_k, None)
-    if len(keys) != len(queries):
-        raise ValueError(f"cu_seqlens_k: expected shape {cu_seqlens_q.shape} as cu_seqlens_q, got {cu_seqlens_k.shape}")
+    begins, queries, _, keys = Lengths.of(cu_seqlens_q, cu_seqlens_k, q)
     places = cache.places_of_pages(k, cache.checked_table("k", k, block_table, len(keys)), keys)
     cache.check_options(len(keys), q, k, v, options)
     out = np.zeros((*q.shape[:2], v.shape[3]), q.dtype)

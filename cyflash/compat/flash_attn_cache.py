@@ -11,9 +11,7 @@ import numpy as np
 from cyflash import arrays, attention
 from cyflash.compat.flash_attn_checks import check_range, checked_index, checked_integers, errors_name
 from cyflash.plan import make_plan
-from cyflash.stored import Stored
-
-PAGE = 16  # page sizes are multiples of this
+from cyflash.stored import KEYS_UNIT, Stored
 
 
 class Places(NamedTuple):
@@ -60,9 +58,9 @@ def _places_of_rows(k_cache, cache_batch_idx, B):
 
 def checked_table(name, cache, block_table, B):
     """block_table as int64, for B rows of the pages of `cache`, which is called `name`."""
-    if cache.shape[1] % PAGE or cache.shape[1] == 0:
+    if cache.shape[1] % KEYS_UNIT or cache.shape[1] == 0:
         raise ValueError(
-            f"{name}: expected a page_size that is a multiple of {PAGE}, got {cache.shape[1]} in {cache.shape}"
+            f"{name}: expected a page_size that is a multiple of {KEYS_UNIT}, got {cache.shape[1]} in {cache.shape}"
         )
     return checked_integers("block_table", block_table, (B, None), f"({B}, most pages of a row)")
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from cyflash import arrays
-from cyflash.plan import checked_dropout
+from cyflash.plan import checked_dropout, checked_flag
 
 
 def check_shape(name, x, axes, sizes):
@@ -37,11 +37,6 @@ def check_dtypes(q, **others):
             )
 
 
-def check_flag(name, value):
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
-
-
 def checked_index(name, value):
     """An integer of at least 0."""
     if isinstance(value, (bool, np.ndarray)) or not hasattr(type(value), "__index__") or operator.index(value) < 0:
@@ -70,31 +65,17 @@ def check_range(name, x, low, high, why):
 
 def check_longest(name, longest, cu_name, cu_seqlens):
     """Raise unless `longest` is at least the length of each sequence. What is wrong with cu_seqlens itself is found
-    where sequences are cut."""
+    where sequences are cut (varlen.Lengths)."""
     longest = checked_index(name, longest)
     lengths = np.diff(checked_integers(cu_name, cu_seqlens, (None,), "(B + 1,)"))
     if (lengths > longest).any() and (lengths >= 0).all():
         raise ValueError(f"{name}: expected at least {lengths.max()}, the longest of {cu_name}, got {longest}")
 
 
-def cut(name, cu_seqlens, total):
-    """(begin, length) of each sequence; total: how many tokens there are, or None."""
-    cu = checked_integers(name, cu_seqlens, (None,), "(B + 1,)")
-    if not len(cu) or cu[0]:
-        raise ValueError(f"{name}: expected 0 and then the end of each sequence, got {cu_seqlens}")
-    lengths = np.diff(cu)
-    if (lengths < 0).any():
-        i = int(np.argmax(lengths < 0))
-        raise ValueError(f"{name}: expected entries that do not decrease, got {cu[i]} and then {cu[i + 1]} at {i}")
-    if total is not None and cu[-1] > total:
-        raise ValueError(f"{name}: expected at most the {total} tokens that there are, got {cu[-1]}")
-    return cu[:-1], lengths
-
-
 def as_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic):
     """The options of `cyflash.flash_attention`."""
     checked_dropout(dropout_p, None)
-    check_flag("deterministic", deterministic)
+    checked_flag("deterministic", deterministic)
     return {
         "causal": causal, "scale": softmax_scale, "window": window_size, "softcap": softcap,
         "alibi_slopes": alibi_slopes,

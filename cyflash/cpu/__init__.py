@@ -3,13 +3,18 @@
     detect.pyx     what the CPU and the operating system can run (compiled for any CPU)
     threads.py     how many threads a call gets
     simd/*.h       the vocabulary of each build; simd.h picks one; vocabulary.pxi is how Cython sees it
-    kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes product.pxi, softmax.pxi,
-                   int8.pxi, change.pxi: a file for each step
+    kernel.pxi     the algorithm on one panel of query rows, in that vocabulary; it includes a file for each step:
+                     block.pxi                          keys and values of a block, as the products read them
+                     product.pxi, int8.pxi, bf16.pxi    the products in float32, of codes and of bfloat16
+                     few.pxi                            both products where query rows are few, as in decoding
+                     change.pxi, softmax.pxi            what changes a score; weights
     floats.pxi     arrays of float32, float16 and bfloat16, read as floats
     quantise.pxi   from floats to codes; pack.pxi: from codes to what the products read
-    driver.pxi     tasks, threads, scratch; the entries `forward` and `forward_codes`
+    store.pxi      new tokens into the pages of a cache
+    driver.pxi     tasks, chunks of keys, threads, scratch; the entry `forward`
     inspect.pxi    windows into the kernels for tests and benchmarks
-    _<build>.pyx   two lines that compile both for one build
+    observe.pyx    histograms, sums and fingerprints for calibration (compiled for any CPU)
+    _<build>.pyx   two lines that compile the kernels for one build
 
 A build is imported only when this machine can run it: its module may contain its instructions anywhere.
 """
@@ -39,10 +44,10 @@ BUILDS = {
 BLOCK_SIZE_KV = 128
 LONG_BLOCK_SIZE_KV = 256
 
-# Query rows of a task are one panel; of keys and values of 16 bits four, so that a block is converted for all of them
-# (at D = 64, D = 128: bfloat16 1.36, 1.49 times as fast as float32 with one panel, 1.65, 1.80 with four, 1.70, 1.82
-# with eight).
-PANELS_16 = 4
+# Query rows of a task are one panel; where keys or values are converted four, so that a block is converted for all of
+# them (bfloat16 at D = 64, D = 128: 1.36, 1.49 times as fast as float32 with one panel, 1.65, 1.80 with four, 1.70,
+# 1.82 with eight).
+CONVERTING_PANELS = 4
 
 # A block is summed before it is added to what earlier blocks gave, so its length decides the rounding error; and beyond
 # this its scores (512 x 48 x 4 bytes = 96 KB) are far out of the first-level cache.
@@ -160,15 +165,15 @@ def tile_sizes(block_size_q=None, block_size_kv=None, build=None):
     return tile_sizes_of(active() if build is None else load(build), block_size_q, block_size_kv)
 
 
-def tile_sizes_of(module, block_size_q=None, block_size_kv=None, kind="fp32"):
+def tile_sizes_of(module, block_size_q=None, block_size_kv=None, kind="fp32", converts=False):
     """`tile_sizes` of a build that is already chosen: the active one may change in another thread meanwhile.
 
-    kind: "int8" of quantised attention, where a block that is longer than PART_KEYS is a multiple of it; "fp16" or
-    "bf16" of keys or values that are converted block by block.
+    kind: what the first product multiplies, "fp32", "bf16" or "int8". Of codes, a block that is longer than PART_KEYS
+    is a multiple of it. converts: a block of keys or values is converted before it is used.
     """
     panel, rows, part = (module.SHAPE[name] for name in ("PANEL", "ROWS", "PART_KEYS"))
     if block_size_q is None:
-        Br = panel * (PANELS_16 if kind in ("fp16", "bf16") else 1)
+        Br = panel * (CONVERTING_PANELS if converts else 1)
     else:
         Br = min(-(-block_size_q // panel), MAX_BLOCK_SIZE_Q // panel) * panel
     if block_size_kv is None:

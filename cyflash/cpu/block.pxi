@@ -7,11 +7,8 @@
 #                                   pairs along D
 #     values      the same          ... groups of keys       groups of keys; floats where P V is in float32
 #
-# A block is in place when it has this form and lies in one page.
-
-cdef inline Py_ssize_t size_of(Kind kind) noexcept nogil:
-    return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
-
+# Panels of few rows get floats, whatever 16-bit type there is, and words of four codes. A block is in place when it has
+# this form and lies in one page.
 
 cdef inline vf load_part(const char* row, Kind kind, Py_ssize_t d, Py_ssize_t n) noexcept nogil:
     """Floats d <= i < d + n of a row, n <= LANES; 0 in the other lanes. Nothing beyond them is read."""

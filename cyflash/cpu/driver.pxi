@@ -294,8 +294,8 @@ cdef void place_head(const Problem* x, const Sequence* sequence, Py_ssize_t h, H
     head.slopes = sequence.slopes + h * x.slopes_stride if sequence.slopes != NULL else NULL
     head.q = sequence.q + h * x.q_stride[0] if sequence.q != NULL else NULL
     if x.k.kind == INT8:
-        head.q_codes = sequence.q_codes + h * codes.q_stride[1]
-        head.q_scale = sequence.q_scale + h * codes.q_scale_stride[1]
+        head.q_codes = sequence.q_codes + h * codes.q_stride[0]
+        head.q_scale = sequence.q_scale + h * codes.q_scale_stride[0]
         head.k_scale = codes.k_scale.data + sequence.number * codes.k_scale.sequence + head.kv * codes.k_scale.head
         head.v_scale = codes.v_scale.data + sequence.number * codes.v_scale.sequence + head.kv * codes.v_scale.head
         if codes.k_mean != NULL:
@@ -398,9 +398,6 @@ cdef void merge_heads(const Problem* x, int threads) noexcept nogil:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From Python's arrays to a Problem
-
-
-KINDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8}
 
 
 cdef int describe_pages(Pages* pages, array, str kind, bint ragged, Py_ssize_t keys_of_row) except -1:
@@ -526,7 +523,8 @@ def forward(
     const Py_ssize_t[:, ::1] pages not None, codes, out not None, str out_kind not None, float[:, :, :] lse,
     options not None, bint ragged, bint native, Py_ssize_t Br, Py_ssize_t Bc, int threads,
 ):
-    """Attention of checked arrays (attention.py). Writes out and, unless None, lse.
+    """Attention of checked arrays (attention.py). Writes out and, unless None, lse; returns the bytes of scratch of one
+    thread.
 
     q: (B, H, Lq, D), of kind q_kind; None where codes are enough. out, lse: (B, H, Lq, Dv), (B, H, Lq). stored: a
     Stored (stored.py). sequences: (n, 5) of number, index along B, Lq, Lk, offset.
@@ -588,6 +586,7 @@ def forward(
         run(&x, threads)
     finally:
         free(x.sequences)
+    return scratch_floats(&x) * sizeof(float)
 
 
 cdef int describe_codes(Problem* x, stored, codes, bint ragged) except -1:
@@ -600,9 +599,9 @@ cdef int describe_codes(Problem* x, stored, codes, bint ragged) except -1:
     cdef Py_ssize_t i
     x.precise = stored.fp32_sinks
     x.codes.product = KINDS[codes.pv]
-    for i in range(3):
-        x.codes.q_stride[i] = q.strides[i]
-        x.codes.q_scale_stride[i] = q_scale.strides[i] // <Py_ssize_t> sizeof(float)
+    for i in range(2):
+        x.codes.q_stride[i] = q.strides[i + 1]
+        x.codes.q_scale_stride[i] = q_scale.strides[i + 1] // <Py_ssize_t> sizeof(float)
     x.codes.k_correction = &correction[0, 0, 0] if correction.shape[0] and correction.shape[2] else NULL
     x.codes.k_correction_page = 1 if ragged else correction.strides[0] // <Py_ssize_t> sizeof(int)
     x.codes.k_correction_head = correction.strides[1] // <Py_ssize_t> sizeof(int)

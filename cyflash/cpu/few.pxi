@@ -51,9 +51,9 @@ cdef void few_pack_codes(const Problem* x, const Head* head, Panel* panel) noexc
     for r in range(LANES):
         panel.factor[r] = panel.shift[r] = 0.0
     for r in range(panel.lanes):
-        factor = x.scale * head.q_scale[lane_at(panel, r, x.codes.q_scale_stride[1], x.codes.q_scale_stride[2])]
+        factor = x.scale * head.q_scale[lane_at(panel, r, x.codes.q_scale_stride[0], x.codes.q_scale_stride[1])]
         panel.factor[r] = <float> (factor if x.codes.k_scale.tokens else factor * head.k_scale[0])
-        q = head.q_codes + lane_at(panel, r, x.codes.q_stride[1], x.codes.q_stride[2])
+        q = head.q_codes + lane_at(panel, r, x.codes.q_stride[0], x.codes.q_stride[1])
         row = <unsigned char*> (panel.codes + r * width)
         sum = 0.0
         for d in range(x.D):

@@ -9,6 +9,13 @@ cdef enum Kind:
     FLOAT32, FLOAT16, BFLOAT16, INT8
 
 
+KINDS = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8}
+
+
+cdef inline Py_ssize_t size_of(const Kind kind) noexcept nogil:
+    return 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
+
+
 cdef struct Floats:
     # An array (B, H, L, D), the last axis contiguous. Strides in bytes.
     const char* data
@@ -22,7 +29,7 @@ cdef Floats floats_of(x) except *:
     cdef const float[:, :, :, :] whole
     cdef const unsigned short[:, :, :, :] bits
     cdef int i
-    found.kind = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}[kind_of(x.dtype)]
+    found.kind = KINDS[kind_of(x.dtype)]
     if found.kind == FLOAT32:
         whole = x
         found.data = <const char*> &whole[0, 0, 0, 0]
@@ -40,7 +47,7 @@ cdef inline const char* at(const Floats* x, Py_ssize_t b, Py_ssize_t h, Py_ssize
 
 cdef inline const char* beyond(const char* p, Py_ssize_t n, const Kind kind) noexcept nogil:
     """p, n values on."""
-    return p + n * (4 if kind == FLOAT32 else 2)
+    return p + n * size_of(kind)
 
 
 cdef inline vf load_floats(const char* p, const Kind kind) noexcept nogil:

@@ -26,7 +26,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     cdef float[:, ::1] to = sums
     zero, count = np.zeros((1, 1), np.intp), np.array([Lk], np.intp)
     pack_keys(np.asarray(k)[None, None], packed, correction, zero, zero[0], count, 1)
-    x.D, x.scale, x.codes.q_stride[2], x.page_size = q.shape[1], 1.0, q.shape[1], UNPAGED
+    x.D, x.scale, x.codes.q_stride[1], x.page_size = q.shape[1], 1.0, q.shape[1], UNPAGED
     x.k.kind, x.k.data, x.k.row = INT8, <const char*> &packed[0, 0, 0, 0], 4 * words
     x.codes.k_correction = &correction[0, 0, 0]
     sequence.pages = &first_page
@@ -217,3 +217,46 @@ def dot_rate(double seconds):
         windows.append(perf_counter() - started)
         if started > stop:
             return 2.0 * GROUP * n * ROWS * VECTORS * LANES / median(windows)
+
+
+cdef enum:
+    LOADS = 8  # vectors that are on their way at once; more do not read faster
+
+
+cdef int sum_of_words(const int* x, Py_ssize_t n) noexcept nogil:
+    """Of n words, modulo 2^32."""
+    cdef vi acc[LOADS]
+    cdef int lanes[LANES]
+    cdef Py_ssize_t t = 0
+    cdef unsigned int total = 0
+    cdef int i
+    for i in range(LOADS):
+        acc[i] = vi_set(0)
+    while t + LOADS * LANES <= n:
+        for i in range(LOADS):
+            acc[i] = vi_add(acc[i], vi_load(x + t + i * LANES))
+        t += LOADS * LANES
+    for i in range(1, LOADS):
+        acc[0] = vi_add(acc[0], acc[i])
+    memcpy(lanes, &acc[0], sizeof(lanes))
+    for i in range(LANES):
+        total += <unsigned int> lanes[i]
+    while t < n:
+        total += <unsigned int> x[t]
+        t += 1
+    return <int> total
+
+
+def read_words(const int[::1] x not None, int threads):
+    """Reads an array as fast as vectors can, each thread one part of it: the sum of its words modulo 2^32.
+
+    How long that takes is what memory allows a kernel that has to read the same.
+    """
+    cdef Py_ssize_t n = x.shape[0], part = round_up((n + threads - 1) // threads, LOADS * LANES), t, begin
+    cdef unsigned int total = 0
+    if n == 0:
+        return 0
+    for t in prange(threads, nogil=True, schedule="static", num_threads=threads):
+        begin = min(n, t * part)
+        total += <unsigned int> sum_of_words(&x[0] + begin, min(n - begin, part))
+    return total

@@ -304,7 +304,7 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
     for r in range(PANEL):
         factor = 0.0
         if r < panel.lanes:
-            factor = x.scale * head.q_scale[lane_at(panel, r, x.codes.q_scale_stride[1], x.codes.q_scale_stride[2])]
+            factor = x.scale * head.q_scale[lane_at(panel, r, x.codes.q_scale_stride[0], x.codes.q_scale_stride[1])]
         panel.lift[r] = <float> factor  # below, times the product of the codes and the mean
         panel.factor[r] = <float> (factor if x.codes.k_scale.tokens else factor * head.k_scale[0])
     for j in range(panel.vectors):
@@ -314,7 +314,7 @@ cdef void pack_codes(const Problem* x, const Head* head, Panel* panel) noexcept 
             memset(words, 0, sizeof(words))
             n = min(<Py_ssize_t> (LANES * GROUP), D - w * GROUP)
             for r in range(min(<Py_ssize_t> LANES, panel.lanes - row)):
-                q = head.q_codes + lane_at(panel, row + r, x.codes.q_stride[1], x.codes.q_stride[2]) + w * GROUP
+                q = head.q_codes + lane_at(panel, row + r, x.codes.q_stride[0], x.codes.q_stride[1]) + w * GROUP
                 word = words + r * LANES * GROUP
                 for i in range(n):
                     word[i] = <code> (q[i] + ZERO_POINT)

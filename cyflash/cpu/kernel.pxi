@@ -4,11 +4,11 @@
 # transposed, [key or head dimension][query row] with a pitch of PANEL floats. Row maxima, row sums and rescaling are
 # then vertical operations without shuffles; keys and values are read in their own layout, one broadcast at a time.
 #
-#     block.pxi     K, V            load_block()      where they lie, or a copy in the form that the products read
+#     block.pxi     K, V            load_keys() ...   where they lie, or a copy in the form that the products read
 #     product.pxi   S^T = K Q^T     scores()          register-tiled product; scores_of_codes() in int8.pxi
 #     change.pxi    S^T             change_scores()   softcap, bias, ALiBi, masks: the same for every precision
 #     softmax.pxi   P^T = e^(S-m)   softmax()         online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
-#     product.pxi   O^T = V^T P^T   accumulate()      the same product; in int8.pxi also of codes and of bfloat16
+#     product.pxi   O^T = V^T P^T   accumulate()      the same product; of codes in int8.pxi, of bfloat16 in bf16.pxi
 #     few.pxi       both products   of panels with few rows, which would leave most lanes of a tile idle
 #
 # Scores are floats in natural units from the first product on, whatever it multiplied (in units of log2 the lowest
@@ -40,11 +40,9 @@ cdef struct Scales:
 
 
 cdef struct Codes:
-    # The operands of quantised attention beside the codes themselves, where precise keys are not all
-    const signed char* q        # as Problem.q
-    const float* q_scale        # (B, H, Lq)
-    Py_ssize_t q_stride[3]
-    Py_ssize_t q_scale_stride[3]
+    # What quantised attention has beside the codes of keys and values; of no use where keys are floats
+    Py_ssize_t q_stride[2]      # of codes of queries, between heads, rows
+    Py_ssize_t q_scale_stride[2]
     const int* k_correction     # -128 times the sum of each key's codes, in pages as its codes are
     Py_ssize_t k_correction_page
     Py_ssize_t k_correction_head
@@ -87,8 +85,8 @@ cdef struct Problem:
     Sequence* sequences
     Py_ssize_t n                # sequences
     Py_ssize_t page_size
-    Pages k                     # (Hk, Lk, D), the last axis contiguous, as in q, v and out
-    Pages v                     # (Hk, Lk, Dv)
+    Pages k                     # Hk heads of keys of D, contiguous, as values, queries and outputs are
+    Pages v                     # ... of Dv
     Pages first_k               # in float32, a page of each sequence: keys before `precise` where others are codes
     Pages first_v
     Kind q_kind                 # of queries that are not codes
@@ -111,7 +109,7 @@ cdef struct Problem:
     Py_ssize_t Br               # query rows of a task: a multiple of PANEL
     Py_ssize_t Bc               # keys of a block: a multiple of ROWS
     Py_ssize_t precise          # keys before this one are computed in float32 where the others are codes
-    Codes codes                 # where the keys are
+    Codes codes
 
 
 cdef struct Panel:
@@ -236,7 +234,7 @@ cdef inline void prefetch_slice(
 ) noexcept nogil:
     """Asks for what comes after the first product of a block while it goes on, the share [low, high) of [begin, end):
     the values, by the first panel of a head, which finds them in no cache, and with a panel's first block the rows
-    of its output and the queries of the next panel. Codes are a quarter as long, and were packed just now."""
+    of its output and the queries of the next panel. Not so values that are codes: they are a quarter as long."""
     cdef Py_ssize_t first = (low - begin) * panel.rows // (end - begin)
     cdef Py_ssize_t last = (high - begin) * panel.rows // (end - begin)
     if panel.row == 0 and keys.v != NULL:

@@ -1,4 +1,4 @@
-# Keys and values of quantised attention as the products read them, in pages, and the same for every build.
+# Keys and values of quantised attention as they are kept, in pages, and the same for every build.
 #
 #     keys      int8 (pages, Hk, page_size, D rounded up to 4): rows of codes, and for each its correction, -128 times
 #               the sum of its codes, which takes back the 128 that dot products want added to the codes of queries
