@@ -7,8 +7,8 @@
 #                                   pairs along D
 #     values      the same          ... groups of keys       groups of keys; floats where P V is in float32
 #
-# Panels of few rows get floats, whatever 16-bit type there is, and words of four codes. A block is in place when it has
-# this form and lies in one page.
+# A block is in place when it has this form and lies in one page. Panels of few rows read floats of every kind and codes
+# where they are, page by page.
 
 cdef inline vf load_part(const char* row, Kind kind, Py_ssize_t d, Py_ssize_t n) noexcept nogil:
     """Floats d <= i < d + n of a row, n <= LANES; 0 in the other lanes. Nothing beyond them is read."""
@@ -187,6 +187,28 @@ cdef const void* of_keys(
     return room
 
 
+cdef void cut_pieces(
+    Pieces* pieces, const Rows* rows, Py_ssize_t first, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """Where keys [first + begin, first + end) of a block that starts at key `first` lie."""
+    cdef Py_ssize_t low = begin, high
+    pieces.kind, pieces.stride, pieces.n = rows.pages.kind, rows.pages.row, 0
+    while low < end:
+        high = min(end - low, rows.size - (first + low) % rows.size) + low
+        pieces.end[pieces.n] = high
+        pieces.at[pieces.n] = row_at(rows, first + low) - low * pieces.stride
+        pieces.n += 1
+        low = high
+
+
+cdef void one_piece(
+    Pieces* pieces, const float* rows, Py_ssize_t stride, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """The same of a copy in the thread's scratch, whose first row is key `begin`."""
+    pieces.kind, pieces.stride, pieces.n = FLOAT32, stride * <Py_ssize_t> sizeof(float), 1
+    pieces.end[0], pieces.at[0] = end, <const char*> (rows - begin * stride)
+
+
 cdef void load_keys(
     const Problem* x, const Head* head, Py_ssize_t first, Py_ssize_t begin, Py_ssize_t end, bint precise, bint few,
     const Scratch* scratch, Block* block
@@ -195,12 +217,30 @@ cdef void load_keys(
     cdef Rows rows = rows_of(x, head, &x.first_k if precise else &x.k, precise)
     cdef const Codes* codes = &x.codes
     cdef Py_ssize_t low = first + begin, high = first + end, words = round_up(x.D, 4) // 4
-    cdef bint whole = in_one_page(&rows, low, high)
+    cdef bint whole
     block.k = NULL
     block.k_words = block.k_correction = NULL
+    block.next_k = NULL
     if rows.pages.kind == INT8:
         low, high = first + begin // ROWS * ROWS, first + round_up(end, ROWS)
-        if GROUP == 2 and not few:
+        block.k_correction = <const int*> of_keys(
+            codes.k_correction, codes.k_correction_page, head.kv * codes.k_correction_head, &rows, low, high,
+            scratch.k_correction,
+        ) - (low - first)
+        block.k_scale = NULL
+        if codes.k_scale.tokens:
+            block.k_scale = <const float*> of_keys(
+                codes.k_scale.data, codes.k_scale.page, head.kv * codes.k_scale.head, &rows, low, high,
+                <int*> scratch.k_scale,
+            ) - (low - first)
+    if few:
+        cut_pieces(&block.few_k, &rows, first, begin, end)
+        if first + x.Bc < head.sequence.Lk:
+            block.next_k = row_at(&rows, first + x.Bc)
+        return
+    whole = in_one_page(&rows, low, high)
+    if rows.pages.kind == INT8:
+        if GROUP == 2:
             block.k_pitch = (x.D + 1) // 2
             widen_codes(<code*> scratch.k, 2 * block.k_pitch, &rows, low, high, x.D)
             block.k_words = <const int*> scratch.k
@@ -212,17 +252,7 @@ cdef void load_keys(
             copy_words(<int*> scratch.k, &rows, low, high, 1, 4 * words)
             block.k_words = <const int*> scratch.k
         block.k_words -= (low - first) * block.k_pitch
-        block.k_correction = <const int*> of_keys(
-            codes.k_correction, codes.k_correction_page, head.kv * codes.k_correction_head, &rows, low, high,
-            scratch.k_correction,
-        ) - (low - first)
-        block.k_scale = NULL
-        if codes.k_scale.tokens:
-            block.k_scale = <const float*> of_keys(
-                codes.k_scale.data, codes.k_scale.page, head.kv * codes.k_scale.head, &rows, low, high,
-                <int*> scratch.k_scale,
-            ) - (low - first)
-    elif x.native and not few:
+    elif x.native:
         if whole and rows.pages.row % 4 == 0 and x.D % 2 == 0:
             block.k_pitch = rows.pages.row // 4
             block.k_words = <const int*> row_at(&rows, low)
@@ -258,23 +288,25 @@ cdef void load_values(
     """Values of keys [first + begin, first + end), in the form that the second product of a panel wants."""
     cdef Rows rows = rows_of(x, head, &x.first_v if precise else &x.v, precise)
     cdef const Scales* scale = &x.codes.v_scale
-    cdef Kind product = BFLOAT16 if x.native else FLOAT32
-    cdef Py_ssize_t low = first + begin, high = first + end
+    cdef bint coded = x.k.kind == INT8 and not precise
+    cdef Kind product = x.codes.product if coded else BFLOAT16 if x.native else FLOAT32
+    cdef Py_ssize_t low = first + begin, high = first + end, whole_groups = first + begin // ROWS * ROWS
+    cdef Py_ssize_t width = round_up(x.Dv, LANES)
     block.v = NULL
     block.v_words = NULL
     block.v_scale = NULL
-    if not precise and x.k.kind == INT8:
-        product = x.codes.product
     if rows.pages.kind == INT8:
-        low, high = first + begin // ROWS * ROWS, first + round_up(end, ROWS)
+        low, high = whole_groups, first + round_up(end, ROWS)
         block.v_scale = head.v_scale
         if scale.tokens:
             block.v_scale = <const float*> of_keys(
                 scale.data, scale.page, head.kv * scale.head, &rows, low, high, <int*> scratch.v_scale,
             )
-    if product == INT8:
+    if few and (product == INT8 or (rows.pages.kind != INT8 and (product == FLOAT32 or x.native))):
+        cut_pieces(&block.few_v, &rows, first, low - first, high - first)
+    elif product == INT8:
         block.v_pitch = rows.pages.row
-        if GROUP == 2 and not few:
+        if GROUP == 2:
             block.v_words = <const int*> scratch.v
             widen_groups(<int*> scratch.v, block.v_pitch, &rows, low, high)
             block.v_words -= (low - first) // 2 * block.v_pitch
@@ -284,29 +316,25 @@ cdef void load_values(
             copy_words(<int*> scratch.v, &rows, low, high, 4, 4 * block.v_pitch)
             block.v_words = <const int*> scratch.v - (low - first) // 4 * block.v_pitch
     elif product == BFLOAT16 and not few:
-        low = first + begin // ROWS * ROWS
-        block.v_pitch = round_up(x.Dv, LANES)
-        group_values(<int*> scratch.v, block.v_pitch, &rows, low, first + begin, first + end, x.Dv)
-        block.v_words = <const int*> scratch.v - (low - first) // BF16_GROUP * block.v_pitch
+        block.v_pitch = width
+        group_values(<int*> scratch.v, width, &rows, whole_groups, first + begin, first + end, x.Dv)
+        block.v_words = <const int*> scratch.v - (whole_groups - first) // BF16_GROUP * width
     elif rows.pages.kind == INT8:
-        low = first + begin // ROWS * ROWS
-        block.v_stride = round_up(x.Dv, LANES)
         float_values(
-            <float*> scratch.v, block.v_stride, &rows, low, first + end, x.Dv,
+            <float*> scratch.v, width, &rows, low, first + end, x.Dv,
             block.v_scale if product == FLOAT32 else NULL, scale.tokens, False,
         )
-        block.v = <const float*> scratch.v - (low - first) * block.v_stride
-    elif product == BFLOAT16 and not x.native:
-        block.v_stride = round_up(x.Dv, LANES)
-        float_values(<float*> scratch.v, block.v_stride, &rows, low, high, x.Dv, NULL, False, True)
-        block.v = <const float*> scratch.v - begin * block.v_stride
+        block.v_stride, block.v = width, <const float*> scratch.v - (low - first) * width
+        one_piece(&block.few_v, <const float*> scratch.v, width, low - first, end)
+    elif product == BFLOAT16:
+        float_values(<float*> scratch.v, width, &rows, low, high, x.Dv, NULL, False, True)
+        one_piece(&block.few_v, <const float*> scratch.v, width, begin, end)
     elif rows.pages.kind == FLOAT32 and in_one_page(&rows, low, high):
         block.v_stride = rows.pages.row // <Py_ssize_t> sizeof(float)
         block.v = <const float*> row_at(&rows, low) - begin * block.v_stride
     else:
-        block.v_stride = round_up(x.Dv, LANES)
-        copy_floats(<float*> scratch.v, block.v_stride, &rows, low, high, x.Dv)
-        block.v = <const float*> scratch.v - begin * block.v_stride
+        copy_floats(<float*> scratch.v, width, &rows, low, high, x.Dv)
+        block.v_stride, block.v = width, <const float*> scratch.v - begin * width
     if block.v_scale != NULL and scale.tokens:
         block.v_scale -= begin // ROWS * ROWS
 

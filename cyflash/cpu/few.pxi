@@ -11,6 +11,7 @@
 cdef enum:
     FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
     FEW_COLUMNS = 8     # vectors of a value that one row keeps in registers; two for each of four rows
+    AHEAD = 2 * LANES   # keys between the ones in use and the ones asked for
 
 
 cdef inline Py_ssize_t few_pad(Py_ssize_t lanes) noexcept nogil:
@@ -87,13 +88,23 @@ cdef inline void few_spread(
                 memcpy(s + (c + i) * PANEL + row, buffer + i * rows, rows * sizeof(float))
 
 
+cdef inline void ask_ahead(const char* row, Py_ssize_t bytes) noexcept nogil:
+    """Asks for a row of keys or values, into the second-level cache."""
+    cdef Py_ssize_t i
+    for i in range((bytes + CACHE_LINE - 1) // CACHE_LINE):
+        prefetch_far(row + i * CACHE_LINE)
+
+
 cdef inline void few_scores_of_rows(
-    float* s, const float* q, Py_ssize_t width, const float* k, Py_ssize_t stride, Py_ssize_t D, Py_ssize_t begin,
-    Py_ssize_t end, Py_ssize_t lanes, const int rows
+    float* s, const float* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v, Py_ssize_t v_stride,
+    Py_ssize_t v_bytes, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows,
+    const Kind kind
 ) noexcept nogil:
+    """few_scores() of one piece. k, v: key 0 of the block, were it all in this piece; values are asked for, which take
+    their turn later, and keys some groups ahead: no hardware prefetcher sees a stream in LANES rows at a time."""
     cdef Py_ssize_t row, d, c = begin, key
     cdef int i, r
-    cdef const float* b[LANES]
+    cdef const char* b[LANES]
     cdef vf y
     cdef vf a[4]
     cdef vf acc[LANES]
@@ -101,6 +112,9 @@ cdef inline void few_scores_of_rows(
         for i in range(LANES // rows):
             key = c + i if c + i < end else end - 1
             b[i] = k + key * stride
+            ask_ahead(b[i] + AHEAD * stride, D * size_of(kind))
+            if v != NULL:
+                ask_ahead(v + key * v_stride, v_bytes)
         row = 0
         while row < lanes:
             for i in range(LANES):
@@ -110,7 +124,7 @@ cdef inline void few_scores_of_rows(
                 for r in range(rows):
                     a[r] = vf_load(q + (row + r) * width + d)
                 for i in range(LANES // rows):
-                    y = vf_load(b[i] + d)
+                    y = load_floats(beyond(b[i], d, kind), kind)
                     for r in range(rows):
                         acc[i * rows + r] = vf_fma(a[r], y, acc[i * rows + r])
                 d += LANES
@@ -118,7 +132,7 @@ cdef inline void few_scores_of_rows(
                 for r in range(rows):
                     a[r] = vf_load(q + (row + r) * width + d)
                 for i in range(LANES // rows):
-                    y = vf_load_part(b[i] + d, D - d)
+                    y = load_floats_part(beyond(b[i], d, kind), D - d, kind)
                     for r in range(rows):
                         acc[i * rows + r] = vf_fma(a[r], y, acc[i * rows + r])
             vf_transpose(acc)
@@ -154,29 +168,55 @@ cdef inline void raise_top(float* top, const float* s, Py_ssize_t begin, Py_ssiz
     vf_store(top, highest)
 
 
+cdef inline void few_scores_of_kind(
+    float* s, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end, const Kind kind
+) noexcept nogil:
+    cdef Py_ssize_t i, high, low = begin, width = round_up(D, LANES), stride = keys.few_k.stride
+    cdef const Pieces* v = &keys.few_v
+    cdef const char* k
+    cdef const char* ahead = NULL
+    for i in range(keys.few_k.n):
+        high = min(end, keys.few_k.end[i])
+        if low < high:
+            k = keys.few_k.at[i]
+            if v.n == keys.few_k.n and v.kind == kind:  # in the same pages
+                ahead = v.at[i]
+            if panel.lanes == 1:
+                few_scores_of_rows(
+                    s, panel.q, width, k, stride, ahead, v.stride, v.stride, D, low, high, 1, 1, kind,
+                )
+            elif panel.lanes == 2:
+                few_scores_of_rows(
+                    s, panel.q, width, k, stride, ahead, v.stride, v.stride, D, low, high, 2, 2, kind,
+                )
+            else:
+                few_scores_of_rows(
+                    s, panel.q, width, k, stride, ahead, v.stride, v.stride, D, low, high, panel.lanes, 4, kind,
+                )
+            low = high
+
+
 cdef void few_scores(
-    float* s, float* top, const Panel* panel, const float* k, Py_ssize_t stride, Py_ssize_t D, Py_ssize_t begin,
-    Py_ssize_t end
+    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
     """scores() of few rows: S^T[c][r] = k[c] . q[r] for begin <= c < end, and top[r] = max(top[r], max_c S^T).
 
     Each sum of D products is made of LANES sums of every LANES-th one.
     """
-    cdef Py_ssize_t width = round_up(D, LANES)
-    if panel.lanes == 1:
-        few_scores_of_rows(s, panel.q, width, k, stride, D, begin, end, 1, 1)
-    elif panel.lanes == 2:
-        few_scores_of_rows(s, panel.q, width, k, stride, D, begin, end, 2, 2)
+    if keys.few_k.kind == FLOAT16:
+        few_scores_of_kind(s, panel, keys, D, begin, end, FLOAT16)
+    elif keys.few_k.kind == BFLOAT16:
+        few_scores_of_kind(s, panel, keys, D, begin, end, BFLOAT16)
     else:
-        few_scores_of_rows(s, panel.q, width, k, stride, D, begin, end, panel.lanes, 4)
+        few_scores_of_kind(s, panel, keys, D, begin, end, FLOAT32)
     raise_top(top, s, begin, end)
 
 
 cdef inline void few_sums_of_codes(
-    float* s, const int* q, Py_ssize_t width, const int* k, Py_ssize_t pitch, Py_ssize_t words, Py_ssize_t begin,
-    Py_ssize_t end, Py_ssize_t lanes, const int rows
+    float* s, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v, Py_ssize_t v_bytes,
+    Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
 ) noexcept nogil:
-    """The sums of products of codes as integers, where scores are kept."""
+    """The sums of products of codes as integers, where scores are kept; k, v as in few_scores_of_rows()."""
     cdef Py_ssize_t row, d, c = begin, key
     cdef int i, r
     cdef const int* b[LANES]
@@ -187,7 +227,10 @@ cdef inline void few_sums_of_codes(
     while c < end:
         for i in range(LANES // rows):
             key = c + i if c + i < end else end - 1
-            b[i] = k + key * pitch
+            b[i] = <const int*> (k + key * stride)
+            ask_ahead(k + (key + AHEAD) * stride, 4 * words)
+            if v != NULL:
+                ask_ahead(v + key * v_bytes, v_bytes)
         row = 0
         while row < lanes:
             for i in range(LANES):
@@ -219,18 +262,27 @@ cdef inline void few_sums_of_codes(
 
 
 cdef void few_scores_of_codes(
-    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end
+    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """scores_of_codes() of few rows, from words of four codes: the same scores to the bit."""
-    cdef Py_ssize_t c, width = round_up(words, LANES)
+    """scores_of_codes() of few rows: the same scores to the bit."""
+    cdef Py_ssize_t i, c, high, low = begin, words = round_up(D, 4) // 4, width = round_up(words, LANES)
+    cdef Py_ssize_t stride = keys.few_k.stride, v_bytes = keys.few_v.stride
     cdef vf x, y, factor = vf_load(panel.factor), shift = vf_load(panel.shift), highest = vf_load(top)
-    cdef const int* k = keys.k_words
-    if panel.lanes == 1:
-        few_sums_of_codes(s, panel.codes, width, k, keys.k_pitch, words, begin, end, 1, 1)
-    elif panel.lanes == 2:
-        few_sums_of_codes(s, panel.codes, width, k, keys.k_pitch, words, begin, end, 2, 2)
-    else:
-        few_sums_of_codes(s, panel.codes, width, k, keys.k_pitch, words, begin, end, panel.lanes, 4)
+    cdef const char* k
+    cdef const char* ahead = NULL
+    for i in range(keys.few_k.n):
+        high = min(end, keys.few_k.end[i])
+        if low < high:
+            k = keys.few_k.at[i]
+            if keys.few_v.n == keys.few_k.n and keys.few_v.kind == INT8:  # in the same pages
+                ahead = keys.few_v.at[i]
+            if panel.lanes == 1:
+                few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 1, 1)
+            elif panel.lanes == 2:
+                few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 2, 2)
+            else:
+                few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, panel.lanes, 4)
+            low = high
     for c in range(begin, end):
         y = vf_from_int(vi_add(vi_bits(vf_load(s + c * PANEL)), vi_set(keys.k_correction[c])))
         x = vf_mul(factor, vf_set(keys.k_scale[c])) if keys.k_scale != NULL else factor
@@ -267,32 +319,38 @@ cdef void few_round_weights(
 
 
 cdef inline void few_accumulate_tile(
-    float* o, Py_ssize_t width, const float* p, const float* hidden, const float* v, Py_ssize_t stride,
-    Py_ssize_t begin, Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const int rows, const int columns,
-    const bint hides
+    float* o, Py_ssize_t width, const float* p, const float* hidden, const Pieces* v, Py_ssize_t d, Py_ssize_t begin,
+    Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const char* next_k, Py_ssize_t k_stride,
+    const int rows, const int columns, const bint hides, const Kind kind
 ) noexcept nogil:
-    """`columns` vectors of a value for `rows` rows; n: the floats of a value in them, of which the last is part of one
-    where that is not whole."""
-    cdef Py_ssize_t c
+    """`columns` vectors of a value from d on for `rows` rows; n: the floats of a value in them, of which the last is
+    part of one where that is not whole. next_k: rows to ask for meanwhile, or NULL."""
+    cdef Py_ssize_t c, piece, low = begin
     cdef int i, r
+    cdef const char* row
     cdef vf y[FEW_COLUMNS]
     cdef vf w
     cdef vf acc[2 * FEW_COLUMNS]
     cdef float* place
     for i in range(rows * columns):
         acc[i] = vf_set(0.0)
-    for c in range(begin, end):
-        for i in range(columns):
-            if i < columns - 1 or n >= columns * LANES:
-                y[i] = vf_load(v + c * stride + i * LANES)
-            else:
-                y[i] = vf_load_part(v + c * stride + i * LANES, n - i * LANES)
-        for r in range(rows):
-            if hides and hidden[c * PANEL + r] == -INFINITY:
-                continue
-            w = vf_set(p[c * PANEL + r])
+    for piece in range(v.n):
+        for c in range(low, min(end, v.end[piece])):
+            if next_k != NULL:
+                ask_ahead(next_k + c * k_stride, k_stride)
+            row = beyond(v.at[piece] + c * v.stride, d, kind)
             for i in range(columns):
-                acc[r * columns + i] = vf_fma(w, y[i], acc[r * columns + i])
+                if i < columns - 1 or n >= columns * LANES:
+                    y[i] = load_floats(beyond(row, i * LANES, kind), kind)
+                else:
+                    y[i] = load_floats_part(beyond(row, i * LANES, kind), n - i * LANES, kind)
+            for r in range(rows):
+                if hides and hidden[c * PANEL + r] == -INFINITY:
+                    continue
+                w = vf_set(p[c * PANEL + r])
+                for i in range(columns):
+                    acc[r * columns + i] = vf_fma(w, y[i], acc[r * columns + i])
+        low = max(low, v.end[piece])
     for r in range(rows):
         for i in range(columns):
             place = o + r * width + i * LANES
@@ -302,8 +360,8 @@ cdef inline void few_accumulate_tile(
 
 
 cdef inline void few_accumulate_rows(
-    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const float* v, Py_ssize_t stride, Py_ssize_t Dv,
-    Py_ssize_t begin, Py_ssize_t end, float beta, const int rows, const int columns, const bint hides
+    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
+    Py_ssize_t end, float beta, const int rows, const int columns, const bint hides, const Kind kind
 ) noexcept nogil:
     """few_accumulate() of some rows: `columns` vectors at a time, then one at a time."""
     cdef Py_ssize_t d = 0, width = round_up(Dv, LANES)
@@ -311,36 +369,55 @@ cdef inline void few_accumulate_rows(
     cdef const float* p = scratch.s + row
     cdef const float* hidden = scratch.hidden + row
     cdef const float* alpha = scratch.alpha + row
+    cdef const char* next_k = keys.next_k if row == 0 else NULL
     while d + (columns - 1) * LANES < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, v + d, stride, begin, end, alpha, beta, Dv - d, rows, columns, hides,
+            o + d, width, p, hidden, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
+            columns, hides, kind,
         )
+        next_k = NULL
         d += columns * LANES
     while d < Dv:
-        few_accumulate_tile(o + d, width, p, hidden, v + d, stride, begin, end, alpha, beta, Dv - d, rows, 1, hides)
+        few_accumulate_tile(
+            o + d, width, p, hidden, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
+            1, hides, kind,
+        )
+        next_k = NULL
         d += LANES
 
 
+cdef inline void few_accumulate_kind(
+    const Panel* panel, const Scratch* scratch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin, Py_ssize_t end,
+    float beta, bint hides, const Kind kind
+) noexcept nogil:
+    cdef Py_ssize_t row = 0
+    if hides:
+        for row in range(panel.lanes):
+            few_accumulate_rows(panel, scratch, row, keys, Dv, begin, end, beta, 1, 1, True, kind)
+    elif panel.lanes == 1:
+        few_accumulate_rows(panel, scratch, 0, keys, Dv, begin, end, beta, 1, FEW_COLUMNS, False, kind)
+    elif panel.lanes == 2:
+        few_accumulate_rows(panel, scratch, 0, keys, Dv, begin, end, beta, 2, FEW_COLUMNS // 2, False, kind)
+    else:
+        while row < panel.lanes:
+            few_accumulate_rows(panel, scratch, row, keys, Dv, begin, end, beta, 4, FEW_COLUMNS // 4, False, kind)
+            row += 4
+
+
 cdef void few_accumulate(
-    const Panel* panel, const Scratch* scratch, const float* v, Py_ssize_t stride, Py_ssize_t Dv, Py_ssize_t begin,
-    Py_ssize_t end, float beta, bint hides
+    const Panel* panel, const Scratch* scratch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin, Py_ssize_t end,
+    float beta, bint hides
 ) noexcept nogil:
     """accumulate() of few rows: O[r] = alpha[r] O[r] + beta sum over begin <= c < end of P[r][c] V[c], that from zero.
 
     hides: only keys that scratch.hidden shows to a row count, whatever their values.
     """
-    cdef Py_ssize_t row = 0
-    if hides:
-        for row in range(panel.lanes):
-            few_accumulate_rows(panel, scratch, row, v, stride, Dv, begin, end, beta, 1, 1, True)
-    elif panel.lanes == 1:
-        few_accumulate_rows(panel, scratch, 0, v, stride, Dv, begin, end, beta, 1, FEW_COLUMNS, False)
-    elif panel.lanes == 2:
-        few_accumulate_rows(panel, scratch, 0, v, stride, Dv, begin, end, beta, 2, FEW_COLUMNS // 2, False)
+    if keys.few_v.kind == FLOAT16:
+        few_accumulate_kind(panel, scratch, keys, Dv, begin, end, beta, hides, FLOAT16)
+    elif keys.few_v.kind == BFLOAT16:
+        few_accumulate_kind(panel, scratch, keys, Dv, begin, end, beta, hides, BFLOAT16)
     else:
-        while row < panel.lanes:
-            few_accumulate_rows(panel, scratch, row, v, stride, Dv, begin, end, beta, 4, FEW_COLUMNS // 4, False)
-            row += 4
+        few_accumulate_kind(panel, scratch, keys, Dv, begin, end, beta, hides, FLOAT32)
 
 
 cdef inline int weights_of_group(const int* p) noexcept nogil:
@@ -351,12 +428,13 @@ cdef inline int weights_of_group(const int* p) noexcept nogil:
 
 
 cdef inline void few_accumulate_codes_tile(
-    float* o, Py_ssize_t width, const int* p, const int* v, Py_ssize_t pitch, Py_ssize_t begin, Py_ssize_t end,
-    const float* alpha, const float* beta, const int rows, const int columns
+    float* o, Py_ssize_t width, const int* p, const Pieces* v, Py_ssize_t d, Py_ssize_t begin, Py_ssize_t end,
+    const float* alpha, const float* beta, const char* next_k, Py_ssize_t k_stride, const int rows, const int columns
 ) noexcept nogil:
-    """few_accumulate_codes() of `rows` rows and `columns` vectors of columns, for groups begin <= t < end."""
-    cdef Py_ssize_t t, low, high, part
+    """few_accumulate_codes() of `rows` rows and `columns` vectors of columns from d on, for groups begin <= t < end."""
+    cdef Py_ssize_t t, low, high, part, piece = 0
     cdef int i, r
+    cdef const int* group
     cdef vi y[FEW_COLUMNS]
     cdef vi w
     cdef vi acc[2 * FEW_COLUMNS]
@@ -372,8 +450,13 @@ cdef inline void few_accumulate_codes_tile(
         for i in range(rows * columns):
             acc[i] = vi_set(0)
         for t in range(low, high):
+            while t * 4 >= v.end[piece]:
+                piece += 1
+            if next_k != NULL:
+                ask_ahead(next_k + 4 * t * k_stride, 4 * k_stride)
+            group = <const int*> (v.at[piece] + 4 * t * v.stride) + d
             for i in range(columns):
-                y[i] = vi_load(v + t * pitch + i * LANES)
+                y[i] = vi_load(group + i * LANES)
             for r in range(rows):
                 w = vi_set(weights_of_group(p + t * (4 // GROUP) * PANEL + r))
                 for i in range(columns):
@@ -389,36 +472,42 @@ cdef inline void few_accumulate_codes_tile(
 
 
 cdef inline void few_accumulate_codes_rows(
-    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const int* v, Py_ssize_t pitch, Py_ssize_t Dv,
-    Py_ssize_t begin, Py_ssize_t end, const int rows, const int columns
+    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
+    Py_ssize_t end, const int rows, const int columns
 ) noexcept nogil:
     cdef Py_ssize_t d = 0, width = round_up(Dv, LANES)
     cdef float* o = panel.o + row * width
     cdef const int* p = scratch.p + row
     cdef const float* alpha = scratch.alpha + row
     cdef const float* beta = scratch.beta + row
+    cdef const char* next_k = keys.next_k if row == 0 else NULL
     while d + columns * LANES <= width:
-        few_accumulate_codes_tile(o + d, width, p, v + d, pitch, begin, end, alpha, beta, rows, columns)
+        few_accumulate_codes_tile(
+            o + d, width, p, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, columns,
+        )
+        next_k = NULL
         d += columns * LANES
     while d < width:
-        few_accumulate_codes_tile(o + d, width, p, v + d, pitch, begin, end, alpha, beta, rows, 1)
+        few_accumulate_codes_tile(
+            o + d, width, p, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, 1,
+        )
+        next_k = NULL
         d += LANES
 
 
 cdef void few_accumulate_codes(
-    const Panel* panel, const Scratch* scratch, const int* v, Py_ssize_t pitch, Py_ssize_t Dv, Py_ssize_t low,
-    Py_ssize_t end
+    const Panel* panel, const Scratch* scratch, const Block* keys, Py_ssize_t Dv, Py_ssize_t low, Py_ssize_t end
 ) noexcept nogil:
     """accumulate_codes() of few rows, from groups of four keys. low: a multiple of 4. A key without a weight counts
     nothing, whatever its codes."""
     cdef Py_ssize_t row = 0, first = low // 4, last = (end + 3) // 4
     if panel.lanes == 1:
-        few_accumulate_codes_rows(panel, scratch, 0, v, pitch, Dv, first, last, 1, FEW_COLUMNS)
+        few_accumulate_codes_rows(panel, scratch, 0, keys, Dv, first, last, 1, FEW_COLUMNS)
     elif panel.lanes == 2:
-        few_accumulate_codes_rows(panel, scratch, 0, v, pitch, Dv, first, last, 2, FEW_COLUMNS // 2)
+        few_accumulate_codes_rows(panel, scratch, 0, keys, Dv, first, last, 2, FEW_COLUMNS // 2)
     else:
         while row < panel.lanes:
-            few_accumulate_codes_rows(panel, scratch, row, v, pitch, Dv, first, last, 4, FEW_COLUMNS // 4)
+            few_accumulate_codes_rows(panel, scratch, row, keys, Dv, first, last, 4, FEW_COLUMNS // 4)
             row += 4
 
 

@@ -32,6 +32,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     sequence.pages = &first_page
     head.sequence, head.q_codes, head.q_scale, head.k_scale = &sequence, &q[0, 0], &one, &one
     scratch.k = <char*> &room[0]
+    x.Bc, keys.few_v.n = Lk, 0
     load_keys(&x, &head, 0, 0, Lk, False, few, &scratch, &keys)
     panel.codes, panel.factor, panel.shift, panel.lift = &codes[0], &rest[0, 0], &rest[1, 0], &rest[3, 0]
     panel.heads, panel.few = 1, few
@@ -40,7 +41,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
         panel.vectors = <int> ((panel.rows + LANES - 1) // LANES)
         if few:
             few_pack_codes(&x, &head, &panel)
-            few_scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, words, 0, Lk)
+            few_scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, x.D, 0, Lk)
         else:
             pack_codes(&x, &head, &panel)
             scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, (x.D + GROUP - 1) // GROUP, 0, Lk)
@@ -93,7 +94,7 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
                 group = <code*> &codes[c // GROUP, r]
                 group[c % GROUP] = <code> p[row + r, c]
         if few:
-            few_accumulate_codes(&panel, &scratch, keys.v_words, keys.v_pitch, Dv, 0, Lk)
+            few_accumulate_codes(&panel, &scratch, &keys, Dv, 0, Lk)
         else:
             accumulate_codes(
                 panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(Dv, ROWS), scratch.alpha, scratch.beta, 0,

@@ -157,8 +157,25 @@ cdef struct Head:
     unsigned char* trace
 
 
+cdef enum:
+    MOST_PIECES = 34  # a block has at most 512 keys, a page at least 16, and neither need begin with the other
+
+
+cdef struct Pieces:
+    # Keys or values of a block where they are, for panels of few rows: piece i ends before key end[i] of the block, and
+    # its rows lie as if the block began at at[i].
+    Kind kind
+    Py_ssize_t stride           # bytes between keys; of codes of values, bytes for each key
+    Py_ssize_t n
+    Py_ssize_t end[MOST_PIECES]
+    const char* at[MOST_PIECES]
+
+
 cdef struct Block:
     # Some keys of a block and their values, as the products read them. All pointers are those of the block's first key.
+    Pieces few_k                # for panels of few rows, instead of k, k_words, v and v_words
+    Pieces few_v
+    const char* next_k          # keys of the next block, which few rows ask for ahead of their use, or NULL
     const float* k
     Py_ssize_t k_stride
     const float* v
@@ -292,13 +309,13 @@ cdef void multiply_keys(
     """The first product, by what the block holds: scores of keys begin <= c < end, and their greatest."""
     if keys.k_correction != NULL:
         if panel.few:
-            few_scores_of_codes(s, top, panel, keys, round_up(x.D, 4) // 4, begin, end)
+            few_scores_of_codes(s, top, panel, keys, x.D, begin, end)
         else:
             scores_of_codes(s, top, panel, keys, (x.D + GROUP - 1) // GROUP, begin, end)
     elif keys.k_words != NULL:
         scores_of_bf16(s, top, panel, keys, (x.D + BF16_GROUP - 1) // BF16_GROUP, begin, end)
     elif panel.few:
-        few_scores(s, top, panel, keys.k, keys.k_stride, x.D, begin, end)
+        few_scores(s, top, panel, keys, x.D, begin, end)
     else:
         scores(s, top, panel.q, keys.k, keys.k_stride, x.D, begin, end, panel.vectors)
 
@@ -319,7 +336,7 @@ cdef void multiply_values(
             x.codes.v_scale.tokens, low, high, panel.vectors,
         )
         if panel.few:
-            few_accumulate_codes(panel, scratch, keys.v_words, keys.v_pitch, x.Dv, low, end)
+            few_accumulate_codes(panel, scratch, keys, x.Dv, low, end)
         else:
             accumulate_codes(
                 panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(x.Dv, ROWS), scratch.alpha, scratch.beta,
@@ -335,7 +352,7 @@ cdef void multiply_values(
     if product == BFLOAT16 and coded:
         few_round_weights(s, keys.v_scale, x.codes.v_scale.tokens, low, high)
     if panel.few:
-        few_accumulate(panel, scratch, keys.v, keys.v_stride, x.Dv, begin, end, few_factor(x, keys, coded), hides)
+        few_accumulate(panel, scratch, keys, x.Dv, begin, end, few_factor(x, keys, coded), hides)
     elif hides:
         accumulate_visible(
             panel.o, s + begin * PANEL, scratch.hidden + begin * PANEL, keys.v + begin * keys.v_stride, keys.v_stride,
