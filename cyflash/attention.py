@@ -101,7 +101,7 @@ def flash_attention(
     -----
     The algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691) with the online softmax of Milakov and Gimelshein
     (2018, arXiv:1805.02867). Memory beyond inputs and output is a few hundred kilobytes for each thread, whatever the
-    lengths. Where query rows are few enough for one tile, keys are cut into chunks of 512 or so, whose results are
+    lengths. Where query rows are few enough for one tile, keys are cut into chunks of 1024 or so, whose results are
     merged; these take Dv + 3 floats for each row and chunk.
 
     Where q, k and v all are bfloat16 and the build multiplies it (avx512_bf16), both products are of bfloat16, with

@@ -100,7 +100,7 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     With ``pv="bf16"`` and ``"fp32"`` the online softmax takes whole blocks, weights are ``exp(s_ij - m')``, and ``w``
     is rounded to bfloat16, or not at all, instead of coded. The keys of `fp32_sinks` take a step of their own, before
     the rest of their block, with the caller's float32 numbers (an int8 q as ``s_q q8``). Where query rows are few the
-    kernels cut more than 512 keys or so into chunks that they merge in the end: weights are then rounded to bfloat16
+    kernels cut more than 1024 keys or so into chunks that they merge in the end: weights are then rounded to bfloat16
     beside the greatest of their own chunk, which is not simulated.
 
     Examples

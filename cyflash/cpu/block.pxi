@@ -221,6 +221,7 @@ cdef void load_keys(
     block.k = NULL
     block.k_words = block.k_correction = NULL
     block.next_k = NULL
+    block.end = end
     if rows.pages.kind == INT8:
         low, high = first + begin // ROWS * ROWS, first + round_up(end, ROWS)
         block.k_correction = <const int*> of_keys(

@@ -40,9 +40,9 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # keep the alignment of the whole.
 
 cdef enum:
-    # Keys of a chunk, where a sequence has so few query rows that keys are what threads can share. Some microseconds of
-    # codes, some tens of floats; what a chunk leaves, Dv + 3 floats for each row, is a thousandth of what it reads.
-    CHUNK_KEYS = 512
+    # Keys of a chunk, where a sequence has so few query rows that keys are what threads can share. Some ten microseconds
+    # of codes, some tens of floats; what a chunk leaves, Dv + 3 floats for each row, is a thousandth of what it reads.
+    CHUNK_KEYS = 1024
 
 
 cdef Py_ssize_t parts(const Problem* x) noexcept nogil:
@@ -171,10 +171,11 @@ cdef void attend_panels(
     On the assumption that hidden values are finite. Where an output is not, its panel is run once more with hidden
     values kept out of the products: calls without NaN or inf pay nothing for it.
     """
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, c
     cdef bint hides = may_hide(x, head)
     if panels[0].few:  # lanes without a row are read by softmax and friends, and written by nobody
-        memset(scratch.s, 0, x.Bc * PANEL * sizeof(float))
+        for c in range(x.Bc):
+            vf_store(scratch.s + c * PANEL, vf_set(0.0))
     for i in range(n):
         begin_panel(x, head, &panels[i])
     fold_blocks(x, head, panels, n, begin, end, scratch, False)

@@ -175,6 +175,7 @@ cdef struct Block:
     # Some keys of a block and their values, as the products read them. All pointers are those of the block's first key.
     Pieces few_k                # for panels of few rows, instead of k, k_words, v and v_words
     Pieces few_v
+    Py_ssize_t end              # after its last key
     const char* next_k          # keys of the next block, which few rows ask for ahead of their use, or NULL
     const float* k
     Py_ssize_t k_stride
@@ -447,7 +448,7 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
     if head.slopes != NULL:
         for r in range(panel.lanes):
             panel.slope[r] = head.slopes[r // panel.rows * x.slopes_stride]
-    memset(panel.o, 0, round_up(x.Dv, LANES) * PANEL * sizeof(float))
+    memset(panel.o, 0, round_up(x.Dv, LANES) * (few_pad(panel.lanes) if panel.few else PANEL) * sizeof(float))
     if not coded or panel.first_key < x.precise:
         if x.native and not panel.few:
             pack_bf16(x, head, panel)

@@ -52,6 +52,8 @@ cdef extern from "simd.h" nogil:
     vf vf_bits(vi) noexcept                                      # the same bits
     vi vi_bits(vf) noexcept
     vi vi_dot_bytes(vi acc, vi a, vi b) noexcept                 # acc + 4 products of unsigned bytes of a, signed of b
+    vf vf_sums(const vf*) noexcept                               # lane i: the sum of the lanes of vector i of LANES
+    vi vi_sums(const vi*) noexcept
     vf vf_byte(vi, int i) noexcept                               # signed byte i of each lane
     vf vf_from_int(vi) noexcept
     vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT

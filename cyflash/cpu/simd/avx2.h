@@ -88,6 +88,26 @@ WORD vf vf_byte(vi x, int i) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(x, _mm256_set1_epi32(24 - 8 * i)), 24));
 }
 
+/* Pairs of vectors are added as their lanes are put together. */
+#define SUMS(name, type, to_ps, of_ps, add)                                                                     \
+    WORD type name(const type *x) {                                                                             \
+        __m256 a, b;                                                                                            \
+        type t[4], u[2];                                                                                        \
+        for (int i = 0; i < 4; i++) {                                                                           \
+            a = to_ps(x[2 * i]), b = to_ps(x[2 * i + 1]);                                                       \
+            t[i] = add(of_ps(_mm256_unpacklo_ps(a, b)), of_ps(_mm256_unpackhi_ps(a, b)));                       \
+        }                                                                                                       \
+        for (int i = 0; i < 2; i++) {                                                                           \
+            a = to_ps(t[2 * i]), b = to_ps(t[2 * i + 1]);                                                       \
+            u[i] = add(of_ps(_mm256_shuffle_ps(a, b, 0x44)), of_ps(_mm256_shuffle_ps(a, b, 0xee)));             \
+        }                                                                                                       \
+        a = to_ps(u[0]), b = to_ps(u[1]);                                                                       \
+        return add(of_ps(_mm256_permute2f128_ps(a, b, 0x20)), of_ps(_mm256_permute2f128_ps(a, b, 0x31)));       \
+    }
+SUMS(vf_sums, vf, , , vf_add)
+SUMS(vi_sums, vi, vf_bits, vi_bits, vi_add)
+#undef SUMS
+
 #ifdef __AVXVNNI__
 
 enum { GROUP = 4, ZERO_POINT = 128, RESIDENT = 3 };

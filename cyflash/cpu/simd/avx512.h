@@ -83,6 +83,31 @@ WORD vf vf_byte(vi x, int i) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sllv_epi32(x, _mm512_set1_epi32(24 - 8 * i)), 24));
 }
 
+/* Pairs of vectors are added as their lanes are put together: 30 shuffles, where a transposition has 64. */
+#define SUMS(name, type, to_ps, of_ps, add)                                                                     \
+    WORD type name(const type *x) {                                                                             \
+        __m512 a, b;                                                                                            \
+        type t[8], u[4], v[2];                                                                                  \
+        for (int i = 0; i < 8; i++) {                                                                           \
+            a = to_ps(x[2 * i]), b = to_ps(x[2 * i + 1]);                                                       \
+            t[i] = add(of_ps(_mm512_unpacklo_ps(a, b)), of_ps(_mm512_unpackhi_ps(a, b)));                       \
+        }                                                                                                       \
+        for (int i = 0; i < 4; i++) {                                                                           \
+            __m512d c = _mm512_castps_pd(to_ps(t[2 * i])), d = _mm512_castps_pd(to_ps(t[2 * i + 1]));           \
+            a = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), b = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));     \
+            u[i] = add(of_ps(a), of_ps(b));                                                                     \
+        }                                                                                                       \
+        for (int i = 0; i < 2; i++) {                                                                           \
+            a = to_ps(u[2 * i]), b = to_ps(u[2 * i + 1]);                                                       \
+            v[i] = add(of_ps(_mm512_shuffle_f32x4(a, b, 0x88)), of_ps(_mm512_shuffle_f32x4(a, b, 0xdd)));       \
+        }                                                                                                       \
+        a = to_ps(v[0]), b = to_ps(v[1]);                                                                       \
+        return add(of_ps(_mm512_shuffle_f32x4(a, b, 0x88)), of_ps(_mm512_shuffle_f32x4(a, b, 0xdd)));           \
+    }
+SUMS(vf_sums, vf, , , vf_add)
+SUMS(vi_sums, vi, vf_bits, vi_bits, vi_add)
+#undef SUMS
+
 #ifdef __AVX512VNNI__
 
 enum { GROUP = 4, ZERO_POINT = 128, RESIDENT = 3 };

@@ -76,6 +76,16 @@ WORD vi vi_or(vi a, vi b) { return a | b; }
 WORD vf vf_bits(vi x) { return (vf)x; }
 WORD vi vi_bits(vf x) { return (vi)x; }
 WORD vf vf_from_int(vi x) { return __builtin_convertvector(x, vf); }
+WORD vf vf_sums(const vf *x) {
+    vf sums;
+    for (int i = 0; i < LANES; i++) sums[i] = (x[i][0] + x[i][2]) + (x[i][1] + x[i][3]);
+    return sums;
+}
+WORD vi vi_sums(const vi *x) {
+    vi sums;
+    for (int i = 0; i < LANES; i++) sums[i] = x[i][0] + x[i][1] + x[i][2] + x[i][3];
+    return sums;
+}
 WORD vf vf_byte(vi x, int i) { return vf_from_int(x << (24 - 8 * i) >> 24); }
 
 #ifdef __SSE2__
