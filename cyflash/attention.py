@@ -209,15 +209,12 @@ def flash_attention_int8(
     return (out, lse) if return_lse else out
 
 
-def attend(q, k, v, *, dropout_p=None, seed=None, config=None, **options):
+def attend(q, k, v, *, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
     kinds = kinds_of(k, v)
     call = describe(q, k, v, (q, k, v), config, kinds=kinds, **options)
-    dropout_p = config.dropout_p if dropout_p is None and config is not None else dropout_p
-    if dropout_p is not None or seed is not None:
-        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
     q, k, v = (arrays.four_axes(arrays.rows_in_place(x)) for x in (q, k, v))
     return run(call, q, floats(k, v, kinds))
 
@@ -243,8 +240,6 @@ def attend_int8(
     )
     if codes is not None and settings.pv != "int8":
         raise ValueError(f"codes: expected None with pv={settings.pv!r}, which has no codes of P")
-    if config is not None and config.dropout_p:
-        checked_dropout(config.dropout_p, None)
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
         q, k, v = operands.float_operands(q, k, v, settings)
         return run(call, q, floats(k, v, kinds_of(k, v)))
@@ -292,8 +287,6 @@ def attend_stored(
     call = describe(q, k, v, (q,), config, kinds=kinds, pv=pv, causal_align=causal_align, **options)
     if pv is not None and (not coded or pv not in PRODUCTS):
         raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
-    if config is not None and config.dropout_p:
-        checked_dropout(config.dropout_p, None)
     ready = None
     q = arrays.rows_in_place(q)
     if coded:
@@ -328,8 +321,6 @@ def _attend_parts(q, k, v, quant, how, config, *, num_threads=None, **options):
     """`attend_int8` of a planned layer: a call for each part, on its heads, into its heads of out and lse."""
     parts.require_alone(q, k, v, how)
     call = describe(q, k, v, (q, k, v), config, kinds=("int8", "int8"), num_threads=num_threads, **options)
-    if config is not None and config.dropout_p:
-        checked_dropout(config.dropout_p, None)
     works = []
     for part in parts.split(quant, q, k, v, call.out, call.lse, call.plan, options):
         run = attend if part.quant is None else partial(attend_int8, quant=part.quant)
@@ -362,7 +353,7 @@ class _Call(NamedTuple):
 
 def describe(
     q, k, v, memory, config, *, kinds, pv=None, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
-    dtype=None, out_shape=None, pairs=None, **options,
+    dropout_p=None, seed=None, dtype=None, out_shape=None, pairs=None, **options,
 ):
     """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
     changes no bit, so that small calls stay small.
@@ -376,7 +367,10 @@ def describe(
         _check_config(config, q)
         causal = config.causal if causal is None else causal
         scale = config.scale if scale is None else scale
+        dropout_p = config.dropout_p if dropout_p is None else dropout_p
         block_size_q, block_size_kv = config.block_size_q, config.block_size_kv
+    if dropout_p is not None or seed is not None:
+        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
     plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
 
     shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape

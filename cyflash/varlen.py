@@ -79,8 +79,6 @@ def flash_attention_varlen(
         window=window, softcap=softcap, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks,
         return_lse=return_lse, out=out, num_threads=num_threads,
     )
-    if config is not None and config.dropout_p:
-        attention.checked_dropout(config.dropout_p, None)
     q, k, v = (_heads_first(arrays.rows_in_place(x)) for x in (q, k, v))
     out, lse = _run(call, lengths, q, attention.floats(k, v, kinds), None, lengths.begin_k)
     return (out, lse) if return_lse else out
@@ -152,8 +150,6 @@ def flash_attention_int8_varlen(
         q, k, v, lengths, config, ("int8", "int8"), pv=pv, bias=bias, mask=mask, return_lse=return_lse, out=out,
         **options,
     )
-    if config is not None and config.dropout_p:
-        attention.checked_dropout(config.dropout_p, None)
     given = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
     how = {"granularity": granularity, "smooth_k": smooth_k, "fp32_sinks": fp32_sinks, "pv": pv, "quant": quant}
     if parts.are_in(quant):

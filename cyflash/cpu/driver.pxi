@@ -40,8 +40,9 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # keep the alignment of the whole.
 
 cdef enum:
-    # Keys of a chunk, where a sequence has so few query rows that keys are what threads can share. Some ten microseconds
-    # of codes, some tens of floats; what a chunk leaves, Dv + 3 floats for each row, is a thousandth of what it reads.
+    # Keys of a chunk, where a sequence has so few query rows that keys are what threads can share. Some ten
+    # microseconds of codes, some tens of floats; what a chunk leaves, Dv + 3 floats for each row, is a thousandth of
+    # what it reads.
     CHUNK_KEYS = 1024
 
 
