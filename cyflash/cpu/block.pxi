@@ -187,6 +187,19 @@ cdef const void* of_keys(
     return room
 
 
+cdef inline void ask_numbers(
+    const void* data, Py_ssize_t page, Py_ssize_t head, const Rows* rows, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """Asks for what of_keys() gives, as far as it lies in one page. These are short pieces, one for each block, and each
+    would be waited for at its beginning."""
+    cdef Py_ssize_t i, n = min(end - begin, rows.size - begin % rows.size)
+    cdef const int* numbers
+    if begin < end:
+        numbers = <const int*> data + head + rows.table[begin // rows.size] * page + begin % rows.size
+        for i in range((n * <Py_ssize_t> sizeof(int) + CACHE_LINE - 1) // CACHE_LINE):
+            prefetch(<const char*> numbers + i * CACHE_LINE)
+
+
 cdef void cut_pieces(
     Pieces* pieces, const Rows* rows, Py_ssize_t first, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
@@ -235,6 +248,16 @@ cdef void load_keys(
                 <int*> scratch.k_scale,
             ) - (low - first)
     if few:
+        if rows.pages.kind == INT8:
+            high = min(head.sequence.Lk, first + 2 * x.Bc)
+            ask_numbers(
+                codes.k_correction, codes.k_correction_page, head.kv * codes.k_correction_head, &rows, first + x.Bc,
+                high,
+            )
+            if codes.k_scale.tokens:
+                ask_numbers(
+                    codes.k_scale.data, codes.k_scale.page, head.kv * codes.k_scale.head, &rows, first + x.Bc, high,
+                )
         cut_pieces(&block.few_k, &rows, first, begin, end)
         if first + x.Bc < head.sequence.Lk:
             block.next_k = row_at(&rows, first + x.Bc)
@@ -303,6 +326,11 @@ cdef void load_values(
             block.v_scale = <const float*> of_keys(
                 scale.data, scale.page, head.kv * scale.head, &rows, low, high, <int*> scratch.v_scale,
             )
+            if few:
+                ask_numbers(
+                    scale.data, scale.page, head.kv * scale.head, &rows, first + x.Bc,
+                    min(head.sequence.Lk, first + 2 * x.Bc),
+                )
     if few and (product == INT8 or (rows.pages.kind != INT8 and (product == FLOAT32 or x.native))):
         cut_pieces(&block.few_v, &rows, first, low - first, high - first)
     elif product == INT8:

@@ -218,44 +218,63 @@ cdef void few_scores(
     raise_top(top, s, begin, end)
 
 
+cdef inline void few_add_codes(
+    vi* acc, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, Py_ssize_t d, Py_ssize_t n,
+    Py_ssize_t last, const int rows, const int columns
+) noexcept nogil:
+    """few_add_products() of words of codes."""
+    cdef int i, r, j
+    cdef const int* key
+    cdef vi y
+    cdef vi x[2 * FEW_COLUMNS]
+    cdef vi sum[4]
+    for r in range(rows):
+        for j in range(columns):
+            x[r * columns + j] = vi_load(q + r * width + d + j * LANES)
+    for i in range(LANES // rows):
+        key = <const int*> (k + (i if i < last else last) * stride) + d
+        for r in range(rows):
+            sum[r] = acc[i * rows + r]
+        for j in range(columns):
+            if j < columns - 1 or n >= columns * LANES:
+                y = vi_load(key + j * LANES)
+            else:
+                y = vi_load_part(key + j * LANES, n - j * LANES)
+            for r in range(rows):
+                sum[r] = vi_dot_bytes(sum[r], x[r * columns + j], y)
+        for r in range(rows):
+            acc[i * rows + r] = sum[r]
+
+
 cdef inline void few_sums_of_codes(
     float* s, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v, Py_ssize_t v_bytes,
     Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
 ) noexcept nogil:
     """The sums of products of codes as integers, where scores are kept; k, v as in few_scores_of_rows()."""
-    cdef Py_ssize_t row, d, c = begin, key
-    cdef int i, r
-    cdef const int* b[LANES]
-    cdef vi y
-    cdef vi a[4]
+    cdef Py_ssize_t row, d, c = begin
+    cdef int i
     cdef vi acc[LANES]
     while c < end:
         for i in range(LANES // rows):
-            key = c + i if c + i < end else end - 1
-            b[i] = <const int*> (k + key * stride)
-            ask_ahead(k + (key + AHEAD) * stride, 4 * words)
+            ask_ahead(k + (c + i + AHEAD) * stride, stride)
             if v != NULL:
-                ask_ahead(v + key * v_bytes, v_bytes)
+                ask_ahead(v + (c + i) * v_bytes, v_bytes)
         row = 0
         while row < lanes:
             for i in range(LANES):
                 acc[i] = vi_set(0)
             d = 0
-            while d + LANES <= words:
-                for r in range(rows):
-                    a[r] = vi_load(q + (row + r) * width + d)
-                for i in range(LANES // rows):
-                    y = vi_load(b[i] + d)
-                    for r in range(rows):
-                        acc[i * rows + r] = vi_dot_bytes(acc[i * rows + r], a[r], y)
+            while d + 2 * LANES <= words:
+                few_add_codes(
+                    acc, q + row * width, width, k + c * stride, stride, d, 2 * LANES, end - 1 - c, rows, 2,
+                )
+                d += 2 * LANES
+            while d < words:
+                few_add_codes(
+                    acc, q + row * width, width, k + c * stride, stride, d, min(<Py_ssize_t> LANES, words - d),
+                    end - 1 - c, rows, 1,
+                )
                 d += LANES
-            if d < words:
-                for r in range(rows):
-                    a[r] = vi_load(q + (row + r) * width + d)
-                for i in range(LANES // rows):
-                    y = vi_load_part(b[i] + d, words - d)
-                    for r in range(rows):
-                        acc[i * rows + r] = vi_dot_bytes(acc[i * rows + r], a[r], y)
             few_spread(s, vf_bits(vi_sums(acc)), c, row, end, rows)
             row += rows
         c += LANES // rows
@@ -268,6 +287,8 @@ cdef void few_scores_of_codes(
     cdef Py_ssize_t i, c, high, low = begin, words = round_up(D, 4) // 4, width = round_up(words, LANES)
     cdef Py_ssize_t stride = keys.few_k.stride, v_bytes = keys.few_v.stride
     cdef vf x, y, factor = vf_load(panel.factor), shift = vf_load(panel.shift), highest = vf_load(top)
+    cdef const int* correction = keys.k_correction
+    cdef const float* scale = keys.k_scale
     cdef const char* k
     cdef const char* ahead = NULL
     for i in range(keys.few_k.n):
@@ -284,8 +305,8 @@ cdef void few_scores_of_codes(
                 few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, panel.lanes, 4)
             low = high
     for c in range(begin, end):
-        y = vf_from_int(vi_add(vi_bits(vf_load(s + c * PANEL)), vi_set(keys.k_correction[c])))
-        x = vf_mul(factor, vf_set(keys.k_scale[c])) if keys.k_scale != NULL else factor
+        y = vf_from_int(vi_add(vi_bits(vf_load(s + c * PANEL)), vi_set(correction[c])))
+        x = vf_mul(factor, vf_set(scale[c])) if scale != NULL else factor
         y = vf_fma(y, x, shift)
         vf_store(s + c * PANEL, y)
         highest = vf_max(highest, y)
