@@ -190,8 +190,8 @@ cdef const void* of_keys(
 cdef inline void ask_numbers(
     const void* data, Py_ssize_t page, Py_ssize_t head, const Rows* rows, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """Asks for what of_keys() gives, as far as it lies in one page. These are short pieces, one for each block, and each
-    would be waited for at its beginning."""
+    """Asks for what of_keys() gives, as far as it lies in one page. These are short pieces, one for each block: each
+    would be waited for when it begins."""
     cdef Py_ssize_t i, n = min(end - begin, rows.size - begin % rows.size)
     cdef const int* numbers
     if begin < end:
