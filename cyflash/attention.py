@@ -10,7 +10,7 @@ from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
 from cyflash.plan import UNBOUNDED, Plan, checked_dropout, make_plan
-from cyflash.quantized import PRODUCTS
+from cyflash.quantized import checked_product
 from cyflash.stored import Stored
 
 # Waking a thread costs some microseconds: each should have about as much work, here 10 us at 200 GFLOP/s.
@@ -285,12 +285,14 @@ def attend_stored(
     coded = stored.kind == "int8"
     kinds = stored.kind, stored.v_kind
     call = describe(q, k, v, (q,), config, kinds=kinds, pv=pv, causal_align=causal_align, **options)
-    if pv is not None and (not coded or pv not in PRODUCTS):
-        raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))} with codes, else None, got {pv!r}")
+    if pv is not None and not coded:
+        raise ValueError(f"pv: expected None where keys and values are floats, got {pv!r}")
     ready = None
     q = arrays.rows_in_place(q)
     if coded:
-        ready = operands.prepare_queries(q, q_scale, pv or "int8", call.build, call.threads)
+        ready = operands.prepare_queries(
+            q, q_scale, "int8" if pv is None else checked_product(pv), call.build, call.threads
+        )
     if append is not None:
         stored, table = append()
     sequences = np.zeros((n, 5), np.intp)

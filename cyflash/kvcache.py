@@ -404,7 +404,7 @@ class KVCache:
 
     # What attention reads
 
-    def stored(self, rows=None):
+    def _stored(self, rows=None):
         """(Stored, table, lengths) of rows, a numpy array of their numbers, or of all: see stored.py."""
         own = self._rows
         by_row, table, lengths = self._by_row, own.table, own.lengths
@@ -692,12 +692,12 @@ def flash_attention_with_kvcache(
     _check_queries(q, cache, cache.batch if rows is None else len(rows))
     if k is None:
         tokens, first = None, cache._rows.first[cache._all if rows is None else rows]
-        stored, table, ends = cache.stored(rows)
+        stored, table, ends = cache._stored(rows)
         queries = None if lengths is None else _checked_counts(lengths, len(q), "q", q)
     else:
         tokens = cache._ready(k, v, rows, lengths, num_threads)
         first, ends = tokens.first, tokens.ends
-        stored, table, _ = cache.stored(rows)
+        stored, table, _ = cache._stored(rows)
         queries = tokens.counts if lengths is not None and q.shape[2] == k.shape[2] else None
     if cache.window is not None:
         _check_window(cache.window, options, q.shape[2] if queries is None else queries, ends, first)
@@ -706,7 +706,7 @@ def flash_attention_with_kvcache(
 
     def append():
         cache._write(tokens)
-        return cache.stored(rows)[:2]
+        return cache._stored(rows)[:2]
 
     out, lse = attention.attend_stored(
         q, stored, table, ends, queries, append=None if tokens is None else append, **options

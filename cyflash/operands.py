@@ -10,7 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, quantized
-from cyflash.quantized import PRODUCTS, LayerScales, QuantizedTensor, checked_granularity, checked_scale, quantise_call
+from cyflash.quantized import (
+    LayerScales,
+    QuantizedTensor,
+    checked_granularity,
+    checked_product,
+    checked_scale,
+    quantise_call,
+)
 from cyflash.stored import KEYS_UNIT, Stored
 
 
@@ -77,8 +84,7 @@ def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=Non
             raise ValueError(f"{name}: expected a QuantizedTensor without a mean (smooth is for k), got one with it")
     if pv is None:
         pv = "int8" if quant is None else quant.pv
-    if not isinstance(pv, str) or pv not in PRODUCTS:
-        raise ValueError(f"pv: expected one of 'int8', 'bf16', 'fp32', got {pv!r}")
+    checked_product(pv)
     sinks = _sinks(q, k, v, fp32_sinks, quant)
     return Settings(scales, _granularity(granularity), smooth, k_mean, sinks, str(pv), quant)
 

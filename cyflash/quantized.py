@@ -453,8 +453,7 @@ class LayerScales:
         if self.k_mean is not None:
             object.__setattr__(self, "k_mean", _checked_mean("k_mean", self.k_mean))
         object.__setattr__(self, "fp32_sinks", _checked_sinks(self.fp32_sinks))
-        if not isinstance(self.pv, str) or self.pv not in PRODUCTS:
-            raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))}, got {self.pv!r}")
+        checked_product(self.pv)
         if self.parts is not None:
             for field in fields(self):
                 if field.name != "parts" and not np.array_equal(getattr(self, field.name), field.default):
@@ -463,6 +462,13 @@ class LayerScales:
 
 
 # Checks
+
+
+def checked_product(pv):
+    """`pv` if it is an arithmetic of the second product, else ValueError."""
+    if not isinstance(pv, str) or pv not in PRODUCTS:
+        raise ValueError(f"pv: expected one of {', '.join(map(repr, PRODUCTS))}, got {pv!r}")
+    return pv
 
 
 def checked_granularity(granularity):

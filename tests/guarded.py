@@ -302,7 +302,7 @@ def pages_of_a_cache():
                 q = cases.arrays(1, 4, 2, Lq, 1, 24)[0]
                 options = {"causal": True, "window": None if left is None else (left, 0), "return_lse": True}
                 options["num_threads"] = threads
-                stored, table, keys = cache.stored(np.array(rows[:1]))
+                stored, table, keys = cache._stored(np.array(rows[:1]))
                 expected = attend_stored(q, stored, table, keys, **options)
                 apart, forbid_page = _apart(stored)
                 first = 0 if left is None else (1900 - Lq - left) // 512 * 512 // page_size

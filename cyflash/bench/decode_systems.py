@@ -148,7 +148,7 @@ def _last_tokens(case):
 
 def _arrays(cache):
     """What attention reads of a cache: keys and values, and of codes the scales and sums."""
-    stored, _, _ = cache.stored()
+    stored, _, _ = cache._stored()
     return [x for x in stored if isinstance(x, np.ndarray) and x.size]
 
 

@@ -223,8 +223,7 @@ cdef void attend_chunk(
     if sequence.pieces == 1:
         end_panel(x, head, &panel)
         return
-    place = sequence.partial + piece * size
-    place += (head.kv * x.group + head.first) * sequence.Lq * sequence.pieces * size
+    place = partial_of(x, head, 0) + piece * size
     for r in range(panel.lanes):
         place[r * sequence.pieces * size] = panel.m[r]
         place[r * sequence.pieces * size + 1] = panel.l[r]
@@ -241,6 +240,19 @@ cdef Py_ssize_t partial_floats(const Problem* x) noexcept nogil:
     return 3 + x.Dv
 
 
+cdef float* partial_of(const Problem* x, const Head* head, Py_ssize_t row) noexcept nogil:
+    """What the chunks leave of a row of a query head, one after another."""
+    cdef const Sequence* sequence = head.sequence
+    return sequence.partial + (head.h * sequence.Lq + row) * sequence.pieces * partial_floats(x)
+
+
+cdef Py_ssize_t partial_total(const Problem* x, const Sequence* sequence) noexcept nogil:
+    """What they leave of a whole sequence; nothing where there is one chunk."""
+    if not sequence.short or sequence.pieces == 1:
+        return 0
+    return x.H * sequence.Lq * sequence.pieces * partial_floats(x)
+
+
 cdef Py_ssize_t chunk_keys(const Problem* x) noexcept nogil:
     """Keys of a chunk: whole blocks."""
     return max(<Py_ssize_t> 1, CHUNK_KEYS // x.Bc) * x.Bc
@@ -250,8 +262,7 @@ cdef void merge_row(const Problem* x, const Head* head, Py_ssize_t row) noexcept
     """One row's output from those of its chunks, in their order."""
     cdef const Sequence* sequence = head.sequence
     cdef Py_ssize_t piece, d, n, size = partial_floats(x)
-    cdef Py_ssize_t number = (head.kv * x.group + head.first) * sequence.Lq + row
-    cdef float* first = sequence.partial + number * sequence.pieces * size
+    cdef float* first = partial_of(x, head, row)
     cdef float* part
     cdef double m = -INFINITY, l = 0.0
     cdef float factor
@@ -287,7 +298,7 @@ cdef void place_head(const Problem* x, const Sequence* sequence, Py_ssize_t h, H
     cdef const Codes* codes = &x.codes
     memset(head, 0, sizeof(head[0]))
     head.sequence = sequence
-    head.kv, head.first = h // x.group, h % x.group
+    head.kv, head.h = h // x.group, h
     head.out = sequence.out + h * x.out_stride[0]
     head.lse = sequence.lse + h * x.lse_stride[0] if sequence.lse != NULL else NULL
     head.sinks = x.sinks + h * x.sinks_stride if x.sinks != NULL else NULL
@@ -463,8 +474,7 @@ cdef int run(Problem* x, int threads) except -1:
     cdef double started = 0.0, elapsed, task_flops = 1.0
     for s in range(x.n):
         tasks += plan_sequence(x, &x.sequences[s], tasks)
-        if x.sequences[s].short and x.sequences[s].pieces > 1:
-            partial += x.H * x.sequences[s].Lq * x.sequences[s].pieces * partial_floats(x)
+        partial += partial_total(x, &x.sequences[s])
         if x.sequences[s].tasks:
             most = max(most, x.sequences[s].Lk)
     if tasks == 0:
@@ -478,9 +488,9 @@ cdef int run(Problem* x, int threads) except -1:
     scratch = <float*> ((<uintptr_t> memory + 63) // 64 * 64)
     place = scratch + threads * size
     for s in range(x.n):
-        if x.sequences[s].short and x.sequences[s].pieces > 1:
+        if partial_total(x, &x.sequences[s]):
             x.sequences[s].partial = place
-            place += x.H * x.sequences[s].Lq * x.sequences[s].pieces * partial_floats(x)
+            place += partial_total(x, &x.sequences[s])
 
     # The first chunk is sized for a slow machine (10 GFLOP/s a thread), the next ones by what was measured.
     task_flops += 2.0 * x.Br * most * (x.D + x.Dv)

@@ -141,7 +141,7 @@ cdef struct Head:
     # absent.
     const Sequence* sequence
     Py_ssize_t kv               # the kv head
-    Py_ssize_t first            # the first query head, of those of the kv head
+    Py_ssize_t h                # the first query head
     const char* q
     char* out
     float* lse
