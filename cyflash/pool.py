@@ -11,7 +11,20 @@ Always true:
 - `table[r, g]` is a page for first[r] // page_size <= g < ceil(length[r] / page_size), and -1 elsewhere.
 - A page is written only by a row that alone refers to it.
 """
+import math
+
 import numpy as np
+
+
+CACHE_LINE = 64  # bytes. A load of 64 that begins between two lines reads both
+
+
+def aligned_zeros(shape, dtype):
+    """numpy.zeros that begins with a cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    begin = -memory.ctypes.data % CACHE_LINE
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 class PagesExhausted(ValueError):
@@ -26,7 +39,7 @@ class Pool:
 
     def __init__(self, pages, shapes):
         """shapes: {name: (shape of one page, dtype)}."""
-        self.arrays = {name: np.zeros((pages, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        self.arrays = {name: aligned_zeros((pages, *shape), dtype) for name, (shape, dtype) in shapes.items()}
         self.references = np.zeros(pages, np.int32)
 
     @property
@@ -70,7 +83,7 @@ class Pool:
 
     def grow(self, pages):
         """Have `pages` pages, the first of which are those of now. May raise MemoryError before anything changes."""
-        grown = {name: np.zeros((pages, *x.shape[1:]), x.dtype) for name, x in self.arrays.items()}
+        grown = {name: aligned_zeros((pages, *x.shape[1:]), x.dtype) for name, x in self.arrays.items()}
         references = np.zeros(pages, np.int32)
         used = 1 + int(np.flatnonzero(self.references).max(initial=-1))  # what nobody wrote takes no memory, if left so
         for name, x in self.arrays.items():
