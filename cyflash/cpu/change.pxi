@@ -36,6 +36,17 @@ cdef inline vf keep_vector(const unsigned char* mask, Py_ssize_t stride, Py_ssiz
     return vf_keep_part(buffer, n)
 
 
+cdef inline vf addend_vector(
+    const float* bias, Py_ssize_t bias_stride, const unsigned char* mask, Py_ssize_t mask_stride, Py_ssize_t n
+) noexcept nogil:
+    """What n keys add to the scores of one row: bias and mask (-inf), of which one may be NULL."""
+    if mask == NULL:
+        return bias_vector(bias, bias_stride, n)
+    if bias == NULL:
+        return keep_vector(mask, mask_stride, n)
+    return vf_hide(bias_vector(bias, bias_stride, n), keep_vector(mask, mask_stride, n), vf_set(-INFINITY))
+
+
 cdef inline bint same_for_all(const Panel* panel, const Py_ssize_t* stride) noexcept nogil:
     """Whether the rows of a panel share one row of a bias or a mask."""
     return stride[1] == 0 and (panel.heads == 1 or stride[0] == 0)
@@ -60,22 +71,13 @@ cdef void load_addend(
         bias += (panel.row + lane) * bias_stride[1]
         for r in range(LANES):
             t[r] = vf_load(bias + r * bias_stride[1])
-    elif mask == NULL:
-        for r in range(n):
-            t[r] = bias_vector(
-                bias + lane_at(panel, lane + r, bias_stride[0], bias_stride[1]), bias_stride[2], keys,
-            )
-    elif bias == NULL:
-        for r in range(n):
-            t[r] = keep_vector(
-                mask + lane_at(panel, lane + r, mask_stride[0], mask_stride[1]), mask_stride[2], keys,
-            )
     else:
         for r in range(n):
-            t[r] = vf_hide(
-                bias_vector(bias + lane_at(panel, lane + r, bias_stride[0], bias_stride[1]), bias_stride[2], keys),
-                keep_vector(mask + lane_at(panel, lane + r, mask_stride[0], mask_stride[1]), mask_stride[2], keys),
-                vf_set(-INFINITY),
+            t[r] = addend_vector(
+                bias + lane_at(panel, lane + r, bias_stride[0], bias_stride[1]) if bias != NULL else NULL,
+                bias_stride[2],
+                mask + lane_at(panel, lane + r, mask_stride[0], mask_stride[1]) if mask != NULL else NULL,
+                mask_stride[2], keys,
             )
     if shared:
         vf_store(buffer, t[0])
@@ -112,7 +114,7 @@ cdef inline void prefetch_later(
 
 
 cdef struct Lines:
-    # What change_keys() knows of a vector of query rows, relative to a block of keys
+    # What changed() knows of the query rows of a vector, relative to a block of keys
     vf cap
     vf per_cap
     vf slope                    # ALiBi, negative
@@ -121,25 +123,32 @@ cdef struct Lines:
     vf high                     # ... to high are visible
 
 
+cdef inline vf changed(
+    vf y, vf key, vf addend, const Lines* lines, const bint soft, const bint sloped, const bint added, const bint edges
+) noexcept nogil:
+    """Scores of rows and keys, in any order of lanes, with everything that changes them."""
+    if soft:
+        y = vf_mul(lines.cap, tanhv(vf_mul(y, lines.per_cap)))
+    if sloped:
+        y = vf_fma(lines.slope, vf_abs(vf_sub(lines.place, key)), y)
+    if added:
+        y = vf_hide(vf_add(y, addend), addend, addend)
+    if edges:
+        y = vf_inside(y, key, lines.low, lines.high)
+    return y
+
+
 cdef inline vf change_keys(
     float* s, Py_ssize_t first, Py_ssize_t n, const vf* addend, const Lines* lines, vf highest,
     const bint soft, const bint sloped, const bint added, const bint edges
 ) noexcept nogil:
     """change_scores() on n keys from `first` on and one vector of rows, s[key]; returns the greatest score so far."""
     cdef Py_ssize_t i
-    cdef vf y, key
+    cdef vf y
     for i in range(n):
-        y = vf_load(s + i * PANEL)
-        if soft:
-            y = vf_mul(lines.cap, tanhv(vf_mul(y, lines.per_cap)))
-        if sloped or edges:
-            key = vf_set(<float> (first + i))
-        if sloped:
-            y = vf_fma(lines.slope, vf_abs(vf_sub(lines.place, key)), y)
-        if added:
-            y = vf_hide(vf_add(y, addend[i]), addend[i], addend[i])
-        if edges:
-            y = vf_inside(y, key, lines.low, lines.high)
+        y = changed(
+            vf_load(s + i * PANEL), vf_set(<float> (first + i)), addend[i], lines, soft, sloped, added, edges,
+        )
         highest = vf_max(highest, y)
         vf_store(s + i * PANEL, y)
     return highest

@@ -172,11 +172,8 @@ cdef void attend_panels(
     On the assumption that hidden values are finite. Where an output is not, its panel is run once more with hidden
     values kept out of the products: calls without NaN or inf pay nothing for it.
     """
-    cdef Py_ssize_t i, c
+    cdef Py_ssize_t i
     cdef bint hides = may_hide(x, head)
-    if panels[0].few:  # lanes without a row are read by softmax and friends, and written by nobody
-        for c in range(x.Bc):
-            vf_store(scratch.s + c * PANEL, vf_set(0.0))
     for i in range(n):
         begin_panel(x, head, &panels[i])
     fold_blocks(x, head, panels, n, begin, end, scratch, False)

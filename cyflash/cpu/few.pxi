@@ -1,16 +1,16 @@
-# Panels with few rows, where a tile with rows in lanes would be mostly idle: both products read keys and values LANES
-# numbers of a row at a time and leave the rest (scores, softmax, codes of weights) to the tiles of the other files.
+# Panels with few rows, where a tile with rows in lanes would be mostly idle: products read keys and values LANES numbers
+# of a row at a time, and what comes between them has keys in lanes (few_weights.pxi).
 #
-#     S^T   LANES partial sums for each of LANES pairs (key, row), put together: few_scores()
-#     O     [row][Dv], a weight broadcast for each key: few_accumulate()
+#     S     [row][pitch]  LANES partial sums for each of LANES pairs (row, key), put together: few_scores()
+#     O     [row][Dv]     a weight broadcast for each key: few_accumulate()
 #
 # A decode step is bound by memory: at 20 GB/s a thread a key of 128 floats and its value take 200 cycles, their codes
-# 50, and about 30 instructions for each row. Up to FEW rows share a read. What a row's bits depend on is the same
-# whatever the number of rows.
+# 50. Up to FEW rows share a read. What a row's bits depend on is the same whatever the number of rows.
 
 cdef enum:
     FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
-    FEW_COLUMNS = 8     # vectors of a key or a value that one row keeps in registers; fewer of each of several rows
+    FEW_COLUMNS = 8     # vectors of a key or a value that one row keeps in registers
+    FEW_SUMS = 8 * (1 + LANES // 16)  # vectors of sums of several rows: half of the 16, or of AVX-512 32, registers
     AHEAD = 2 * LANES   # keys between the ones in use and the ones asked for
 
 
@@ -74,18 +74,21 @@ cdef void few_pack_codes(const Problem* x, const Head* head, Panel* panel) noexc
 
 
 cdef inline void few_spread(
-    float* s, vf sums, Py_ssize_t c, Py_ssize_t row, Py_ssize_t end, const int rows
+    float* s, Py_ssize_t pitch, vf sums, Py_ssize_t c, Py_ssize_t end, const int rows
 ) noexcept nogil:
-    """Puts sums of LANES // rows keys x rows, from key c and row `row` on, where scores are kept."""
+    """Puts the sums of `rows` rows and LANES // rows keys, from key c on, where scores are kept."""
     cdef float buffer[LANES]
-    cdef int i
+    cdef int r
+    cdef Py_ssize_t n = min(<Py_ssize_t> (LANES // rows), end - c)
+    if rows == 1:
+        vf_store(s + c, sums)
+        return
     vf_store(buffer, sums)
-    for i in range(LANES // rows):
-        if c + i < end:
-            if rows == 1:
-                vf_store(s + (c + i) * PANEL, vf_set(buffer[i]))
-            else:
-                memcpy(s + (c + i) * PANEL + row, buffer + i * rows, rows * sizeof(float))
+    for r in range(rows):
+        if n == LANES // rows:
+            memcpy(s + r * pitch + c, buffer + r * (LANES // rows), LANES // rows * sizeof(float))
+        else:
+            memcpy(s + r * pitch + c, buffer + r * (LANES // rows), n * sizeof(float))
 
 
 cdef inline void ask_ahead(const char* row, Py_ssize_t bytes) noexcept nogil:
@@ -99,7 +102,7 @@ cdef inline void few_add_products(
     vf* acc, const float* q, Py_ssize_t width, const char* k, Py_ssize_t stride, Py_ssize_t d, Py_ssize_t n,
     Py_ssize_t last, const int rows, const int columns, const Kind kind
 ) noexcept nogil:
-    """acc[i * rows + r] += products of key i and row r, `columns` vectors from d on: rows in registers, a key read in
+    """acc[r * keys + i] += products of row r and key i, `columns` vectors from d on: rows in registers, a key read in
     order. Keys after number `last` stand for that one. n: the numbers in these vectors, of which the last is part of
     one where they are not whole."""
     cdef int i, r, j
@@ -113,7 +116,7 @@ cdef inline void few_add_products(
     for i in range(LANES // rows):
         key = beyond(k + (i if i < last else last) * stride, d, kind)
         for r in range(rows):
-            sum[r] = acc[i * rows + r]
+            sum[r] = acc[r * (LANES // rows) + i]
         for j in range(columns):
             if j < columns - 1 or n >= columns * LANES:
                 y = load_floats(beyond(key, j * LANES, kind), kind)
@@ -122,12 +125,12 @@ cdef inline void few_add_products(
             for r in range(rows):
                 sum[r] = vf_fma(x[r * columns + j], y, sum[r])
         for r in range(rows):
-            acc[i * rows + r] = sum[r]
+            acc[r * (LANES // rows) + i] = sum[r]
 
 
 cdef inline void few_scores_of_rows(
-    float* s, const float* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v, Py_ssize_t v_stride,
-    Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows,
+    float* s, Py_ssize_t pitch, const float* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v,
+    Py_ssize_t v_stride, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows,
     const int columns, const Kind kind
 ) noexcept nogil:
     """few_scores() of one piece, `columns` vectors at a time, then one at a time. k, v: key 0 of the block, were it all
@@ -161,21 +164,14 @@ cdef inline void few_scores_of_rows(
                     end - 1 - c, rows, 1, kind,
                 )
                 d += LANES
-            few_spread(s, vf_sums(acc), c, row, end, rows)
+            few_spread(s + row * pitch, pitch, vf_sums(acc), c, end, rows)
             row += rows
         c += LANES // rows
 
 
-cdef inline void raise_top(float* top, const float* s, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef vf highest = vf_load(top)
-    for c in range(begin, end):
-        highest = vf_max(highest, vf_load(s + c * PANEL))
-    vf_store(top, highest)
-
-
 cdef inline void few_scores_of_kind(
-    float* s, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end, const Kind kind
+    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end,
+    const Kind kind
 ) noexcept nogil:
     cdef Py_ssize_t i, high, low = begin, width = round_up(D, LANES), stride = keys.few_k.stride
     cdef const Pieces* v = &keys.few_v
@@ -189,33 +185,32 @@ cdef inline void few_scores_of_kind(
                 ahead = v.at[i]
             if panel.lanes == 1:
                 few_scores_of_rows(
-                    s, panel.q, width, k, stride, ahead, v.stride, D, low, high, 1, 1, FEW_COLUMNS, kind,
+                    s, pitch, panel.q, width, k, stride, ahead, v.stride, D, low, high, 1, 1, FEW_COLUMNS, kind,
                 )
             elif panel.lanes == 2:
                 few_scores_of_rows(
-                    s, panel.q, width, k, stride, ahead, v.stride, D, low, high, 2, 2, FEW_COLUMNS // 2, kind,
+                    s, pitch, panel.q, width, k, stride, ahead, v.stride, D, low, high, 2, 2, FEW_COLUMNS // 2, kind,
                 )
             else:
                 few_scores_of_rows(
-                    s, panel.q, width, k, stride, ahead, v.stride, D, low, high, panel.lanes, 4, FEW_COLUMNS // 2, kind,
+                    s, pitch, panel.q, width, k, stride, ahead, v.stride, D, low, high, panel.lanes, 4, FEW_COLUMNS // 2, kind,
                 )
             low = high
 
 
 cdef void few_scores(
-    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
+    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """scores() of few rows: S^T[c][r] = k[c] . q[r] for begin <= c < end, and top[r] = max(top[r], max_c S^T).
+    """scores() of few rows: S[r][c] = q[r] . k[c] for begin <= c < end.
 
     Each sum of D products is made of LANES sums of every LANES-th one.
     """
     if keys.few_k.kind == FLOAT16:
-        few_scores_of_kind(s, panel, keys, D, begin, end, FLOAT16)
+        few_scores_of_kind(s, pitch, panel, keys, D, begin, end, FLOAT16)
     elif keys.few_k.kind == BFLOAT16:
-        few_scores_of_kind(s, panel, keys, D, begin, end, BFLOAT16)
+        few_scores_of_kind(s, pitch, panel, keys, D, begin, end, BFLOAT16)
     else:
-        few_scores_of_kind(s, panel, keys, D, begin, end, FLOAT32)
-    raise_top(top, s, begin, end)
+        few_scores_of_kind(s, pitch, panel, keys, D, begin, end, FLOAT32)
 
 
 cdef inline void few_add_codes(
@@ -234,7 +229,7 @@ cdef inline void few_add_codes(
     for i in range(LANES // rows):
         key = <const int*> (k + (i if i < last else last) * stride) + d
         for r in range(rows):
-            sum[r] = acc[i * rows + r]
+            sum[r] = acc[r * (LANES // rows) + i]
         for j in range(columns):
             if j < columns - 1 or n >= columns * LANES:
                 y = vi_load(key + j * LANES)
@@ -243,12 +238,12 @@ cdef inline void few_add_codes(
             for r in range(rows):
                 sum[r] = vi_dot_bytes(sum[r], x[r * columns + j], y)
         for r in range(rows):
-            acc[i * rows + r] = sum[r]
+            acc[r * (LANES // rows) + i] = sum[r]
 
 
 cdef inline void few_sums_of_codes(
-    float* s, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v, Py_ssize_t v_bytes,
-    Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
+    float* s, Py_ssize_t pitch, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v,
+    Py_ssize_t v_bytes, Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
 ) noexcept nogil:
     """The sums of products of codes as integers, where scores are kept; k, v as in few_scores_of_rows()."""
     cdef Py_ssize_t row, d, c = begin
@@ -275,20 +270,31 @@ cdef inline void few_sums_of_codes(
                     end - 1 - c, rows, 1,
                 )
                 d += LANES
-            few_spread(s, vf_bits(vi_sums(acc)), c, row, end, rows)
+            few_spread(s + row * pitch, pitch, vf_bits(vi_sums(acc)), c, end, rows)
             row += rows
         c += LANES // rows
 
 
+cdef inline void few_scale_sums(
+    float* s, vf factor, vf shift, const int* correction, const float* scale, Py_ssize_t begin, Py_ssize_t end
+) noexcept nogil:
+    """Scores of one row from sums of products of codes, in place."""
+    cdef Py_ssize_t n, c = begin
+    cdef vf x, y
+    while c < end:
+        n = min(<Py_ssize_t> LANES, end - c)
+        y = vf_from_int(vi_add(vi_bits(vf_load_part(s + c, n)), vi_load_part(correction + c, n)))
+        x = vf_mul(factor, vf_load_part(scale + c, n)) if scale != NULL else factor
+        vf_store_part(s + c, vf_fma(y, x, shift), n)
+        c += n
+
+
 cdef void few_scores_of_codes(
-    float* s, float* top, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
+    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
     """scores_of_codes() of few rows: the same scores to the bit."""
-    cdef Py_ssize_t i, c, high, low = begin, words = round_up(D, 4) // 4, width = round_up(words, LANES)
+    cdef Py_ssize_t i, r, high, low = begin, words = round_up(D, 4) // 4, width = round_up(words, LANES)
     cdef Py_ssize_t stride = keys.few_k.stride, v_bytes = keys.few_v.stride
-    cdef vf x, y, factor = vf_load(panel.factor), shift = vf_load(panel.shift), highest = vf_load(top)
-    cdef const int* correction = keys.k_correction
-    cdef const float* scale = keys.k_scale
     cdef const char* k
     cdef const char* ahead = NULL
     for i in range(keys.few_k.n):
@@ -298,19 +304,18 @@ cdef void few_scores_of_codes(
             if keys.few_v.n == keys.few_k.n and keys.few_v.kind == INT8:  # in the same pages
                 ahead = keys.few_v.at[i]
             if panel.lanes == 1:
-                few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 1, 1)
+                few_sums_of_codes(s, pitch, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 1, 1)
             elif panel.lanes == 2:
-                few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 2, 2)
+                few_sums_of_codes(s, pitch, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 2, 2)
             else:
-                few_sums_of_codes(s, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, panel.lanes, 4)
+                few_sums_of_codes(
+                    s, pitch, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, panel.lanes, 4,
+                )
             low = high
-    for c in range(begin, end):
-        y = vf_from_int(vi_add(vi_bits(vf_load(s + c * PANEL)), vi_set(correction[c])))
-        x = vf_mul(factor, vf_set(scale[c])) if scale != NULL else factor
-        y = vf_fma(y, x, shift)
-        vf_store(s + c * PANEL, y)
-        highest = vf_max(highest, y)
-    vf_store(top, highest)
+    for r in range(few_pad(panel.lanes)):
+        few_scale_sums(
+            s + r * pitch, vf_set(panel.factor[r]), vf_set(panel.shift[r]), keys.k_correction, keys.k_scale, begin, end,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,25 +329,10 @@ cdef inline float few_factor(const Problem* x, const Block* keys, bint coded) no
     return 1.0
 
 
-cdef void few_round_weights(
-    float* s, const float* v_scale, bint tokens, Py_ssize_t begin, Py_ssize_t end
-) noexcept nogil:
-    """round_weights() that leaves floats."""
-    cdef Py_ssize_t c
-    cdef unsigned short halves[LANES]
-    cdef vf x
-    for c in range(begin, end):
-        x = vf_load(s + c * PANEL)
-        if v_scale != NULL and tokens:
-            x = vf_mul(x, vf_set(v_scale[c]))
-        vf_store_bf16(halves, x)
-        vf_store(s + c * PANEL, vf_load_bf16(halves))
-
-
 cdef inline void few_accumulate_tile(
-    float* o, Py_ssize_t width, const float* p, const float* hidden, const Pieces* v, Py_ssize_t d, Py_ssize_t begin,
-    Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const char* next_k, Py_ssize_t k_stride,
-    const int rows, const int columns, const bint hides, const Kind kind
+    float* o, Py_ssize_t width, const float* p, const float* hidden, Py_ssize_t pitch, const Pieces* v, Py_ssize_t d,
+    Py_ssize_t begin, Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const char* next_k,
+    Py_ssize_t k_stride, const int rows, const int columns, const bint hides, const Kind kind
 ) noexcept nogil:
     """`columns` vectors of a value from d on for `rows` rows; n: the floats of a value in them, of which the last is
     part of one where that is not whole. next_k: rows to ask for meanwhile, or NULL."""
@@ -366,9 +356,9 @@ cdef inline void few_accumulate_tile(
                 else:
                     y[i] = load_floats_part(beyond(row, i * LANES, kind), n - i * LANES, kind)
             for r in range(rows):
-                if hides and hidden[c * PANEL + r] == -INFINITY:
+                if hides and hidden[r * pitch + c] == -INFINITY:
                     continue
-                w = vf_set(p[c * PANEL + r])
+                w = vf_set(p[r * pitch + c])
                 for i in range(columns):
                     acc[r * columns + i] = vf_fma(w, y[i], acc[r * columns + i])
         low = max(low, v.end[piece])
@@ -381,26 +371,26 @@ cdef inline void few_accumulate_tile(
 
 
 cdef inline void few_accumulate_rows(
-    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
-    Py_ssize_t end, float beta, const int rows, const int columns, const bint hides, const Kind kind
+    const Panel* panel, const Scratch* scratch, Py_ssize_t pitch, Py_ssize_t row, const Block* keys, Py_ssize_t Dv,
+    Py_ssize_t begin, Py_ssize_t end, float beta, const int rows, const int columns, const bint hides, const Kind kind
 ) noexcept nogil:
     """few_accumulate() of some rows: `columns` vectors at a time, then one at a time."""
     cdef Py_ssize_t d = 0, width = round_up(Dv, LANES)
     cdef float* o = panel.o + row * width
-    cdef const float* p = scratch.s + row
-    cdef const float* hidden = scratch.hidden + row
+    cdef const float* p = scratch.s + row * pitch
+    cdef const float* hidden = scratch.hidden + row * pitch
     cdef const float* alpha = scratch.alpha + row
     cdef const char* next_k = keys.next_k if row == 0 else NULL
     while d + (columns - 1) * LANES < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
+            o + d, width, p, hidden, pitch, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
             columns, hides, kind,
         )
         next_k = NULL
         d += columns * LANES
     while d < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
+            o + d, width, p, hidden, pitch, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
             1, hides, kind,
         )
         next_k = NULL
@@ -408,62 +398,62 @@ cdef inline void few_accumulate_rows(
 
 
 cdef inline void few_accumulate_kind(
-    const Panel* panel, const Scratch* scratch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin, Py_ssize_t end,
-    float beta, bint hides, const Kind kind
+    const Panel* panel, const Scratch* scratch, Py_ssize_t pitch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
+    Py_ssize_t end, float beta, bint hides, const Kind kind
 ) noexcept nogil:
     cdef Py_ssize_t row = 0
     if hides:
         for row in range(panel.lanes):
-            few_accumulate_rows(panel, scratch, row, keys, Dv, begin, end, beta, 1, 1, True, kind)
+            few_accumulate_rows(panel, scratch, pitch, row, keys, Dv, begin, end, beta, 1, 1, True, kind)
     elif panel.lanes == 1:
-        few_accumulate_rows(panel, scratch, 0, keys, Dv, begin, end, beta, 1, FEW_COLUMNS, False, kind)
+        few_accumulate_rows(panel, scratch, pitch, 0, keys, Dv, begin, end, beta, 1, FEW_COLUMNS, False, kind)
     elif panel.lanes == 2:
-        few_accumulate_rows(panel, scratch, 0, keys, Dv, begin, end, beta, 2, FEW_COLUMNS // 2, False, kind)
+        few_accumulate_rows(panel, scratch, pitch, 0, keys, Dv, begin, end, beta, 2, FEW_SUMS // 2, False, kind)
     else:
         while row < panel.lanes:
-            few_accumulate_rows(panel, scratch, row, keys, Dv, begin, end, beta, 4, FEW_COLUMNS // 4, False, kind)
+            few_accumulate_rows(panel, scratch, pitch, row, keys, Dv, begin, end, beta, 4, FEW_SUMS // 4, False, kind)
             row += 4
 
 
 cdef void few_accumulate(
-    const Panel* panel, const Scratch* scratch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin, Py_ssize_t end,
-    float beta, bint hides
+    const Panel* panel, const Scratch* scratch, Py_ssize_t pitch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
+    Py_ssize_t end, float beta, bint hides
 ) noexcept nogil:
     """accumulate() of few rows: O[r] = alpha[r] O[r] + beta sum over begin <= c < end of P[r][c] V[c], that from zero.
 
     hides: only keys that scratch.hidden shows to a row count, whatever their values.
     """
     if keys.few_v.kind == FLOAT16:
-        few_accumulate_kind(panel, scratch, keys, Dv, begin, end, beta, hides, FLOAT16)
+        few_accumulate_kind(panel, scratch, pitch, keys, Dv, begin, end, beta, hides, FLOAT16)
     elif keys.few_v.kind == BFLOAT16:
-        few_accumulate_kind(panel, scratch, keys, Dv, begin, end, beta, hides, BFLOAT16)
+        few_accumulate_kind(panel, scratch, pitch, keys, Dv, begin, end, beta, hides, BFLOAT16)
     else:
-        few_accumulate_kind(panel, scratch, keys, Dv, begin, end, beta, hides, FLOAT32)
+        few_accumulate_kind(panel, scratch, pitch, keys, Dv, begin, end, beta, hides, FLOAT32)
 
 
-cdef inline int weights_of_group(const int* p) noexcept nogil:
-    """The codes of four keys for one row as a word of bytes."""
-    if GROUP == 4:
-        return p[0]
-    return (p[0] & 0xff) | (p[0] >> 8 & 0xff00) | (p[PANEL] & 0xff) << 16 | (p[PANEL] >> 16 & 0xff) << 24
+cdef inline int four_bytes(const unsigned char* p) noexcept nogil:
+    cdef int word
+    memcpy(&word, p, sizeof(word))
+    return word
 
 
 cdef inline void few_accumulate_codes_tile(
-    float* o, Py_ssize_t width, const int* p, const Pieces* v, Py_ssize_t d, Py_ssize_t begin, Py_ssize_t end,
-    const float* alpha, const float* beta, const char* next_k, Py_ssize_t k_stride, const int rows, const int columns
+    float* o, Py_ssize_t width, const unsigned char* p, Py_ssize_t pitch, const Pieces* v, Py_ssize_t d,
+    Py_ssize_t begin, Py_ssize_t end, const float* alpha, const float* beta, const char* next_k, Py_ssize_t k_stride,
+    const int rows, const int columns
 ) noexcept nogil:
     """few_accumulate_codes() of `rows` rows and `columns` vectors of columns from d on, for groups begin <= t < end."""
     cdef Py_ssize_t t, low, high, part, piece = 0
     cdef int i, r
     cdef const int* group
+    cdef float* place
     cdef vi y[FEW_COLUMNS]
     cdef vi w
-    cdef vi acc[2 * FEW_COLUMNS]
-    cdef vf sum[2 * FEW_COLUMNS]
-    cdef vf factor
+    cdef vi acc[FEW_SUMS]
     for r in range(rows):
         for i in range(columns):
-            sum[r * columns + i] = vf_mul(vf_load(o + r * width + i * LANES), vf_set(alpha[r]))
+            place = o + r * width + i * LANES
+            vf_store(place, vf_mul(vf_load(place), vf_set(alpha[r])))
     low = begin
     while low < end:
         part = low * 4 // PART_KEYS
@@ -479,57 +469,109 @@ cdef inline void few_accumulate_codes_tile(
             for i in range(columns):
                 y[i] = vi_load(group + i * LANES)
             for r in range(rows):
-                w = vi_set(weights_of_group(p + t * (4 // GROUP) * PANEL + r))
+                w = vi_set(four_bytes(p + r * pitch + 4 * t))
                 for i in range(columns):
                     acc[r * columns + i] = vi_dot_bytes(acc[r * columns + i], w, y[i])
         for r in range(rows):
-            factor = vf_set(beta[part * PANEL + r])
             for i in range(columns):
-                sum[r * columns + i] = vf_fma(factor, vf_from_int(acc[r * columns + i]), sum[r * columns + i])
+                place = o + r * width + i * LANES
+                vf_store(place, vf_fma(
+                    vf_set(beta[part * PANEL + r]), vf_from_int(acc[r * columns + i]), vf_load(place),
+                ))
         low = high
-    for r in range(rows):
-        for i in range(columns):
-            vf_store(o + r * width + i * LANES, sum[r * columns + i])
 
 
 cdef inline void few_accumulate_codes_rows(
-    const Panel* panel, const Scratch* scratch, Py_ssize_t row, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
-    Py_ssize_t end, const int rows, const int columns
+    const Panel* panel, const Scratch* scratch, Py_ssize_t pitch, Py_ssize_t row, const Block* keys, Py_ssize_t Dv,
+    Py_ssize_t begin, Py_ssize_t end, const int rows, const int columns
 ) noexcept nogil:
     cdef Py_ssize_t d = 0, width = round_up(Dv, LANES)
     cdef float* o = panel.o + row * width
-    cdef const int* p = scratch.p + row
+    cdef const unsigned char* p = <const unsigned char*> scratch.p + row * pitch
     cdef const float* alpha = scratch.alpha + row
     cdef const float* beta = scratch.beta + row
     cdef const char* next_k = keys.next_k if row == 0 else NULL
     while d + columns * LANES <= width:
         few_accumulate_codes_tile(
-            o + d, width, p, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, columns,
+            o + d, width, p, pitch, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, columns,
         )
         next_k = NULL
         d += columns * LANES
     while d < width:
         few_accumulate_codes_tile(
-            o + d, width, p, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, 1,
+            o + d, width, p, pitch, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, 1,
         )
         next_k = NULL
         d += LANES
 
 
 cdef void few_accumulate_codes(
-    const Panel* panel, const Scratch* scratch, const Block* keys, Py_ssize_t Dv, Py_ssize_t low, Py_ssize_t end
+    const Panel* panel, const Scratch* scratch, Py_ssize_t pitch, const Block* keys, Py_ssize_t Dv, Py_ssize_t begin,
+    Py_ssize_t end
 ) noexcept nogil:
-    """accumulate_codes() of few rows, from groups of four keys. low: a multiple of 4. A key without a weight counts
-    nothing, whatever its codes."""
-    cdef Py_ssize_t row = 0, first = low // 4, last = (end + 3) // 4
+    """accumulate_codes() of few rows, from groups of four keys. A key without a weight counts nothing, whatever its
+    codes."""
+    cdef Py_ssize_t row = 0, first = begin // 4, last = (end + 3) // 4
     if panel.lanes == 1:
-        few_accumulate_codes_rows(panel, scratch, 0, keys, Dv, first, last, 1, FEW_COLUMNS)
+        few_accumulate_codes_rows(panel, scratch, pitch, 0, keys, Dv, first, last, 1, FEW_COLUMNS)
     elif panel.lanes == 2:
-        few_accumulate_codes_rows(panel, scratch, 0, keys, Dv, first, last, 2, FEW_COLUMNS // 2)
+        few_accumulate_codes_rows(panel, scratch, pitch, 0, keys, Dv, first, last, 2, FEW_SUMS // 2)
     else:
         while row < panel.lanes:
-            few_accumulate_codes_rows(panel, scratch, row, keys, Dv, first, last, 4, FEW_COLUMNS // 4)
+            few_accumulate_codes_rows(panel, scratch, pitch, row, keys, Dv, first, last, 4, FEW_SUMS // 4)
             row += 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A panel against a block of keys
+
+
+cdef void few_trace(
+    const Head* head, const Panel* panel, Py_ssize_t pitch, Py_ssize_t block, Py_ssize_t begin, Py_ssize_t end,
+    const unsigned char* p
+) noexcept nogil:
+    """write_trace() of few rows."""
+    cdef Py_ssize_t r, Lk = head.sequence.Lk
+    for r in range(panel.lanes):
+        memcpy(
+            head.trace + lane_at(panel, r, head.sequence.Lq * Lk, Lk) + block + begin, p + r * pitch + begin, end - begin,
+        )
+
+
+cdef void few_fold_block(
+    const Problem* x, const Head* head, const Panel* panel, const Block* keys, Py_ssize_t block, Py_ssize_t begin,
+    Py_ssize_t end, const Scratch* scratch, bint masked, bint changed, bint precise, bint careful
+) noexcept nogil:
+    """fold_block() of few rows. masked: the mask hides a part of this block. changed: something changes scores."""
+    cdef Py_ssize_t r, c, pitch = few_pitch(x)
+    cdef bint coded = x.k.kind == INT8 and not precise, edges = edges_inside(x, head, panel, block + begin, block + end)
+    cdef bint hides = careful and changed
+    cdef float* s = scratch.s
+    if coded:
+        few_scores_of_codes(s, pitch, panel, keys, x.D, begin, end)
+    else:
+        few_scores(s, pitch, panel, keys, x.D, begin, end)
+        if head.k_mean != NULL:  # beside scores of codes, which lack q . mean until the end
+            for r in range(panel.lanes):
+                for c in range(begin, end):
+                    s[r * pitch + c] -= panel.lift[r]
+    if changed:
+        few_change(s, x, head, panel, block, begin, end, x.softcap != 0.0, masked, edges)
+    for r in range(few_pad(panel.lanes)):
+        surround(s + r * pitch, begin, end)
+    if coded and x.codes.product == INT8:
+        few_softmax_codes(x, panel, scratch, keys.v_scale, begin, end)
+        few_accumulate_codes(panel, scratch, pitch, keys, x.Dv, begin, end)
+        if head.trace != NULL:
+            few_trace(head, panel, pitch, block, begin, end, <const unsigned char*> scratch.p)
+        return
+    few_softmax(x, panel, scratch, begin, end)
+    if coded and x.codes.product == BFLOAT16:
+        few_round_weights(x, panel, s, keys.v_scale, begin, end)
+    if hides:
+        memset(scratch.hidden, 0, panel.lanes * pitch * sizeof(float))
+        few_change(scratch.hidden, x, head, panel, block, begin, end, False, masked, True)
+    few_accumulate(panel, scratch, pitch, keys, x.Dv, begin, end, few_factor(x, keys, coded), hides)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

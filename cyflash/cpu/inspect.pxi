@@ -41,13 +41,13 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
         panel.vectors = <int> ((panel.rows + LANES - 1) // LANES)
         if few:
             few_pack_codes(&x, &head, &panel)
-            few_scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, x.D, 0, Lk)
+            few_scores_of_codes(&s[0, 0], rows, &panel, &keys, x.D, 0, Lk)
         else:
             pack_codes(&x, &head, &panel)
             scores_of_codes(&s[0, 0], &rest[2, 0], &panel, &keys, (x.D + GROUP - 1) // GROUP, 0, Lk)
         for r in range(panel.rows):
             for c in range(Lk):
-                to[panel.row + r, c] = s[c, r]
+                to[panel.row + r, c] = (&s[0, 0])[r * rows + c] if few else s[c, r]
         panel.row += step
     return sums
 
@@ -72,7 +72,6 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     cdef float[::1] zero = np.zeros(PANEL, np.float32)
     cdef float[:, ::1] one = np.ones(((Lk + PART_KEYS - 1) // PART_KEYS, PANEL), np.float32)
     cdef int[::1] room = np.empty(rows * columns, np.int32)
-    cdef code* group
     sums = np.empty((Lq, Dv), np.float32)
     cdef float[:, ::1] to = sums
     zeros, count = np.zeros((1, 1), np.intp), np.array([Lk], np.intp)
@@ -91,10 +90,12 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
         o[:, :] = 0.0
         for r in range(n):
             for c in range(Lk):
-                group = <code*> &codes[c // GROUP, r]
-                group[c % GROUP] = <code> p[row + r, c]
+                if few:
+                    (<unsigned char*> scratch.p)[r * rows + c] = p[row + r, c]
+                else:
+                    (<code*> &codes[c // GROUP, r])[c % GROUP] = <code> p[row + r, c]
         if few:
-            few_accumulate_codes(&panel, &scratch, &keys, Dv, 0, Lk)
+            few_accumulate_codes(&panel, &scratch, rows, &keys, Dv, 0, Lk)
         else:
             accumulate_codes(
                 panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(Dv, ROWS), scratch.alpha, scratch.beta, 0,

@@ -9,7 +9,7 @@
 #     change.pxi    S^T             change_scores()   softcap, bias, ALiBi, masks: the same for every precision
 #     softmax.pxi   P^T = e^(S-m)   softmax()         online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867)
 #     product.pxi   O^T = V^T P^T   accumulate()      the same product; of codes in int8.pxi, of bfloat16 in bf16.pxi
-#     few.pxi       both products   of panels with few rows, which would leave most lanes of a tile idle
+#     few.pxi       all of it       for panels with few rows, which would leave most lanes of a tile idle
 #
 # Scores are floats in natural units from the first product on, whatever it multiplied (in units of log2 the lowest
 # float, which many use as a mask, would be -inf).
@@ -192,6 +192,7 @@ cdef struct Block:
 
 cdef struct Scratch:
     # What a panel needs while it meets a block of keys.
+    # ... or a row after another, where rows are few: see few_weights.pxi
     float* s                    # [Bc][PANEL] scores, then weights
     float* hidden               # [Bc][PANEL] what is hidden from them; or
     int* p                      # the weights as codes or bfloat16, in groups of keys: the same memory
@@ -223,8 +224,9 @@ include "product.pxi"
 include "softmax.pxi"
 include "int8.pxi"
 include "bf16.pxi"
-include "few.pxi"
 include "change.pxi"
+include "few.pxi"
+include "few_weights.pxi"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,14 +311,9 @@ cdef void multiply_keys(
 ) noexcept nogil:
     """The first product, by what the block holds: scores of keys begin <= c < end, and their greatest."""
     if keys.k_correction != NULL:
-        if panel.few:
-            few_scores_of_codes(s, top, panel, keys, x.D, begin, end)
-        else:
-            scores_of_codes(s, top, panel, keys, (x.D + GROUP - 1) // GROUP, begin, end)
+        scores_of_codes(s, top, panel, keys, (x.D + GROUP - 1) // GROUP, begin, end)
     elif keys.k_words != NULL:
         scores_of_bf16(s, top, panel, keys, (x.D + BF16_GROUP - 1) // BF16_GROUP, begin, end)
-    elif panel.few:
-        few_scores(s, top, panel, keys, x.D, begin, end)
     else:
         scores(s, top, panel.q, keys.k, keys.k_stride, x.D, begin, end, panel.vectors)
 
@@ -336,24 +333,16 @@ cdef void multiply_values(
             s, scratch.p, scratch.top, panel.m, panel.l, scratch.alpha, scratch.beta, keys.v_scale,
             x.codes.v_scale.tokens, low, high, panel.vectors,
         )
-        if panel.few:
-            few_accumulate_codes(panel, scratch, keys, x.Dv, low, end)
-        else:
-            accumulate_codes(
-                panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(x.Dv, ROWS), scratch.alpha, scratch.beta,
-                low // GROUP, (end + GROUP - 1) // GROUP, panel.vectors,
-            )
+        accumulate_codes(
+            panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(x.Dv, ROWS), scratch.alpha, scratch.beta,
+            low // GROUP, (end + GROUP - 1) // GROUP, panel.vectors,
+        )
         if head.trace != NULL:
             write_trace(head, panel, block, begin, end, scratch.p)
         return
     softmax(s, scratch.top, panel.m, panel.l, scratch.alpha, low, high, panel.vectors)
-    if product == BFLOAT16 and not panel.few:
+    if product == BFLOAT16:
         accumulate_weights_bf16(x, panel, keys, low, end, scratch, hides)
-        return
-    if product == BFLOAT16 and coded:
-        few_round_weights(s, keys.v_scale, x.codes.v_scale.tokens, low, high)
-    if panel.few:
-        few_accumulate(panel, scratch, keys, x.Dv, begin, end, few_factor(x, keys, coded), hides)
     elif hides:
         accumulate_visible(
             panel.o, s + begin * PANEL, scratch.hidden + begin * PANEL, keys.v + begin * keys.v_stride, keys.v_stride,
@@ -392,8 +381,11 @@ cdef void fold_block(
         part = PART_KEYS
     changes = masked or x.softcap != 0.0 or head.bias != NULL or head.slopes != NULL
     changed = changes or edges_inside(x, head, panel, block + begin, block + end)
+    if panel.few:
+        few_fold_block(x, head, panel, keys, block, begin, end, scratch, masked, changed, precise, careful)
+        return
 
-    if panel.heads == 1 and not panel.few and (panel.row == 0 or block <= panel.first_key):
+    if panel.heads == 1 and (panel.row == 0 or block <= panel.first_key):
         prefetched = True
         step = max(<Py_ssize_t> ROWS, x.Bc // SLICES // ROWS * ROWS)
     low = begin

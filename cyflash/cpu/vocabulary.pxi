@@ -24,6 +24,8 @@ cdef extern from "simd.h" nogil:
     vf vf_fma(vf a, vf b, vf c) noexcept                         # a * b + c
     vf vf_max(vf a, vf b) noexcept                               # b where either is NaN
     vf vf_min(vf a, vf b) noexcept                               # b where either is NaN
+    float vf_highest(vf) noexcept                                # the greatest lane; any where one is NaN
+    float vf_total(vf) noexcept                                  # the sum of the lanes
     vf vf_abs(vf) noexcept
     vf vf_copysign(vf size, vf sign) noexcept                    # size >= 0 with the sign of the other
     vf vf_less(vf a, vf b, vf x, vf y) noexcept                  # x where a < b, else y
@@ -58,6 +60,7 @@ cdef extern from "simd.h" nogil:
     vf vf_from_int(vi) noexcept
     vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT
     void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups
+    void vf_store_bytes(unsigned char*, vf) noexcept             # 0 to 255, rounded half to even
     vf vf_dot_bf16(vf acc, vi a, vi b) noexcept                  # acc + BF16_GROUP products
     void vi_store_bf16(int*, const vf*) noexcept                 # BF16_GROUP vectors, rounded half to even
     # LANES values of 16 bits; stores round half to even, to infinity beyond the largest value, and keep NaN

@@ -25,6 +25,8 @@ WORD vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 WORD vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 WORD vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 WORD vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+WORD float vf_highest(vf a) { return _mm512_reduce_max_ps(a); }
+WORD float vf_total(vf a) { return _mm512_reduce_add_ps(a); }
 WORD vf vf_copysign(vf size, vf sign) { return _mm512_or_ps(size, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
 WORD vf vf_less(vf a, vf b, vf x, vf y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
 
@@ -153,6 +155,9 @@ WORD void vi_store_codes(int32_t *p, const vf *x) {
 
 #endif
 
+WORD void vf_store_bytes(unsigned char *p, vf x) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
 
 /* ---- bfloat16: pairs in a lane where the CPU multiplies them, else floats that were rounded to it ---- */

@@ -25,6 +25,11 @@ WORD vf vf_mul(vf a, vf b) { return a * b; }
 WORD vf vf_div(vf a, vf b) { return a / b; }
 WORD vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 WORD vf vf_max(vf a, vf b) { return choose(a > b, a, b); }
+WORD float vf_highest(vf a) {
+    float high = a[0] > a[1] ? a[0] : a[1], low = a[2] > a[3] ? a[2] : a[3];
+    return high > low ? high : low;
+}
+WORD float vf_total(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 WORD vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 WORD vf vf_copysign(vf size, vf sign) { return (vf)((vi)size | ((vi)sign & (vi)vf_set(-0.0f))); }
 WORD vf vf_less(vf a, vf b, vf x, vf y) { return choose(a < b, x, y); }
@@ -110,6 +115,11 @@ WORD vi round_code(vf x) { return (vi)(x + 12582912.0f) - (vi)vf_set(12582912.0f
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     vi both = round_code(x[0]) | round_code(x[1]) << 16;
     memcpy(p, &both, sizeof both);
+}
+
+WORD void vf_store_bytes(unsigned char *p, vf x) {
+    vi codes = round_code(x);
+    for (int i = 0; i < LANES; i++) p[i] = (unsigned char)codes[i];
 }
 
 /* ---- bfloat16: floats that were rounded to it ---- */
