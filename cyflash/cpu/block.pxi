@@ -201,11 +201,12 @@ cdef inline void ask_numbers(
 
 
 cdef void cut_pieces(
-    Pieces* pieces, const Rows* rows, Py_ssize_t first, Py_ssize_t begin, Py_ssize_t end
+    Pieces* pieces, const Rows* rows, Py_ssize_t first, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t numbers
 ) noexcept nogil:
-    """Where keys [first + begin, first + end) of a block that starts at key `first` lie."""
+    """Where keys [first + begin, first + end) of a block that starts at key `first` lie, rows of so many numbers."""
     cdef Py_ssize_t low = begin, high
-    pieces.kind, pieces.stride, pieces.n = rows.pages.kind, rows.pages.row, 0
+    pieces.kind, pieces.stride, pieces.n, pieces.begin = rows.pages.kind, rows.pages.row, 0, begin
+    pieces.lines = (numbers * size_of(rows.pages.kind) + CACHE_LINE - 1) // CACHE_LINE
     while low < end:
         high = min(end - low, rows.size - (first + low) % rows.size) + low
         pieces.end[pieces.n] = high
@@ -218,7 +219,8 @@ cdef void one_piece(
     Pieces* pieces, const float* rows, Py_ssize_t stride, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
     """The same of a copy in the thread's scratch, whose first row is key `begin`."""
-    pieces.kind, pieces.stride, pieces.n = FLOAT32, stride * <Py_ssize_t> sizeof(float), 1
+    pieces.kind, pieces.stride, pieces.n, pieces.begin = FLOAT32, stride * <Py_ssize_t> sizeof(float), 1, begin
+    pieces.lines = 0
     pieces.end[0], pieces.at[0] = end, <const char*> (rows - begin * stride)
 
 
@@ -233,7 +235,6 @@ cdef void load_keys(
     cdef bint whole
     block.k = NULL
     block.k_words = block.k_correction = NULL
-    block.next_k = NULL
     block.end = end
     if rows.pages.kind == INT8:
         low, high = first + begin // ROWS * ROWS, first + round_up(end, ROWS)
@@ -258,9 +259,9 @@ cdef void load_keys(
                 ask_numbers(
                     codes.k_scale.data, codes.k_scale.page, head.kv * codes.k_scale.head, &rows, first + x.Bc, high,
                 )
-        cut_pieces(&block.few_k, &rows, first, begin, end)
-        if first + x.Bc < head.sequence.Lk:
-            block.next_k = row_at(&rows, first + x.Bc)
+        cut_pieces(&block.few_k, &rows, first, begin, end, x.D)
+        high = first + keys_of_block(x, few)
+        block.next_k = row_at(&rows, high if high < head.sequence.Lk and not precise else first)
         return
     whole = in_one_page(&rows, low, high)
     if rows.pages.kind == INT8:
@@ -332,7 +333,7 @@ cdef void load_values(
                     min(head.sequence.Lk, first + 2 * x.Bc),
                 )
     if few and (product == INT8 or (rows.pages.kind != INT8 and (product == FLOAT32 or x.native))):
-        cut_pieces(&block.few_v, &rows, first, low - first, high - first)
+        cut_pieces(&block.few_v, &rows, first, low - first, high - first, x.Dv)
     elif product == INT8:
         block.v_pitch = rows.pages.row
         if GROUP == 2:

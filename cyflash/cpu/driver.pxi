@@ -143,13 +143,13 @@ cdef void fold_blocks(
 ) noexcept nogil:
     """Folds every block of keys begin <= j < end (multiples of Bc, or the last key) that one of n panels sees. The keys
     of a block that are computed in float32 though others are codes come first, on their own."""
-    cdef Py_ssize_t block, high, middle, number
+    cdef Py_ssize_t block, high, middle, number, Bc = keys_of_block(x, panels[0].few)
     cdef Py_ssize_t first_key = max(begin, panels[0].first_key), last_key = min(end - 1, panels[n - 1].last_key)
     if last_key < first_key:
         return
-    for number in range(first_key // x.Bc, last_key // x.Bc + 1):
-        block = number * x.Bc
-        high = min(x.Bc, last_key + 1 - block)
+    for number in range(first_key // Bc, last_key // Bc + 1):
+        block = number * Bc
+        high = min(Bc, last_key + 1 - block)
         middle = 0
         if x.k.kind == INT8:
             middle = max(<Py_ssize_t> 0, min(high, x.precise - block))
@@ -251,8 +251,9 @@ cdef Py_ssize_t partial_total(const Problem* x, const Sequence* sequence) noexce
 
 
 cdef Py_ssize_t chunk_keys(const Problem* x) noexcept nogil:
-    """Keys of a chunk: whole blocks."""
-    return max(<Py_ssize_t> 1, CHUNK_KEYS // x.Bc) * x.Bc
+    """Keys of a chunk: whole blocks, of few rows and of more."""
+    cdef Py_ssize_t Bc = keys_of_block(x, True)
+    return max(<Py_ssize_t> 1, CHUNK_KEYS // Bc) * Bc
 
 
 cdef void merge_row(const Problem* x, const Head* head, Py_ssize_t row) noexcept nogil:

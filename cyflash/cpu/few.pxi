@@ -10,8 +10,8 @@
 cdef enum:
     FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
     FEW_COLUMNS = 8     # vectors of a key or a value that one row keeps in registers
-    FEW_SUMS = 8 * (1 + LANES // 16)  # vectors of sums of several rows: half of the 16, or of AVX-512 32, registers
     AHEAD = 2 * LANES   # keys between the ones in use and the ones asked for
+    FEW_SUMS = 8 * (1 + LANES // 16)  # vectors of sums of several rows: half of the 16, or of AVX-512 32, registers
 
 
 cdef inline Py_ssize_t few_pad(Py_ssize_t lanes) noexcept nogil:
@@ -91,20 +91,42 @@ cdef inline void few_spread(
             memcpy(s + r * pitch + c, buffer + r * (LANES // rows), n * sizeof(float))
 
 
-cdef inline void ask_ahead(const char* row, Py_ssize_t bytes) noexcept nogil:
-    """Asks for a row of keys or values."""
-    cdef Py_ssize_t i
-    for i in range((bytes + CACHE_LINE - 1) // CACHE_LINE):
-        prefetch(row + i * CACHE_LINE)
+cdef inline void ask_rows(const char* first, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t lines) noexcept nogil:
+    """Asks for n rows of so many cache lines."""
+    cdef Py_ssize_t i, j
+    if first == NULL:
+        return
+    for i in range(n):
+        for j in range(lines):
+            prefetch(first + j * CACHE_LINE)
+        first += stride
+
+
+cdef inline void ask_group(const Block* keys, Py_ssize_t i, Py_ssize_t c, Py_ssize_t n) noexcept nogil:
+    """While n keys from c on are read, asks for later ones, and for the values of these: piece i of both."""
+    ask_rows(keys.few_k.at[i] + (c + AHEAD) * keys.few_k.stride, keys.few_k.stride, n, keys.few_k.lines)
+    if keys.few_v.n == keys.few_k.n:
+        ask_rows(keys.few_v.at[i] + c * keys.few_v.stride, keys.few_v.stride, n, keys.few_v.lines)
+
+
+cdef inline void few_group(
+    const char** at, const char* k, Py_ssize_t stride, Py_ssize_t c, Py_ssize_t end, const int n
+) noexcept nogil:
+    """Where n keys from c on are; the last of them stands for what comes after it."""
+    cdef int i
+    k += c * stride
+    for i in range(n):
+        at[i] = k
+        if c + i + 1 < end:
+            k += stride
 
 
 cdef inline void few_add_products(
-    vf* acc, const float* q, Py_ssize_t width, const char* k, Py_ssize_t stride, Py_ssize_t d, Py_ssize_t n,
-    Py_ssize_t last, const int rows, const int columns, const Kind kind
+    vf* acc, const float* q, Py_ssize_t width, const char** at, Py_ssize_t d, Py_ssize_t D, const int rows,
+    const int columns, const Kind kind
 ) noexcept nogil:
-    """acc[r * keys + i] += products of row r and key i, `columns` vectors from d on: rows in registers, a key read in
-    order. Keys after number `last` stand for that one. n: the numbers in these vectors, of which the last is part of
-    one where they are not whole."""
+    """acc[r * keys + i] += products of row r and key i, `columns` vectors from d on, or what D leaves of one: rows in
+    registers, a key read in order."""
     cdef int i, r, j
     cdef const char* key
     cdef vf y
@@ -114,55 +136,84 @@ cdef inline void few_add_products(
         for j in range(columns):
             x[r * columns + j] = vf_load(q + r * width + d + j * LANES)
     for i in range(LANES // rows):
-        key = beyond(k + (i if i < last else last) * stride, d, kind)
+        key = beyond(at[i], d, kind)
         for r in range(rows):
             sum[r] = acc[r * (LANES // rows) + i]
         for j in range(columns):
-            if j < columns - 1 or n >= columns * LANES:
+            if columns > 1 or d + LANES <= D:
                 y = load_floats(beyond(key, j * LANES, kind), kind)
             else:
-                y = load_floats_part(beyond(key, j * LANES, kind), n - j * LANES, kind)
+                y = load_floats_part(key, D - d, kind)
             for r in range(rows):
                 sum[r] = vf_fma(x[r * columns + j], y, sum[r])
         for r in range(rows):
             acc[r * (LANES // rows) + i] = sum[r]
 
 
-cdef inline void few_scores_of_rows(
-    float* s, Py_ssize_t pitch, const float* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v,
-    Py_ssize_t v_stride, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows,
-    const int columns, const Kind kind
+cdef inline void few_products(
+    vf* acc, const float* q, Py_ssize_t width, const char* key, Py_ssize_t stride, const int rows, const int columns,
+    const Kind kind
 ) noexcept nogil:
-    """few_scores() of one piece, `columns` vectors at a time, then one at a time. k, v: key 0 of the block, were it all
-    in this piece. Keys some groups ahead are asked for, and values, which take their turn later; not so for one row in
-    float32, which leaves the CPU so little to do that its loads run ahead by themselves, and memory is fastest when it
-    is read in order (on two threads 0.81 of the speed of reading alone, 0.75 with prefetches; to codes these bring 0.67
-    instead of 0.5)."""
-    cdef Py_ssize_t row, d, c = begin
+    """acc[r * keys + i] = the product of row r and key i, where both are `columns` whole vectors. With as few
+    instructions as can be, of which the CPU holds some 400: those are what it sees of the keys to come."""
+    cdef int i, r, j
+    cdef vf y
+    cdef vf x[2 * FEW_COLUMNS]
+    cdef vf sum[4]
+    cdef const char* end = key + LANES // rows * stride
+    for r in range(rows):
+        for j in range(columns):
+            x[r * columns + j] = vf_load(q + r * width + j * LANES)
+    while key != end:
+        for i in range(4):
+            for j in range(columns):
+                y = load_floats(beyond(key, j * LANES, kind), kind)
+                for r in range(rows):
+                    sum[r] = vf_mul(x[r * columns], y) if j == 0 else vf_fma(x[r * columns + j], y, sum[r])
+            for r in range(rows):
+                acc[r * (LANES // rows) + i] = sum[r]
+            key += stride
+        acc += 4
+
+
+cdef inline void few_scores_of_rows(
+    float* s, Py_ssize_t pitch, const float* q, Py_ssize_t width, const Block* keys, Py_ssize_t piece, Py_ssize_t D,
+    Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows, const int columns, const Kind kind
+) noexcept nogil:
+    """few_scores() of one piece: `columns` vectors at a time, half as many, then one. k: key 0 of the block, were it in
+    this piece."""
+    cdef Py_ssize_t row, d, c = begin, stride = keys.few_k.stride
     cdef int i
+    cdef const char* k = keys.few_k.at[piece]
+    cdef const char* at[LANES]
     cdef vf acc[LANES]
+    if rows == 1 and (D == columns * LANES or D == columns // 2 * LANES):
+        while c + LANES <= end:
+            if kind != FLOAT32:
+                ask_group(keys, piece, c, LANES)
+            if D == columns * LANES:
+                few_products(acc, q, width, k + c * stride, stride, 1, columns, kind)
+            else:
+                few_products(acc, q, width, k + c * stride, stride, 1, columns // 2, kind)
+            vf_store(s + c, vf_sums(acc))
+            c += LANES
     while c < end:
-        row = 0
         if rows > 1 or kind != FLOAT32:
-            for i in range(LANES // rows):
-                ask_ahead(k + (c + i + AHEAD) * stride, D * size_of(kind))
-                if v != NULL:
-                    ask_ahead(v + (c + i) * v_stride, v_stride)
+            ask_group(keys, piece, c, LANES // rows)
+        few_group(at, k, stride, c, end, LANES // rows)
+        row = 0
         while row < lanes:
             for i in range(LANES):
                 acc[i] = vf_set(0.0)
             d = 0
             while d + columns * LANES <= D:
-                few_add_products(
-                    acc, q + row * width, width, k + c * stride, stride, d, columns * LANES, end - 1 - c, rows,
-                    columns, kind,
-                )
+                few_add_products(acc, q + row * width, width, at, d, D, rows, columns, kind)
                 d += columns * LANES
+            if d + columns // 2 * LANES <= D:
+                few_add_products(acc, q + row * width, width, at, d, D, rows, columns // 2, kind)
+                d += columns // 2 * LANES
             while d < D:
-                few_add_products(
-                    acc, q + row * width, width, k + c * stride, stride, d, min(<Py_ssize_t> LANES, D - d),
-                    end - 1 - c, rows, 1, kind,
-                )
+                few_add_products(acc, q + row * width, width, at, d, D, rows, 1, kind)
                 d += LANES
             few_spread(s + row * pitch, pitch, vf_sums(acc), c, end, rows)
             row += rows
@@ -170,36 +221,32 @@ cdef inline void few_scores_of_rows(
 
 
 cdef inline void few_scores_of_kind(
-    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end,
-    const Kind kind
+    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin,
+    Py_ssize_t end, const Kind kind
 ) noexcept nogil:
-    cdef Py_ssize_t i, high, low = begin, width = round_up(D, LANES), stride = keys.few_k.stride
-    cdef const Pieces* v = &keys.few_v
+    cdef Py_ssize_t i, high, low = begin, width = round_up(D, LANES), stride = keys.few_k.stride, lanes = panel.lanes
     cdef const char* k
-    cdef const char* ahead = NULL
     for i in range(keys.few_k.n):
         high = min(end, keys.few_k.end[i])
         if low < high:
-            k = keys.few_k.at[i]
-            if v.n == keys.few_k.n and v.kind == kind:  # in the same pages
-                ahead = v.at[i]
-            if panel.lanes == 1:
+            if lanes == 1:
                 few_scores_of_rows(
-                    s, pitch, panel.q, width, k, stride, ahead, v.stride, D, low, high, 1, 1, FEW_COLUMNS, kind,
+                    s, pitch, panel.q, width, keys, i, D, low, high, lanes, 1, FEW_COLUMNS, kind,
                 )
-            elif panel.lanes == 2:
+            elif lanes == 2:
                 few_scores_of_rows(
-                    s, pitch, panel.q, width, k, stride, ahead, v.stride, D, low, high, 2, 2, FEW_COLUMNS // 2, kind,
+                    s, pitch, panel.q, width, keys, i, D, low, high, lanes, 2, FEW_COLUMNS // 2, kind,
                 )
             else:
                 few_scores_of_rows(
-                    s, pitch, panel.q, width, k, stride, ahead, v.stride, D, low, high, panel.lanes, 4, FEW_COLUMNS // 2, kind,
+                    s, pitch, panel.q, width, keys, i, D, low, high, lanes, 4, FEW_COLUMNS // 2, kind,
                 )
             low = high
 
 
 cdef void few_scores(
-    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
+    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin,
+    Py_ssize_t end
 ) noexcept nogil:
     """scores() of few rows: S[r][c] = q[r] . k[c] for begin <= c < end.
 
@@ -214,8 +261,8 @@ cdef void few_scores(
 
 
 cdef inline void few_add_codes(
-    vi* acc, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, Py_ssize_t d, Py_ssize_t n,
-    Py_ssize_t last, const int rows, const int columns
+    vi* acc, const int* q, Py_ssize_t width, const char** at, Py_ssize_t d, Py_ssize_t words, const int rows,
+    const int columns
 ) noexcept nogil:
     """few_add_products() of words of codes."""
     cdef int i, r, j
@@ -227,48 +274,69 @@ cdef inline void few_add_codes(
         for j in range(columns):
             x[r * columns + j] = vi_load(q + r * width + d + j * LANES)
     for i in range(LANES // rows):
-        key = <const int*> (k + (i if i < last else last) * stride) + d
+        key = <const int*> at[i] + d
         for r in range(rows):
             sum[r] = acc[r * (LANES // rows) + i]
         for j in range(columns):
-            if j < columns - 1 or n >= columns * LANES:
+            if columns > 1 or d + LANES <= words:
                 y = vi_load(key + j * LANES)
             else:
-                y = vi_load_part(key + j * LANES, n - j * LANES)
+                y = vi_load_part(key, words - d)
             for r in range(rows):
                 sum[r] = vi_dot_bytes(sum[r], x[r * columns + j], y)
         for r in range(rows):
             acc[r * (LANES // rows) + i] = sum[r]
 
 
-cdef inline void few_sums_of_codes(
-    float* s, Py_ssize_t pitch, const int* q, Py_ssize_t width, const char* k, Py_ssize_t stride, const char* v,
-    Py_ssize_t v_bytes, Py_ssize_t words, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
+cdef inline void few_products_of_codes(
+    vi* acc, const int* q, const char* key, Py_ssize_t stride, const int columns
 ) noexcept nogil:
-    """The sums of products of codes as integers, where scores are kept; k, v as in few_scores_of_rows()."""
-    cdef Py_ssize_t row, d, c = begin
+    """few_products() of one row of words of codes."""
+    cdef int i, j
+    cdef vi x[2]
+    cdef vi sum
+    for j in range(columns):
+        x[j] = vi_load(q + j * LANES)
+    for i in range(LANES):
+        sum = vi_set(0)
+        for j in range(columns):
+            sum = vi_dot_bytes(sum, x[j], vi_load(<const int*> key + j * LANES))
+        acc[i] = sum
+        key += stride
+
+
+cdef inline void few_sums_of_codes(
+    float* s, Py_ssize_t pitch, const int* q, Py_ssize_t width, const Block* keys, Py_ssize_t piece, Py_ssize_t words,
+    Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
+) noexcept nogil:
+    """The sums of products of codes as integers, where scores are kept; k as in few_scores_of_rows()."""
+    cdef Py_ssize_t row, d, c = begin, stride = keys.few_k.stride
     cdef int i
+    cdef const char* k = keys.few_k.at[piece]
+    cdef const char* at[LANES]
     cdef vi acc[LANES]
+    if rows == 1 and (words == 2 * LANES or words == LANES):
+        while c + LANES <= end:
+            if words == LANES:
+                few_products_of_codes(acc, q, k + c * stride, stride, 1)
+            else:
+                few_products_of_codes(acc, q, k + c * stride, stride, 2)
+            vf_store(s + c, vf_bits(vi_sums(acc)))
+            c += LANES
     while c < end:
-        for i in range(LANES // rows):
-            ask_ahead(k + (c + i + AHEAD) * stride, stride)
-            if v != NULL:
-                ask_ahead(v + (c + i) * v_bytes, v_bytes)
+        if rows > 1:
+            ask_group(keys, piece, c, LANES // rows)
+        few_group(at, k, stride, c, end, LANES // rows)
         row = 0
         while row < lanes:
             for i in range(LANES):
                 acc[i] = vi_set(0)
             d = 0
             while d + 2 * LANES <= words:
-                few_add_codes(
-                    acc, q + row * width, width, k + c * stride, stride, d, 2 * LANES, end - 1 - c, rows, 2,
-                )
+                few_add_codes(acc, q + row * width, width, at, d, words, rows, 2)
                 d += 2 * LANES
             while d < words:
-                few_add_codes(
-                    acc, q + row * width, width, k + c * stride, stride, d, min(<Py_ssize_t> LANES, words - d),
-                    end - 1 - c, rows, 1,
-                )
+                few_add_codes(acc, q + row * width, width, at, d, words, rows, 1)
                 d += LANES
             few_spread(s + row * pitch, pitch, vf_bits(vi_sums(acc)), c, end, rows)
             row += rows
@@ -290,27 +358,22 @@ cdef inline void few_scale_sums(
 
 
 cdef void few_scores_of_codes(
-    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin, Py_ssize_t end
+    float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin,
+    Py_ssize_t end
 ) noexcept nogil:
     """scores_of_codes() of few rows: the same scores to the bit."""
     cdef Py_ssize_t i, r, high, low = begin, words = round_up(D, 4) // 4, width = round_up(words, LANES)
-    cdef Py_ssize_t stride = keys.few_k.stride, v_bytes = keys.few_v.stride
+    cdef Py_ssize_t stride = keys.few_k.stride, lanes = panel.lanes
     cdef const char* k
-    cdef const char* ahead = NULL
     for i in range(keys.few_k.n):
         high = min(end, keys.few_k.end[i])
         if low < high:
-            k = keys.few_k.at[i]
-            if keys.few_v.n == keys.few_k.n and keys.few_v.kind == INT8:  # in the same pages
-                ahead = keys.few_v.at[i]
-            if panel.lanes == 1:
-                few_sums_of_codes(s, pitch, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 1, 1)
-            elif panel.lanes == 2:
-                few_sums_of_codes(s, pitch, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, 2, 2)
+            if lanes == 1:
+                few_sums_of_codes(s, pitch, panel.codes, width, keys, i, words, low, high, lanes, 1)
+            elif lanes == 2:
+                few_sums_of_codes(s, pitch, panel.codes, width, keys, i, words, low, high, lanes, 2)
             else:
-                few_sums_of_codes(
-                    s, pitch, panel.codes, width, k, stride, ahead, v_bytes, words, low, high, panel.lanes, 4,
-                )
+                few_sums_of_codes(s, pitch, panel.codes, width, keys, i, words, low, high, lanes, 4)
             low = high
     for r in range(few_pad(panel.lanes)):
         few_scale_sums(
@@ -329,39 +392,58 @@ cdef inline float few_factor(const Problem* x, const Block* keys, bint coded) no
     return 1.0
 
 
-cdef inline void few_accumulate_tile(
-    float* o, Py_ssize_t width, const float* p, const float* hidden, Py_ssize_t pitch, const Pieces* v, Py_ssize_t d,
-    Py_ssize_t begin, Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const char* next_k,
-    Py_ssize_t k_stride, const int rows, const int columns, const bint hides, const Kind kind
+cdef inline void few_add_values(
+    vf* acc, const float* p, const float* hidden, Py_ssize_t pitch, const char* row, Py_ssize_t stride, Py_ssize_t n,
+    const int keys, const int rows, const int columns, const bint hides, const Kind kind
 ) noexcept nogil:
-    """`columns` vectors of a value from d on for `rows` rows; n: the floats of a value in them, of which the last is
-    part of one where that is not whole. next_k: rows to ask for meanwhile, or NULL."""
-    cdef Py_ssize_t c, piece, low = begin
-    cdef int i, r
-    cdef const char* row
+    """acc[r * columns + i] += the sum of p[r][c] value[c] over `keys` keys."""
+    cdef int c, i, r
     cdef vf y[FEW_COLUMNS]
     cdef vf w
+    for c in range(keys):
+        for i in range(columns):
+            if i < columns - 1 or n >= columns * LANES:
+                y[i] = load_floats(beyond(row, i * LANES, kind), kind)
+            else:
+                y[i] = load_floats_part(beyond(row, i * LANES, kind), n - i * LANES, kind)
+        for r in range(rows):
+            if hides and hidden[r * pitch + c] == -INFINITY:
+                continue
+            w = vf_set(p[r * pitch + c])
+            for i in range(columns):
+                acc[r * columns + i] = vf_fma(w, y[i], acc[r * columns + i])
+        row += stride
+
+
+cdef inline void few_accumulate_tile(
+    float* o, Py_ssize_t width, const float* p, const float* hidden, Py_ssize_t pitch, const Block* keys, Py_ssize_t d,
+    Py_ssize_t begin, Py_ssize_t end, const float* alpha, float beta, Py_ssize_t n, const int rows,
+    const int columns, const bint hides, const Kind kind
+) noexcept nogil:
+    """`columns` vectors of a value from d on for `rows` rows; n: the floats of a value in them, of which the last is
+    part of one where that is not whole."""
+    cdef Py_ssize_t c = begin, piece, high
+    cdef int i, r
+    cdef const char* row
     cdef vf acc[2 * FEW_COLUMNS]
     cdef float* place
+    cdef const Pieces* v = &keys.few_v
+    cdef Py_ssize_t stride = v.stride
     for i in range(rows * columns):
         acc[i] = vf_set(0.0)
     for piece in range(v.n):
-        for c in range(low, min(end, v.end[piece])):
-            if next_k != NULL and (rows > 1 or kind != FLOAT32):
-                ask_ahead(next_k + c * k_stride, k_stride)
-            row = beyond(v.at[piece] + c * v.stride, d, kind)
-            for i in range(columns):
-                if i < columns - 1 or n >= columns * LANES:
-                    y[i] = load_floats(beyond(row, i * LANES, kind), kind)
-                else:
-                    y[i] = load_floats_part(beyond(row, i * LANES, kind), n - i * LANES, kind)
-            for r in range(rows):
-                if hides and hidden[r * pitch + c] == -INFINITY:
-                    continue
-                w = vf_set(p[r * pitch + c])
-                for i in range(columns):
-                    acc[r * columns + i] = vf_fma(w, y[i], acc[r * columns + i])
-        low = max(low, v.end[piece])
+        row = beyond(v.at[piece] + c * stride, d, kind)
+        high = min(end, v.end[piece])
+        while c + 4 <= high and n >= columns * LANES:
+            if d == 0 and (rows > 1 or kind != FLOAT32):
+                ask_rows(keys.next_k + c * keys.few_k.stride, keys.few_k.stride, 4, keys.few_k.lines)
+            few_add_values(acc, p + c, hidden + c, pitch, row, stride, columns * LANES, 4, rows, columns, hides, kind)
+            row += 4 * stride
+            c += 4
+        while c < high:
+            few_add_values(acc, p + c, hidden + c, pitch, row, stride, n, 1, rows, columns, hides, kind)
+            row += stride
+            c += 1
     for r in range(rows):
         for i in range(columns):
             place = o + r * width + i * LANES
@@ -380,20 +462,17 @@ cdef inline void few_accumulate_rows(
     cdef const float* p = scratch.s + row * pitch
     cdef const float* hidden = scratch.hidden + row * pitch
     cdef const float* alpha = scratch.alpha + row
-    cdef const char* next_k = keys.next_k if row == 0 else NULL
     while d + (columns - 1) * LANES < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, pitch, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
+            o + d, width, p, hidden, pitch, keys, d, begin, end, alpha, beta, Dv - d, rows,
             columns, hides, kind,
         )
-        next_k = NULL
         d += columns * LANES
     while d < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, pitch, &keys.few_v, d, begin, end, alpha, beta, Dv - d, next_k, keys.few_k.stride, rows,
+            o + d, width, p, hidden, pitch, keys, d, begin, end, alpha, beta, Dv - d, rows,
             1, hides, kind,
         )
-        next_k = NULL
         d += LANES
 
 
@@ -437,48 +516,65 @@ cdef inline int four_bytes(const unsigned char* p) noexcept nogil:
     return word
 
 
-cdef inline void few_accumulate_codes_tile(
-    float* o, Py_ssize_t width, const unsigned char* p, Py_ssize_t pitch, const Pieces* v, Py_ssize_t d,
-    Py_ssize_t begin, Py_ssize_t end, const float* alpha, const float* beta, const char* next_k, Py_ssize_t k_stride,
+cdef inline void few_add_codes_of_values(
+    vi* acc, const unsigned char* p, Py_ssize_t pitch, const int* group, Py_ssize_t stride, const int groups,
     const int rows, const int columns
 ) noexcept nogil:
+    """acc[r * columns + i] += the sum of p[r][c] value[c] over groups of four keys."""
+    cdef int t, i, r
+    cdef vi y[FEW_COLUMNS]
+    cdef vi w
+    for t in range(groups):
+        for i in range(columns):
+            y[i] = vi_load(group + i * LANES)
+        for r in range(rows):
+            w = vi_set(four_bytes(p + r * pitch + 4 * t))
+            for i in range(columns):
+                acc[r * columns + i] = vi_dot_bytes(acc[r * columns + i], w, y[i])
+        group += stride
+
+
+cdef inline void few_accumulate_codes_tile(
+    float* o, Py_ssize_t width, const unsigned char* p, Py_ssize_t pitch, const Block* keys, Py_ssize_t d,
+    Py_ssize_t begin, Py_ssize_t end, const float* alpha, const float* beta, const int rows, const int columns
+) noexcept nogil:
     """few_accumulate_codes() of `rows` rows and `columns` vectors of columns from d on, for groups begin <= t < end."""
-    cdef Py_ssize_t t, low, high, part, piece = 0
+    cdef Py_ssize_t t = begin, high, part, piece = 0
     cdef int i, r
     cdef const int* group
     cdef float* place
-    cdef vi y[FEW_COLUMNS]
-    cdef vi w
     cdef vi acc[FEW_SUMS]
+    cdef const Pieces* v = &keys.few_v
+    cdef Py_ssize_t stride = v.stride  # words between groups
     for r in range(rows):
         for i in range(columns):
             place = o + r * width + i * LANES
             vf_store(place, vf_mul(vf_load(place), vf_set(alpha[r])))
-    low = begin
-    while low < end:
-        part = low * 4 // PART_KEYS
-        high = min(end, (part + 1) * (PART_KEYS // 4))
+    while t < end:
+        part = t * 4 // PART_KEYS
         for i in range(rows * columns):
             acc[i] = vi_set(0)
-        for t in range(low, high):
+        while t < min(end, (part + 1) * (PART_KEYS // 4)):
             while t * 4 >= v.end[piece]:
                 piece += 1
-            if next_k != NULL:
-                ask_ahead(next_k + 4 * t * k_stride, 4 * k_stride)
-            group = <const int*> (v.at[piece] + 4 * t * v.stride) + d
-            for i in range(columns):
-                y[i] = vi_load(group + i * LANES)
-            for r in range(rows):
-                w = vi_set(four_bytes(p + r * pitch + 4 * t))
-                for i in range(columns):
-                    acc[r * columns + i] = vi_dot_bytes(acc[r * columns + i], w, y[i])
+            high = min(end, (part + 1) * (PART_KEYS // 4), (v.end[piece] + 3) // 4)
+            group = <const int*> (v.at[piece] + 4 * t * stride) + d
+            while t + 4 <= high:
+                if d == 0 and rows > 1:
+                    ask_rows(keys.next_k + 4 * t * keys.few_k.stride, keys.few_k.stride, 16, keys.few_k.lines)
+                few_add_codes_of_values(acc, p + 4 * t, pitch, group, stride, 4, rows, columns)
+                group += 4 * stride
+                t += 4
+            while t < high:
+                few_add_codes_of_values(acc, p + 4 * t, pitch, group, stride, 1, rows, columns)
+                group += stride
+                t += 1
         for r in range(rows):
             for i in range(columns):
                 place = o + r * width + i * LANES
                 vf_store(place, vf_fma(
                     vf_set(beta[part * PANEL + r]), vf_from_int(acc[r * columns + i]), vf_load(place),
                 ))
-        low = high
 
 
 cdef inline void few_accumulate_codes_rows(
@@ -490,18 +586,15 @@ cdef inline void few_accumulate_codes_rows(
     cdef const unsigned char* p = <const unsigned char*> scratch.p + row * pitch
     cdef const float* alpha = scratch.alpha + row
     cdef const float* beta = scratch.beta + row
-    cdef const char* next_k = keys.next_k if row == 0 else NULL
     while d + columns * LANES <= width:
         few_accumulate_codes_tile(
-            o + d, width, p, pitch, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, columns,
+            o + d, width, p, pitch, keys, d, begin, end, alpha, beta, rows, columns,
         )
-        next_k = NULL
         d += columns * LANES
     while d < width:
         few_accumulate_codes_tile(
-            o + d, width, p, pitch, &keys.few_v, d, begin, end, alpha, beta, next_k, keys.few_k.stride, rows, 1,
+            o + d, width, p, pitch, keys, d, begin, end, alpha, beta, rows, 1,
         )
-        next_k = NULL
         d += LANES
 
 

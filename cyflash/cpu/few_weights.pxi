@@ -14,7 +14,7 @@ cdef enum:
 
 
 cdef inline Py_ssize_t few_pitch(const Problem* x) noexcept nogil:
-    return round_up(x.Bc, LANES)
+    return round_up(keys_of_block(x, True), LANES)
 
 
 cdef inline void surround(float* s, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:

@@ -13,6 +13,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     cdef Panel panel
     cdef float one = 1.0
     memset(&x, 0, sizeof(x))
+    memset(&keys, 0, sizeof(keys))
     memset(&head, 0, sizeof(head))
     memset(&panel, 0, sizeof(panel))
     memset(&sequence, 0, sizeof(sequence))
@@ -32,7 +33,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     sequence.pages = &first_page
     head.sequence, head.q_codes, head.q_scale, head.k_scale = &sequence, &q[0, 0], &one, &one
     scratch.k = <char*> &room[0]
-    x.Bc, keys.few_v.n = Lk, 0
+    x.Bc = Lk
     load_keys(&x, &head, 0, 0, Lk, False, few, &scratch, &keys)
     panel.codes, panel.factor, panel.shift, panel.lift = &codes[0], &rest[0, 0], &rest[1, 0], &rest[3, 0]
     panel.heads, panel.few = 1, few
@@ -63,6 +64,7 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     cdef Block keys
     cdef Panel panel
     memset(&x, 0, sizeof(x))
+    memset(&keys, 0, sizeof(keys))
     memset(&head, 0, sizeof(head))
     memset(&panel, 0, sizeof(panel))
     memset(&sequence, 0, sizeof(sequence))

@@ -158,6 +158,7 @@ cdef struct Head:
 
 
 cdef enum:
+    FEW_KEYS = 256    # see keys_of_block()
     MOST_PIECES = 34  # a block has at most 512 keys, a page at least 16, and neither need begin with the other
 
 
@@ -166,6 +167,8 @@ cdef struct Pieces:
     # its rows lie as if the block began at at[i].
     Kind kind
     Py_ssize_t stride           # bytes between keys; of codes of values, bytes for each key
+    Py_ssize_t lines            # cache lines of one; 0 where it was just written
+    Py_ssize_t begin            # the first key
     Py_ssize_t n
     Py_ssize_t end[MOST_PIECES]
     const char* at[MOST_PIECES]
@@ -176,7 +179,7 @@ cdef struct Block:
     Pieces few_k                # for panels of few rows, instead of k, k_words, v and v_words
     Pieces few_v
     Py_ssize_t end              # after its last key
-    const char* next_k          # keys of the next block, which few rows ask for ahead of their use, or NULL
+    const char* next_k          # keys of the next block, which few rows ask for ahead of their use
     const float* k
     Py_ssize_t k_stride
     const float* v
@@ -213,6 +216,11 @@ cdef inline Py_ssize_t lane_at(
     if panel.heads == 1:
         return (panel.row + lane) * row_stride
     return lane // panel.rows * head_stride + (panel.row + lane % panel.rows) * row_stride
+
+
+cdef inline Py_ssize_t keys_of_block(const Problem* x, bint few) noexcept nogil:
+    """Keys of a block. Few rows have no use for its being in a cache: more keys, fewer pauses between them."""
+    return 2 * x.Bc if few and x.k.kind != INT8 and x.Bc <= FEW_KEYS // 2 else x.Bc
 
 
 cdef inline Py_ssize_t round_up(Py_ssize_t n, Py_ssize_t step) noexcept nogil:
@@ -435,8 +443,11 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
         panel.m[r] = -INFINITY
         panel.l[r] = 0.0
         panel.lift[r] = 0.0
-        panel.step[r] = <float> (r % panel.rows)
-        panel.slope[r] = 0.0
+        panel.step[r] = panel.slope[r] = 0.0
+    for r in range(panel.rows):
+        panel.step[r] = <float> r
+    for r in range(panel.rows, panel.lanes):
+        panel.step[r] = panel.step[r - panel.rows]
     if head.slopes != NULL:
         for r in range(panel.lanes):
             panel.slope[r] = head.slopes[r // panel.rows * x.slopes_stride]

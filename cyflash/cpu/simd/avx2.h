@@ -134,7 +134,11 @@ WORD void vf_store_bytes(unsigned char *p, vf x) {
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
 }
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
-WORD vi vi_dot_bytes(vi acc, vi a, vi b) { return vi_dot(acc, a, b); }
+/* here b is often used once, from memory */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "xm"(b));
+    return acc;
+}
 WORD vf vf_code(vi x, int i) { return vf_byte(_mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), i); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     __m256i low = _mm256_or_si256(_mm256_cvtps_epi32(x[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(x[1]), 8));

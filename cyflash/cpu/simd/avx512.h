@@ -120,7 +120,11 @@ WORD vi vi_dot(vi acc, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 }
-WORD vi vi_dot_bytes(vi acc, vi a, vi b) { return vi_dot(acc, a, b); }
+/* here b is often used once, from memory */
+WORD vi vi_dot_bytes(vi acc, vi a, vi b) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "vm"(b));
+    return acc;
+}
 WORD vf vf_code(vi x, int i) { return vf_byte(_mm512_xor_si512(x, _mm512_set1_epi32((int)0x80808080)), i); }
 WORD void vi_store_codes(int32_t *p, const vf *x) {
     __m512i low = _mm512_or_si512(_mm512_cvtps_epi32(x[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(x[1]), 8));
