@@ -22,7 +22,7 @@ from cyflash.storing import checked_count, format_of
 
 __all__ = ["KVCache", "PagedKVCache", "flash_attention_with_kvcache"]
 
-PAGE_SIZE = 256  # tokens: so long that a kernel's block of keys is seldom in two pages
+PAGE_SIZE = 512  # tokens: a block of keys of the kernels for few rows
 
 
 class _Tokens(NamedTuple):

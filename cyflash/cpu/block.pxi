@@ -178,26 +178,30 @@ cdef const void* of_keys(
 ) noexcept nogil:
     """The 32-bit numbers of keys begin <= j < end of a head, one for each key, in pages as their codes are; a copy in
     `room` where these are several. page, head: strides in numbers."""
-    cdef Py_ssize_t j
+    cdef Py_ssize_t n, j = begin
     cdef const int* numbers = <const int*> data + head
     if in_one_page(rows, begin, end):
         return numbers + rows.table[begin // rows.size] * page + begin % rows.size
-    for j in range(begin, end):
-        room[j - begin] = numbers[rows.table[j // rows.size] * page + j % rows.size]
+    while j < end:
+        n = min(end - j, rows.size - j % rows.size)
+        memcpy(room + (j - begin), numbers + rows.table[j // rows.size] * page + j % rows.size, n * sizeof(int))
+        j += n
     return room
 
 
 cdef inline void ask_numbers(
     const void* data, Py_ssize_t page, Py_ssize_t head, const Rows* rows, Py_ssize_t begin, Py_ssize_t end
 ) noexcept nogil:
-    """Asks for what of_keys() gives, as far as it lies in one page. These are short pieces, one for each block: each
-    would be waited for when it begins."""
-    cdef Py_ssize_t i, n = min(end - begin, rows.size - begin % rows.size)
+    """Asks for what of_keys() gives. These are short pieces, one for each page: each would be waited for when it
+    begins."""
+    cdef Py_ssize_t i, n
     cdef const int* numbers
-    if begin < end:
+    while begin < end:
+        n = min(end - begin, rows.size - begin % rows.size)
         numbers = <const int*> data + head + rows.table[begin // rows.size] * page + begin % rows.size
         for i in range((n * <Py_ssize_t> sizeof(int) + CACHE_LINE - 1) // CACHE_LINE):
             prefetch(<const char*> numbers + i * CACHE_LINE)
+        begin += n
 
 
 cdef void cut_pieces(
@@ -231,7 +235,7 @@ cdef void load_keys(
     """Keys [first + begin, first + end); codes from whole groups of ROWS keys."""
     cdef Rows rows = rows_of(x, head, &x.first_k if precise else &x.k, precise)
     cdef const Codes* codes = &x.codes
-    cdef Py_ssize_t low = first + begin, high = first + end, words = round_up(x.D, 4) // 4
+    cdef Py_ssize_t low = first + begin, high = first + end, words = round_up(x.D, 4) // 4, Bc = keys_of_block(x, few)
     cdef bint whole
     block.k = NULL
     block.k_words = block.k_correction = NULL
@@ -250,17 +254,17 @@ cdef void load_keys(
             ) - (low - first)
     if few:
         if rows.pages.kind == INT8:
-            high = min(head.sequence.Lk, first + 2 * x.Bc)
+            high = min(head.sequence.Lk, first + 2 * Bc)
             ask_numbers(
-                codes.k_correction, codes.k_correction_page, head.kv * codes.k_correction_head, &rows, first + x.Bc,
+                codes.k_correction, codes.k_correction_page, head.kv * codes.k_correction_head, &rows, first + Bc,
                 high,
             )
             if codes.k_scale.tokens:
                 ask_numbers(
-                    codes.k_scale.data, codes.k_scale.page, head.kv * codes.k_scale.head, &rows, first + x.Bc, high,
+                    codes.k_scale.data, codes.k_scale.page, head.kv * codes.k_scale.head, &rows, first + Bc, high,
                 )
         cut_pieces(&block.few_k, &rows, first, begin, end, x.D)
-        high = first + keys_of_block(x, few)
+        high = first + Bc
         block.next_k = row_at(&rows, high if high < head.sequence.Lk and not precise else first)
         return
     whole = in_one_page(&rows, low, high)
@@ -316,7 +320,7 @@ cdef void load_values(
     cdef bint coded = x.k.kind == INT8 and not precise
     cdef Kind product = x.codes.product if coded else BFLOAT16 if x.native else FLOAT32
     cdef Py_ssize_t low = first + begin, high = first + end, whole_groups = first + begin // ROWS * ROWS
-    cdef Py_ssize_t width = round_up(x.Dv, LANES)
+    cdef Py_ssize_t width = round_up(x.Dv, LANES), Bc = keys_of_block(x, few)
     block.v = NULL
     block.v_words = NULL
     block.v_scale = NULL
@@ -329,8 +333,8 @@ cdef void load_values(
             )
             if few:
                 ask_numbers(
-                    scale.data, scale.page, head.kv * scale.head, &rows, first + x.Bc,
-                    min(head.sequence.Lk, first + 2 * x.Bc),
+                    scale.data, scale.page, head.kv * scale.head, &rows, first + Bc,
+                    min(head.sequence.Lk, first + 2 * Bc),
                 )
     if few and (product == INT8 or (rows.pages.kind != INT8 and (product == FLOAT32 or x.native))):
         cut_pieces(&block.few_v, &rows, first, low - first, high - first, x.Dv)
@@ -387,4 +391,4 @@ cdef Py_ssize_t values_room(const Problem* x) noexcept nogil:
         return 0
     if blocks_in_pages(x) and GROUP == 4 and product == INT8:
         return 0
-    return x.Bc * round_up(x.Dv, 16)
+    return keys_of_block(x, x.k.kind == INT8 and product != INT8) * round_up(x.Dv, 16)

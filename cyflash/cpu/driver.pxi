@@ -25,7 +25,8 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # ---------------------------------------------------------------------------------------------------------------------
 # Scratch of one thread, in floats (an int is as long):
 #
-#     s, hidden         2 x Bc x PANEL        one tile of scores, and of what is hidden from them or their codes
+#     s, hidden         2 x Bc x PANEL        one tile of scores, and of what is hidden from them or their codes; for few
+#                                             rows FEW x FEW_KEYS
 #     top, alpha, beta  (2 x parts + 1) x PANEL   see Scratch
 #     k, v              a block each          where the products cannot read them in place, see block.pxi
 #     k_correction, k_scale, v_scale  3 x Bc  the same
@@ -48,7 +49,12 @@ cdef enum:
 
 cdef Py_ssize_t parts(const Problem* x) noexcept nogil:
     """Of a block of keys."""
-    return (x.Bc + PART_KEYS - 1) // PART_KEYS
+    return (keys_of_block(x, True) + PART_KEYS - 1) // PART_KEYS
+
+
+cdef Py_ssize_t tile_floats(const Problem* x) noexcept nogil:
+    """A block's scores."""
+    return max(x.Bc * PANEL, few_pitch(x) * FEW)
 
 
 cdef Py_ssize_t panel_floats(const Problem* x) noexcept nogil:
@@ -66,7 +72,7 @@ cdef Py_ssize_t words_of_queries(const Problem* x) noexcept nogil:
 cdef Py_ssize_t scratch_floats(const Problem* x) noexcept nogil:
     cdef Py_ssize_t structure = (sizeof(Panel) + 63) // 64 * 64 // sizeof(float)
     return (
-        PANEL * (2 * x.Bc + 2 * parts(x) + 1) + keys_room(x) + values_room(x) + 3 * round_up(x.Bc, LANES)
+        2 * tile_floats(x) + PANEL * (2 * parts(x) + 1) + keys_room(x) + values_room(x) + 3 * few_pitch(x)
         + (x.Br // PANEL) * (panel_floats(x) + structure)
     )
 
@@ -74,17 +80,17 @@ cdef Py_ssize_t scratch_floats(const Problem* x) noexcept nogil:
 cdef float* place_scratch(const Problem* x, Scratch* scratch, float* memory) noexcept nogil:
     """Gives a thread's scratch its places; returns where panels begin."""
     scratch.s = memory
-    scratch.hidden = scratch.s + x.Bc * PANEL
+    scratch.hidden = scratch.s + tile_floats(x)
     scratch.p = <int*> scratch.hidden
-    scratch.top = scratch.hidden + x.Bc * PANEL
+    scratch.top = scratch.hidden + tile_floats(x)
     scratch.alpha = scratch.top + parts(x) * PANEL
     scratch.beta = scratch.alpha + PANEL
     scratch.k = <char*> (scratch.beta + parts(x) * PANEL)
     scratch.v = scratch.k + keys_room(x) * <Py_ssize_t> sizeof(float)
     scratch.k_correction = <int*> (scratch.v + values_room(x) * <Py_ssize_t> sizeof(float))
-    scratch.k_scale = <float*> scratch.k_correction + round_up(x.Bc, LANES)
-    scratch.v_scale = scratch.k_scale + round_up(x.Bc, LANES)
-    return scratch.v_scale + round_up(x.Bc, LANES)
+    scratch.k_scale = <float*> scratch.k_correction + few_pitch(x)
+    scratch.v_scale = scratch.k_scale + few_pitch(x)
+    return scratch.v_scale + few_pitch(x)
 
 
 cdef void place_panel(

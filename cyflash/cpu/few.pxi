@@ -10,7 +10,7 @@
 cdef enum:
     FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
     FEW_COLUMNS = 8     # vectors of a key or a value that one row keeps in registers
-    AHEAD = 2 * LANES   # keys between the ones in use and the ones asked for
+    AHEAD = 16          # keys between the ones in use and the ones asked for
     FEW_SUMS = 8 * (1 + LANES // 16)  # vectors of sums of several rows: half of the 16, or of AVX-512 32, registers
 
 
@@ -102,13 +102,6 @@ cdef inline void ask_rows(const char* first, Py_ssize_t stride, Py_ssize_t n, Py
         first += stride
 
 
-cdef inline void ask_group(const Block* keys, Py_ssize_t i, Py_ssize_t c, Py_ssize_t n) noexcept nogil:
-    """While n keys from c on are read, asks for later ones, and for the values of these: piece i of both."""
-    ask_rows(keys.few_k.at[i] + (c + AHEAD) * keys.few_k.stride, keys.few_k.stride, n, keys.few_k.lines)
-    if keys.few_v.n == keys.few_k.n:
-        ask_rows(keys.few_v.at[i] + c * keys.few_v.stride, keys.few_v.stride, n, keys.few_v.lines)
-
-
 cdef inline void few_group(
     const char** at, const char* k, Py_ssize_t stride, Py_ssize_t c, Py_ssize_t end, const int n
 ) noexcept nogil:
@@ -190,7 +183,7 @@ cdef inline void few_scores_of_rows(
     if rows == 1 and (D == columns * LANES or D == columns // 2 * LANES):
         while c + LANES <= end:
             if kind != FLOAT32:
-                ask_group(keys, piece, c, LANES)
+                ask_rows(k + (c + AHEAD) * stride, stride, LANES, keys.few_k.lines)
             if D == columns * LANES:
                 few_products(acc, q, width, k + c * stride, stride, 1, columns, kind)
             else:
@@ -199,7 +192,7 @@ cdef inline void few_scores_of_rows(
             c += LANES
     while c < end:
         if rows > 1 or kind != FLOAT32:
-            ask_group(keys, piece, c, LANES // rows)
+            ask_rows(k + (c + AHEAD) * stride, stride, LANES // rows, keys.few_k.lines)
         few_group(at, k, stride, c, end, LANES // rows)
         row = 0
         while row < lanes:
@@ -324,8 +317,12 @@ cdef inline void few_sums_of_codes(
             vf_store(s + c, vf_bits(vi_sums(acc)))
             c += LANES
     while c < end:
-        if rows > 1:
-            ask_group(keys, piece, c, LANES // rows)
+        if rows > 1:  # and for the values, which are as many pages ahead as the keys
+            ask_rows(k + (c + AHEAD) * stride, stride, LANES // rows, keys.few_k.lines)
+            ask_rows(
+                keys.few_v.at[min(piece, keys.few_v.n - 1)] + c * keys.few_v.stride, keys.few_v.stride, LANES // rows,
+                keys.few_v.lines,
+            )
         few_group(at, k, stride, c, end, LANES // rows)
         row = 0
         while row < lanes:
@@ -349,12 +346,16 @@ cdef inline void few_scale_sums(
     """Scores of one row from sums of products of codes, in place."""
     cdef Py_ssize_t n, c = begin
     cdef vf x, y
-    while c < end:
-        n = min(<Py_ssize_t> LANES, end - c)
+    while c + LANES <= end:
+        y = vf_from_int(vi_add(vi_bits(vf_load(s + c)), vi_load(correction + c)))
+        x = vf_mul(factor, vf_load(scale + c)) if scale != NULL else factor
+        vf_store(s + c, vf_fma(y, x, shift))
+        c += LANES
+    if c < end:
+        n = end - c
         y = vf_from_int(vi_add(vi_bits(vf_load_part(s + c, n)), vi_load_part(correction + c, n)))
         x = vf_mul(factor, vf_load_part(scale + c, n)) if scale != NULL else factor
         vf_store_part(s + c, vf_fma(y, x, shift), n)
-        c += n
 
 
 cdef void few_scores_of_codes(
@@ -436,7 +437,7 @@ cdef inline void few_accumulate_tile(
         high = min(end, v.end[piece])
         while c + 4 <= high and n >= columns * LANES:
             if d == 0 and (rows > 1 or kind != FLOAT32):
-                ask_rows(keys.next_k + c * keys.few_k.stride, keys.few_k.stride, 4, keys.few_k.lines)
+                ask_rows(row + AHEAD * stride, stride, 4, v.lines)
             few_add_values(acc, p + c, hidden + c, pitch, row, stride, columns * LANES, 4, rows, columns, hides, kind)
             row += 4 * stride
             c += 4

@@ -144,7 +144,10 @@ cdef inline vf few_code_weights(
     code_exponentials(x, base, n)
     for i in range(n):
         if tokens:
-            scale = vf_load_part(v_scale + i * LANES, max(<Py_ssize_t> 0, min(<Py_ssize_t> LANES, valid - i * LANES)))
+            if valid >= n * LANES:
+                scale = vf_load(v_scale + i * LANES)
+            else:
+                scale = vf_load_part(v_scale + i * LANES, max(<Py_ssize_t> 0, min(<Py_ssize_t> LANES, valid - i * LANES)))
             w[i] = vf_hide(vf_mul(x[i], scale), w[i], vf_set(0.0))  # whatever the scale beside what is visible
             vf_store(s + i * LANES, w[i])
             highest[0] = vf_max(highest[0], w[i])
