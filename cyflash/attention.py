@@ -419,16 +419,16 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
         sequences, pages = _dense(plan.B, plan.Lq, plan.Lk, plan.offset)
     direct = arrays.rows_in_place(out)  # out itself, unless its last axis is strided
     kinds = None if q is None else arrays.kind_of(q.dtype), arrays.kind_of(out.dtype)
-    tile_bytes = 0
+    tile_bytes, keys = 0, call.Bc
     if out.size:
-        tile_bytes = call.build.forward(
+        tile_bytes, keys = call.build.forward(
             q, kinds[0] or "fp32", stored, sequences, pages, codes, arrays.four_axes(direct), kinds[1],
             None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, call.native,
             call.Br, call.Bc, call.threads,
         )
     if direct is not out:
         out[...] = direct
-    return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(call.build))
+    return out, lse, Work(call.flops, tile_bytes, call.Br, keys, cpu.name_of(call.build))
 
 
 def _visible_flops(plan):

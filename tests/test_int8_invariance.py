@@ -129,11 +129,17 @@ def test_order_of_heads(build, call, shape):
 
 
 def test_expanded_groups(build, call, shape):
-    """Sharing kv heads gives the bits of repeating them."""
+    """Sharing kv heads gives the bits of repeating them, where the rows that meet a key together are as few or as many
+    for the kernels."""
     (q, k, v), arguments = call
-    group = shape[1] // shape[2]
+    group, few = shape[1] // shape[2], cyflash.cpu.active().SHAPE["LANES"] // 2
     repeated = (q, np.repeat(k, group, axis=1), np.repeat(v, group, axis=1))
-    cases.assert_same_bits(run(repeated, arguments), run((q, k, v), arguments))
+    shared, alone = run((q, k, v), arguments), run(repeated, arguments)
+    if (group * shape[3] <= few) == (shape[3] <= few):
+        cases.assert_same_bits(alone, shared)
+    else:
+        np.testing.assert_allclose(alone[0], shared[0], rtol=0, atol=1e-5 * np.abs(shared[0]).max())
+        np.testing.assert_allclose(alone[1], shared[1], rtol=1e-6)
 
 
 def test_ranks(build):

@@ -346,6 +346,20 @@ cdef Py_ssize_t plan_sequence(const Problem* x, Sequence* sequence, Py_ssize_t f
     return sequence.tasks
 
 
+cdef Py_ssize_t keys_met(const Problem* x) noexcept nogil:
+    """Keys of a block of the sequence with the most query rows."""
+    cdef const Sequence* longest = NULL
+    cdef Py_ssize_t s, panels, heads
+    for s in range(x.n):
+        if longest == NULL or x.sequences[s].Lq > longest.Lq:
+            longest = &x.sequences[s]
+    if longest == NULL or longest.units == 0 or not longest.short:
+        return x.Bc
+    panels = longest.units // (x.H // x.group)
+    heads = (x.group + panels - 1) // panels
+    return min(keys_of_block(x, longest.Lq * heads <= FEW), max(x.Bc, round_up(longest.Lk, ROWS)))
+
+
 cdef const Sequence* sequence_of(const Problem* x, Py_ssize_t task) noexcept nogil:
     """The sequence that a task belongs to, by bisection."""
     cdef Py_ssize_t low = 0, high = x.n, middle
@@ -540,7 +554,7 @@ def forward(
     options not None, bint ragged, bint native, Py_ssize_t Br, Py_ssize_t Bc, int threads,
 ):
     """Attention of checked arrays (attention.py). Writes out and, unless None, lse; returns the bytes of scratch of one
-    thread.
+    thread and the keys of a block, as they were.
 
     q: (B, H, Lq, D), of kind q_kind; None where codes are enough. out, lse: (B, H, Lq, Dv), (B, H, Lq). stored: a
     Stored (stored.py). sequences: (n, 5) of number, index along B, Lq, Lk, offset.
@@ -600,9 +614,9 @@ def forward(
             if codes is not None:
                 describe_coded_queries(sequence, codes, first, axis)
         run(&x, threads)
+        return scratch_floats(&x) * sizeof(float), keys_met(&x)
     finally:
         free(x.sequences)
-    return scratch_floats(&x) * sizeof(float)
 
 
 cdef int describe_codes(Problem* x, stored, codes, bint ragged) except -1:

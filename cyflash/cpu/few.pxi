@@ -5,11 +5,16 @@
 #     O     [row][Dv]     a weight broadcast for each key: few_accumulate()
 #
 # A decode step is bound by memory: at 20 GB/s a thread a key of 128 floats and its value take 200 cycles, their codes
-# 50. Up to FEW rows share a read. What a row's bits depend on is the same whatever the number of rows.
+# 50. What decides how much of that speed is reached is how many lines are under way, and so how far the CPU sees ahead:
+# in the some 400 instructions that it holds, so that each one less for a key counts, and in its prefetchers, which go
+# so many strides of an instruction ahead, so that loops are unrolled to strides of 1 to 2 KB. One row of floats or codes
+# needs no more. Several rows compute more for each key, and 16-bit floats need a conversion: they ask for keys ahead.
+# Up to FEW rows share a read. What a row's bits depend on is the same whatever the number of rows.
 
 cdef enum:
     FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
     FEW_COLUMNS = 8     # vectors of a key or a value that one row keeps in registers
+    FEW_WORDS = 32 // LANES  # vectors of the codes of a key with D = 128, the most of those that are read in one go
     AHEAD = 16          # keys between the ones in use and the ones asked for
     FEW_SUMS = 8 * (1 + LANES // 16)  # vectors of sums of several rows: half of the 16, or of AVX-512 32, registers
 
@@ -94,8 +99,6 @@ cdef inline void few_spread(
 cdef inline void ask_rows(const char* first, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t lines) noexcept nogil:
     """Asks for n rows of so many cache lines."""
     cdef Py_ssize_t i, j
-    if first == NULL:
-        return
     for i in range(n):
         for j in range(lines):
             prefetch(first + j * CACHE_LINE)
@@ -144,37 +147,31 @@ cdef inline void few_add_products(
 
 
 cdef inline void few_products(
-    vf* acc, const float* q, Py_ssize_t width, const char* key, Py_ssize_t stride, const int rows, const int columns,
-    const Kind kind
+    vf* acc, const float* q, const char* key, Py_ssize_t stride, const int columns, const Kind kind
 ) noexcept nogil:
-    """acc[r * keys + i] = the product of row r and key i, where both are `columns` whole vectors. With as few
-    instructions as can be, of which the CPU holds some 400: those are what it sees of the keys to come."""
-    cdef int i, r, j
+    """acc[i] = the product of one row and key i, where both are `columns` whole vectors."""
+    cdef int i, j, u
     cdef vf y
-    cdef vf x[2 * FEW_COLUMNS]
-    cdef vf sum[4]
-    cdef const char* end = key + LANES // rows * stride
-    for r in range(rows):
-        for j in range(columns):
-            x[r * columns + j] = vf_load(q + r * width + j * LANES)
-    while key != end:
-        for i in range(4):
-            for j in range(columns):
+    cdef vf x[FEW_COLUMNS]
+    cdef vf sum
+    for j in range(columns):
+        x[j] = vf_load(q + j * LANES)
+    for i in range(LANES // 4):
+        for u in range(4):
+            sum = vf_mul(x[0], load_floats(key, kind))
+            for j in range(1, columns):
                 y = load_floats(beyond(key, j * LANES, kind), kind)
-                for r in range(rows):
-                    sum[r] = vf_mul(x[r * columns], y) if j == 0 else vf_fma(x[r * columns + j], y, sum[r])
-            for r in range(rows):
-                acc[r * (LANES // rows) + i] = sum[r]
+                sum = vf_fma(x[j], y, sum)
+            acc[4 * i + u] = sum
             key += stride
-        acc += 4
 
 
 cdef inline void few_scores_of_rows(
     float* s, Py_ssize_t pitch, const float* q, Py_ssize_t width, const Block* keys, Py_ssize_t piece, Py_ssize_t D,
     Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows, const int columns, const Kind kind
 ) noexcept nogil:
-    """few_scores() of one piece: `columns` vectors at a time, half as many, then one. k: key 0 of the block, were it in
-    this piece."""
+    """few_scores() of one piece: `columns` vectors at a time, half as many, then one. k: key 0 of the
+    block, were it in this piece."""
     cdef Py_ssize_t row, d, c = begin, stride = keys.few_k.stride
     cdef int i
     cdef const char* k = keys.few_k.at[piece]
@@ -185,9 +182,9 @@ cdef inline void few_scores_of_rows(
             if kind != FLOAT32:
                 ask_rows(k + (c + AHEAD) * stride, stride, LANES, keys.few_k.lines)
             if D == columns * LANES:
-                few_products(acc, q, width, k + c * stride, stride, 1, columns, kind)
+                few_products(acc, q, k + c * stride, stride, columns, kind)
             else:
-                few_products(acc, q, width, k + c * stride, stride, 1, columns // 2, kind)
+                few_products(acc, q, k + c * stride, stride, columns // 2, kind)
             vf_store(s + c, vf_sums(acc))
             c += LANES
     while c < end:
@@ -217,8 +214,7 @@ cdef inline void few_scores_of_kind(
     float* s, Py_ssize_t pitch, const Panel* panel, const Block* keys, Py_ssize_t D, Py_ssize_t begin,
     Py_ssize_t end, const Kind kind
 ) noexcept nogil:
-    cdef Py_ssize_t i, high, low = begin, width = round_up(D, LANES), stride = keys.few_k.stride, lanes = panel.lanes
-    cdef const char* k
+    cdef Py_ssize_t i, high, low = begin, width = round_up(D, LANES), lanes = panel.lanes
     for i in range(keys.few_k.n):
         high = min(end, keys.few_k.end[i])
         if low < high:
@@ -286,7 +282,7 @@ cdef inline void few_products_of_codes(
 ) noexcept nogil:
     """few_products() of one row of words of codes."""
     cdef int i, j
-    cdef vi x[2]
+    cdef vi x[FEW_WORDS]
     cdef vi sum
     for j in range(columns):
         x[j] = vi_load(q + j * LANES)
@@ -302,18 +298,18 @@ cdef inline void few_sums_of_codes(
     float* s, Py_ssize_t pitch, const int* q, Py_ssize_t width, const Block* keys, Py_ssize_t piece, Py_ssize_t words,
     Py_ssize_t begin, Py_ssize_t end, Py_ssize_t lanes, const int rows
 ) noexcept nogil:
-    """The sums of products of codes as integers, where scores are kept; k as in few_scores_of_rows()."""
+    """The sums of products of codes as integers, where scores are kept."""
     cdef Py_ssize_t row, d, c = begin, stride = keys.few_k.stride
     cdef int i
     cdef const char* k = keys.few_k.at[piece]
     cdef const char* at[LANES]
     cdef vi acc[LANES]
-    if rows == 1 and (words == 2 * LANES or words == LANES):
+    if rows == 1 and (words == FEW_WORDS * LANES or words == FEW_WORDS // 2 * LANES):
         while c + LANES <= end:
-            if words == LANES:
-                few_products_of_codes(acc, q, k + c * stride, stride, 1)
+            if words == FEW_WORDS // 2 * LANES:
+                few_products_of_codes(acc, q, k + c * stride, stride, FEW_WORDS // 2)
             else:
-                few_products_of_codes(acc, q, k + c * stride, stride, 2)
+                few_products_of_codes(acc, q, k + c * stride, stride, FEW_WORDS)
             vf_store(s + c, vf_bits(vi_sums(acc)))
             c += LANES
     while c < end:
@@ -364,8 +360,7 @@ cdef void few_scores_of_codes(
 ) noexcept nogil:
     """scores_of_codes() of few rows: the same scores to the bit."""
     cdef Py_ssize_t i, r, high, low = begin, words = round_up(D, 4) // 4, width = round_up(words, LANES)
-    cdef Py_ssize_t stride = keys.few_k.stride, lanes = panel.lanes
-    cdef const char* k
+    cdef Py_ssize_t lanes = panel.lanes
     for i in range(keys.few_k.n):
         high = min(end, keys.few_k.end[i])
         if low < high:

@@ -118,6 +118,12 @@ SUMS(vf_sums, vf, , , vf_add)
 SUMS(vi_sums, vi, vf_bits, vi_bits, vi_add)
 #undef SUMS
 
+WORD void vf_store_bytes(unsigned char *p, vf x) {
+    __m256i n = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
+}
+
 #ifdef __AVXVNNI__
 
 enum { GROUP = 4, ZERO_POINT = 128, RESIDENT = 3 };
@@ -127,11 +133,6 @@ typedef int8_t code;
 WORD vi vi_dot(vi acc, vi a, vi b) {
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
     return acc;
-}
-WORD void vf_store_bytes(unsigned char *p, vf x) {
-    __m256i n = _mm256_cvtps_epi32(x);
-    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
-    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
 }
 WORD vi vi_dot_at(vi acc, const int32_t *a, vi b) { return vi_dot(acc, vi_load(a), b); }
 /* here b is often used once, from memory */
