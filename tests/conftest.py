@@ -1,8 +1,12 @@
 """What every test file shares: fixtures that run a test once for each SIMD build, or on one of them."""
+import os
 import zlib
 
 import pytest
 from threadpoolctl import threadpool_limits
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: a thread that waits must not keep one busy
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,8 +25,8 @@ cdef double SECONDS_BETWEEN_SIGNALS = 0.06
 # ---------------------------------------------------------------------------------------------------------------------
 # Scratch of one thread, in floats (an int is as long):
 #
-#     s, hidden         2 x Bc x PANEL        one tile of scores, and of what is hidden from them or their codes; for few
-#                                             rows FEW x FEW_KEYS
+#     s, hidden         2 x Bc x PANEL        one tile of scores, and of what is hidden from them or their codes; or
+#                       2 x FEW_KEYS x FEW    the same of few rows, if that is more
 #     top, alpha, beta  (2 x parts + 1) x PANEL   see Scratch
 #     k, v              a block each          where the products cannot read them in place, see block.pxi
 #     k_correction, k_scale, v_scale  3 x Bc  the same

@@ -1,15 +1,15 @@
-# Panels with few rows, where a tile with rows in lanes would be mostly idle: products read keys and values LANES numbers
-# of a row at a time, and what comes between them has keys in lanes (few_weights.pxi).
+# Panels with few rows, where a tile with rows in lanes would be mostly idle: products read keys and values LANES
+# numbers of a row at a time, and what comes between them has keys in lanes (few_weights.pxi).
 #
 #     S     [row][pitch]  LANES partial sums for each of LANES pairs (row, key), put together: few_scores()
 #     O     [row][Dv]     a weight broadcast for each key: few_accumulate()
 #
 # A decode step is bound by memory: at 20 GB/s a thread a key of 128 floats and its value take 200 cycles, their codes
-# 50. What decides how much of that speed is reached is how many lines are under way, and so how far the CPU sees ahead:
-# in the some 400 instructions that it holds, so that each one less for a key counts, and in its prefetchers, which go
-# so many strides of an instruction ahead, so that loops are unrolled to strides of 1 to 2 KB. One row of floats or codes
-# needs no more. Several rows compute more for each key, and 16-bit floats need a conversion: they ask for keys ahead.
-# Up to FEW rows share a read. What a row's bits depend on is the same whatever the number of rows.
+# 50. How much of that speed is reached is decided by how many lines are under way, and so by how far the CPU sees
+# ahead: in the some 400 instructions that it holds, so that each one less for a key counts, and in its prefetchers,
+# which go so many strides of a load ahead, so that loops are unrolled to strides of 1 to 2 KB. One row of floats or
+# codes needs no more. Several rows compute more for each key, and 16-bit floats need a conversion: they ask for keys
+# ahead. Up to FEW rows share a read. What a row's bits depend on is the same whatever the number of rows.
 
 cdef enum:
     FEW = LANES // 2    # rows of a panel at most: from there on lanes full of rows are faster
@@ -150,20 +150,17 @@ cdef inline void few_products(
     vf* acc, const float* q, const char* key, Py_ssize_t stride, const int columns, const Kind kind
 ) noexcept nogil:
     """acc[i] = the product of one row and key i, where both are `columns` whole vectors."""
-    cdef int i, j, u
-    cdef vf y
+    cdef int i, j
     cdef vf x[FEW_COLUMNS]
     cdef vf sum
     for j in range(columns):
         x[j] = vf_load(q + j * LANES)
-    for i in range(LANES // 4):
-        for u in range(4):
-            sum = vf_mul(x[0], load_floats(key, kind))
-            for j in range(1, columns):
-                y = load_floats(beyond(key, j * LANES, kind), kind)
-                sum = vf_fma(x[j], y, sum)
-            acc[4 * i + u] = sum
-            key += stride
+    for i in range(LANES):
+        sum = vf_mul(x[0], load_floats(key, kind))
+        for j in range(1, columns):
+            sum = vf_fma(x[j], load_floats(beyond(key, j * LANES, kind), kind), sum)
+        acc[i] = sum
+        key += stride
 
 
 cdef inline void few_scores_of_rows(
@@ -219,17 +216,11 @@ cdef inline void few_scores_of_kind(
         high = min(end, keys.few_k.end[i])
         if low < high:
             if lanes == 1:
-                few_scores_of_rows(
-                    s, pitch, panel.q, width, keys, i, D, low, high, lanes, 1, FEW_COLUMNS, kind,
-                )
+                few_scores_of_rows(s, pitch, panel.q, width, keys, i, D, low, high, lanes, 1, FEW_COLUMNS, kind)
             elif lanes == 2:
-                few_scores_of_rows(
-                    s, pitch, panel.q, width, keys, i, D, low, high, lanes, 2, FEW_COLUMNS // 2, kind,
-                )
+                few_scores_of_rows(s, pitch, panel.q, width, keys, i, D, low, high, lanes, 2, FEW_COLUMNS // 2, kind)
             else:
-                few_scores_of_rows(
-                    s, pitch, panel.q, width, keys, i, D, low, high, lanes, 4, FEW_COLUMNS // 2, kind,
-                )
+                few_scores_of_rows(s, pitch, panel.q, width, keys, i, D, low, high, lanes, 4, FEW_COLUMNS // 2, kind)
             low = high
 
 
@@ -313,7 +304,7 @@ cdef inline void few_sums_of_codes(
             vf_store(s + c, vf_bits(vi_sums(acc)))
             c += LANES
     while c < end:
-        if rows > 1:  # and for the values, which are as many pages ahead as the keys
+        if rows > 1:  # and for the values, which begin in the same pages
             ask_rows(k + (c + AHEAD) * stride, stride, LANES // rows, keys.few_k.lines)
             ask_rows(
                 keys.few_v.at[min(piece, keys.few_v.n - 1)] + c * keys.few_v.stride, keys.few_v.stride, LANES // rows,
@@ -460,14 +451,12 @@ cdef inline void few_accumulate_rows(
     cdef const float* alpha = scratch.alpha + row
     while d + (columns - 1) * LANES < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, pitch, keys, d, begin, end, alpha, beta, Dv - d, rows,
-            columns, hides, kind,
+            o + d, width, p, hidden, pitch, keys, d, begin, end, alpha, beta, Dv - d, rows, columns, hides, kind,
         )
         d += columns * LANES
     while d < Dv:
         few_accumulate_tile(
-            o + d, width, p, hidden, pitch, keys, d, begin, end, alpha, beta, Dv - d, rows,
-            1, hides, kind,
+            o + d, width, p, hidden, pitch, keys, d, begin, end, alpha, beta, Dv - d, rows, 1, hides, kind,
         )
         d += LANES
 
@@ -583,14 +572,10 @@ cdef inline void few_accumulate_codes_rows(
     cdef const float* alpha = scratch.alpha + row
     cdef const float* beta = scratch.beta + row
     while d + columns * LANES <= width:
-        few_accumulate_codes_tile(
-            o + d, width, p, pitch, keys, d, begin, end, alpha, beta, rows, columns,
-        )
+        few_accumulate_codes_tile(o + d, width, p, pitch, keys, d, begin, end, alpha, beta, rows, columns)
         d += columns * LANES
     while d < width:
-        few_accumulate_codes_tile(
-            o + d, width, p, pitch, keys, d, begin, end, alpha, beta, rows, 1,
-        )
+        few_accumulate_codes_tile(o + d, width, p, pitch, keys, d, begin, end, alpha, beta, rows, 1)
         d += LANES
 
 
@@ -623,7 +608,8 @@ cdef void few_trace(
     cdef Py_ssize_t r, Lk = head.sequence.Lk
     for r in range(panel.lanes):
         memcpy(
-            head.trace + lane_at(panel, r, head.sequence.Lq * Lk, Lk) + block + begin, p + r * pitch + begin, end - begin,
+            head.trace + lane_at(panel, r, head.sequence.Lq * Lk, Lk) + block + begin, p + r * pitch + begin,
+            end - begin,
         )
 
 

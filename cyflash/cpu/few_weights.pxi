@@ -1,5 +1,5 @@
-# From scores to weights for panels of few rows: what change.pxi, softmax.pxi and int8.pxi do for full ones, with keys in
-# lanes.
+# From scores to weights for panels of few rows: what change.pxi, softmax.pxi and int8.pxi do for full ones, with keys
+# in lanes.
 #
 #     scratch.s       [row][pitch]         scores, then weights
 #     scratch.hidden  [row][pitch]         what is hidden from them; or
@@ -133,9 +133,10 @@ cdef inline vf few_code_weights(
     float* s, unsigned char* p, const float* v_scale, Py_ssize_t valid, vf base, vf* highest, const int n,
     const bint tokens
 ) noexcept nogil:
-    """n vectors of 255 e^(S - base), as codes; or, where each key has its scale, times that in place of the scores, with
-    their greatest. Returns their sum without scales, of which `valid` may be read."""
+    """n vectors of 255 e^(S - base), as codes; or, where each key has its scale, times that in place of the scores,
+    with their greatest. Returns their sum without scales, of which `valid` may be read."""
     cdef int i
+    cdef Py_ssize_t left
     cdef vf scale
     cdef vf w[STEP]
     cdef vf x[STEP]
@@ -147,7 +148,8 @@ cdef inline vf few_code_weights(
             if valid >= n * LANES:
                 scale = vf_load(v_scale + i * LANES)
             else:
-                scale = vf_load_part(v_scale + i * LANES, max(<Py_ssize_t> 0, min(<Py_ssize_t> LANES, valid - i * LANES)))
+                left = max(<Py_ssize_t> 0, valid - i * LANES)
+                scale = vf_load_part(v_scale + i * LANES, min(<Py_ssize_t> LANES, left))
             w[i] = vf_hide(vf_mul(x[i], scale), w[i], vf_set(0.0))  # whatever the scale beside what is visible
             vf_store(s + i * LANES, w[i])
             highest[0] = vf_max(highest[0], w[i])
