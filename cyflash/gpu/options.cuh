@@ -1,0 +1,111 @@
+// Everything that changes a score between the two products, for every kernel, in one order: scale, softcap, ALiBi and
+// bias, masks. A hidden score becomes -inf whatever it was, NaN included.
+//
+// An option that is not in a variant costs nothing: its macro EDGES (causal or window), SOFTCAP, ALIBI, BIAS or MASK is 0.
+#pragma once
+#include "softmax.cuh"
+
+// Without an option that needs scores in natural units the scale waits for the exponential: FOLDED.
+constexpr bool FOLDED = !(SOFTCAP || ALIBI || BIAS);
+// Whether a tile may hold keys that some rows see and others do not, besides those after the last key.
+constexpr bool HIDING = EDGES || BIAS || MASK;
+
+// A query row: what it sees, and what its products are to be changed by.
+struct Row {
+    int first, last;            // it sees keys first <= j <= last, but for BIAS and MASK
+    float factor;               // product * factor: the score in natural units
+    float unit;                 // score in this kernel's units * unit: log2 units
+    float shift;                // natural units, that each score lacks
+    float slope, place;         // ALIBI
+    const float* bias;          // BIAS: of key 0
+    const unsigned char* mask;  // MASK: of key 0
+};
+
+// The visible keys of row i by causal and window; both ends never decrease with i.
+DEVICE int first_key(const Params& p, int i) {
+    return EDGES ? (int)min(max(i + p.offset - p.left, 0ll), (long long)p.Lk) : 0;
+}
+DEVICE int last_key(const Params& p, int i) {
+    return EDGES ? (int)max(min(i + p.offset + p.right, p.Lk - 1ll), -1ll) : p.Lk - 1;
+}
+
+// i may lie after the last row: it is then as that one. q_scale: units of a code of this row, 1 for floats.
+DEVICE Row make_row(const Params& p, int b, int h, int i, float q_scale) {
+    Row row;
+    i = min(i, p.Lq - 1);
+    row.first = first_key(p, i);
+    row.last = last_key(p, i);
+    row.factor = p.scale * q_scale;
+    // |scale|: see folded(). Not 0: -inf * 0 would be NaN.
+    row.unit = FOLDED ? fmaxf(fabsf(row.factor) * LOG2E, 1.2e-38f) : LOG2E;
+    row.shift = p.shift ? p.shift[((long long)b * p.H + h) * p.Lq + i] : 0.f;
+    row.slope = ALIBI ? p.slopes[b * p.slopes_stride[0] + h * p.slopes_stride[1]] : 0.f;
+    row.place = (float)(i + p.offset);
+    row.bias = BIAS ? p.bias + (b * p.bias_stride[0] + h * p.bias_stride[1] + i * p.bias_stride[2]) : 0;
+    row.mask = MASK ? p.mask + (b * p.mask_stride[0] + h * p.mask_stride[1] + i * p.mask_stride[2]) : 0;
+    return row;
+}
+
+// tanh(x): 1 - 2 e / (1 + e) with e = e^(-2 |x|) where |x| >= 0.625, and below, where that would cancel, x + x^3 Q(x^2)
+// with the minimax Q of degree 4 (relative error 4.4e-9).
+DEVICE float tanh_accurate(float x) {
+    const float size = fabsf(x), z = x * x, e = exp2_fast(-2.f * LOG2E * size);
+    const float far = copysignf(1.f - 2.f * e * reciprocal(1.f + e), x);
+    float near = fmaf(-0.005704986090153312f, z, 0.02063908646505058f);
+    near = fmaf(near, z, -0.0537397148559542f);
+    near = fmaf(near, z, 0.1333144219553772f);
+    near = fmaf(near, z, -0.33333281941919757f);
+    return size < 0.625f ? fmaf(near * z, x, x) : x != x ? x : far;
+}
+
+// One product of row and key as the score that the softmax takes. partial: causal, the window or the last key hides a
+// part of this tile.
+DEVICE float changed(float s, const Params& p, const Row& row, int key, bool partial) {
+    const long long j = min(key, p.Lk - 1);
+    if (FOLDED) {
+        if (p.scale < 0.f) s = -s;  // row.unit has no sign
+    } else {
+        s *= row.factor;
+        if (SOFTCAP) s = p.softcap * tanh_accurate((s + row.shift) * (1.f / p.softcap));
+        if (ALIBI) s = fmaf(-row.slope, fabsf(row.place - (float)key), s);
+        if (BIAS) {
+            const float bias = row.bias[j * p.bias_stride[3]];
+            s = bias == -INFINITY ? bias : s + bias;
+        }
+    }
+    if (MASK && !row.mask[j * p.mask_stride[3]]) s = -INFINITY;
+    if (partial && (key < row.first || key > row.last)) s = -INFINITY;
+    return s;
+}
+
+// What of row.shift no score has.
+DEVICE float shift_left(const Row& row) { return SOFTCAP ? 0.f : row.shift; }
+
+// Where a block of query rows stands, and the tiles of Bc keys that its rows see.
+struct Work {
+    int b, h, kv;     // sequence, query head, key and value head
+    int row;          // first query row
+    int begin, end;   // tiles begin <= j < end
+    int whole_from;   // first key that every row sees, by causal and window,
+    int whole_to;     // and the last one
+};
+
+// Blocks of a head lie beside each other and read the same keys; with EDGES those that see most come first.
+template <int Br, int Bc> DEVICE Work make_work(const Params& p, int block) {
+    Work work;
+    const int blocks = (p.Lq + Br - 1) / Br, head = block / blocks, place = block % blocks;
+    work.b = head / p.H;
+    work.h = head % p.H;
+    work.kv = work.h / (p.H / p.Hk);
+    work.row = (EDGES ? blocks - 1 - place : place) * Br;
+    const int last_row = min(work.row + Br, p.Lq) - 1;
+    const int low = first_key(p, work.row), high = last_key(p, last_row);
+    work.begin = low / Bc;
+    work.end = low <= high ? high / Bc + 1 : work.begin;
+    work.whole_from = first_key(p, last_row);
+    work.whole_to = last_key(p, work.row);
+    return work;
+}
+template <int Bc> DEVICE bool is_partial(const Work& work, int tile) {
+    return tile * Bc < work.whole_from || tile * Bc + Bc - 1 > work.whole_to;
+}

@@ -1,0 +1,79 @@
+"""What there is to compile: which kernel takes which arrays and options, with which tiles.
+
+A variant is one source file, one kernel and a set of macros: data types, head_dim rounded up, tile sizes, and a 0 or 1
+for each option that would cost something when it is off. Only what a call needs is compiled.
+"""
+from typing import NamedTuple
+
+FLAGS = ("EDGES", "SOFTCAP", "ALIBI", "BIAS", "MASK")  # EDGES: causal or a window
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+LARGEST_HEAD_DIM = 256
+
+
+class Variant(NamedTuple):
+    """One kernel to compile, and how it is launched."""
+
+    source: str        # file of this folder
+    kernel: str        # its name there
+    macros: tuple      # of (name, value)
+    arch: str          # "sm_80"
+    threads: int       # of a block
+    shared_bytes: int  # dynamic shared memory of a block
+    rows: int          # query rows of a block
+
+    def blocks(self, B, H, Lq):
+        """The grid, which has one axis."""
+        return B * H * -(-Lq // self.rows)
+
+
+def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
+    """The variant for arrays of these data types.
+
+    Parameters
+    ----------
+    arch : str
+        As NVRTC names it: "sm_80", "sm_90a".
+    D : int
+        head_dim of q, k and v, 1 to 256.
+    qk, v, out : str
+        Names of dtypes. float32 for all three; float16 or bfloat16 for all three; or int8 q and k, v of int8, float16
+        or bfloat16, and out of float32, float16 or bfloat16. v and out are as qk where they are not given.
+    aligned : bool
+        Rows of q, k and v begin at multiples of 16 bytes.
+    options : set of str
+        Which of `FLAGS` are on.
+
+    Returns
+    -------
+    Variant
+
+    Raises
+    ------
+    ValueError
+        For a combination that no kernel takes.
+    """
+    v, out = v or qk, out or qk
+    if not 1 <= D <= LARGEST_HEAD_DIM:
+        raise ValueError(f"D: expected 1 to {LARGEST_HEAD_DIM}, got {D}")
+    if not set(options) <= set(FLAGS):
+        raise ValueError(f"options: expected some of {', '.join(FLAGS)}, got {', '.join(map(str, options))}")
+    flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
+    if (qk, v, out) == ("float32",) * 3:
+        return _ffma(arch, D, flags)
+    raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
+
+
+def round_up(D, unit):
+    """The least multiple of unit that is not below D."""
+    return -(-D // unit) * unit
+
+
+def _ffma(arch, D, flags):
+    """float32. A block has 128 threads; tiles fit three times into the 99 KB of sm_86 at D = 64, once at 256:
+    4 ((Br + 3 Bc) D + Br (Bc + 16)) = 84 KB at 64, 64, 64; 92 KB at 128, 64, 32; 84 KB at 256, 32, 16."""
+    D = round_up(D, 16)
+    Br, Bc = (64, 64) if D <= 64 else (64, 32) if D <= 128 else (32, 16)
+    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), *flags)
+    shared_bytes = 4 * ((Br + 3 * Bc) * D + Br * (Bc + 16))
+    return Variant("ffma.cu", "cyflash_ffma", macros, arch, 128, shared_bytes, Br)
