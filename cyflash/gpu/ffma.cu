@@ -67,14 +67,14 @@ DEVICE void multiply_pv(float (&o)[TM][TD], bool hiding, int ty, int tx) {
     }
 }
 
-KERNEL(cyflash_ffma, THREADS) {
+KERNEL(cyflash_ffma, THREADS, 2) {
     const int ty = thread_index() / 16, tx = thread_index() % 16;
     const Work work = make_work<Br, Bc>(p, block_index());
-    Row rows[TM];
+    const Head head = make_head(p, work.b, work.h);
+    const float unit = log2_unit(p.scale);
     float m[TM], l[TM], o[TM][TD];
 #pragma unroll
     for (int r = 0; r < TM; r++) {
-        rows[r] = make_row(p, work.b, work.h, work.row + ty + 8 * r, 1.f);
         m[r] = -INFINITY;
         l[r] = 0.f;
 #pragma unroll
@@ -102,17 +102,17 @@ KERNEL(cyflash_ffma, THREADS) {
             float highest = m[r];
 #pragma unroll
             for (int n = 0; n < TN; n++) {
-                s[r][n] = changed(s[r][n], p, rows[r], j * Bc + tx + 16 * n, partial);
+                s[r][n] = changed(s[r][n], p, head, work.row + ty + 8 * r, j * Bc + tx + 16 * n, p.scale, 0.f, partial);
                 highest = fmaxf(highest, s[r][n]);
             }
 #pragma unroll
             for (int lanes = 1; lanes < 16; lanes *= 2) highest = fmaxf(highest, shuffle_xor(highest, lanes));
-            const float base = stand_in(highest), alpha = rescale<true>(m[r], base, rows[r].unit);
+            const float base = stand_in(highest), alpha = rescale<true>(m[r], base, unit);
             m[r] = highest;
             l[r] *= alpha;
 #pragma unroll
             for (int n = 0; n < TN; n++) {
-                float w = weight<true>(s[r][n], base, rows[r].unit);
+                float w = weight<true>(s[r][n], base, unit);
                 l[r] += w;
                 if (HIDING && hiding && s[r][n] != -INFINITY) w = max_nan(w, SMALLEST_WEIGHT);
                 shared_store(AT_P + (ty + 8 * r) * P_PITCH + (tx + 16 * n) * 4, w);
@@ -130,7 +130,7 @@ KERNEL(cyflash_ffma, THREADS) {
         for (int lanes = 1; lanes < 16; lanes *= 2) l[r] += shuffle_xor(l[r], lanes);
         const int i = work.row + ty + 8 * r;
         if (i >= p.Lq) continue;
-        const Finish end = finish(m[r], l[r], rows[r].unit, shift_left(rows[r]), p.sinks ? p.sinks + work.h : 0);
+        const Finish end = finish(m[r], l[r], unit, 0.f, p.sinks ? p.sinks + work.h : 0);
         float* out = (float*)p.out + (work.b * p.out_stride[0] + work.h * p.out_stride[1] + i * p.out_stride[2]);
 #pragma unroll
         for (int g = 0; g < TD / W; g++)

@@ -10,41 +10,29 @@ constexpr bool FOLDED = !(SOFTCAP || ALIBI || BIAS);
 // Whether a tile may hold keys that some rows see and others do not, besides those after the last key.
 constexpr bool HIDING = EDGES || BIAS || MASK;
 
-// A query row: what it sees, and what its products are to be changed by.
-struct Row {
-    int first, last;            // it sees keys first <= j <= last, but for BIAS and MASK
-    float factor;               // product * factor: the score in natural units
-    float unit;                 // score in this kernel's units * unit: log2 units
-    float shift;                // natural units, that each score lacks
-    float slope, place;         // ALIBI
-    const float* bias;          // BIAS: of key 0
-    const unsigned char* mask;  // MASK: of key 0
+// What all rows of a query head share.
+struct Head {
+    int low, high;              // row i sees keys low <= j - i <= high, but for BIAS and MASK
+    float slope;                // ALIBI
+    const float* bias;          // BIAS: of row 0, key 0
+    const unsigned char* mask;  // MASK: of row 0, key 0
 };
 
-// The visible keys of row i by causal and window; both ends never decrease with i.
-DEVICE int first_key(const Params& p, int i) {
-    return EDGES ? (int)min(max(i + p.offset - p.left, 0ll), (long long)p.Lk) : 0;
-}
-DEVICE int last_key(const Params& p, int i) {
-    return EDGES ? (int)max(min(i + p.offset + p.right, p.Lk - 1ll), -1ll) : p.Lk - 1;
+constexpr long long FAR = 1 << 30;  // no j - i is larger
+
+DEVICE Head make_head(const Params& p, int b, int h) {
+    Head head;
+    head.low = EDGES ? (int)max(p.offset - p.left, -FAR) : -(int)FAR;
+    head.high = EDGES ? (int)min(p.offset + p.right, FAR) : (int)FAR;
+    head.slope = ALIBI ? p.slopes[b * p.slopes_stride[0] + h * p.slopes_stride[1]] : 0.f;
+    head.bias = BIAS ? p.bias + (b * p.bias_stride[0] + h * p.bias_stride[1]) : 0;
+    head.mask = MASK ? p.mask + (b * p.mask_stride[0] + h * p.mask_stride[1]) : 0;
+    return head;
 }
 
-// i may lie after the last row: it is then as that one. q_scale: units of a code of this row, 1 for floats.
-DEVICE Row make_row(const Params& p, int b, int h, int i, float q_scale) {
-    Row row;
-    i = min(i, p.Lq - 1);
-    row.first = first_key(p, i);
-    row.last = last_key(p, i);
-    row.factor = p.scale * q_scale;
-    // |scale|: see folded(). Not 0: -inf * 0 would be NaN.
-    row.unit = FOLDED ? fmaxf(fabsf(row.factor) * LOG2E, 1.2e-38f) : LOG2E;
-    row.shift = p.shift ? p.shift[((long long)b * p.H + h) * p.Lq + i] : 0.f;
-    row.slope = ALIBI ? p.slopes[b * p.slopes_stride[0] + h * p.slopes_stride[1]] : 0.f;
-    row.place = (float)(i + p.offset);
-    row.bias = BIAS ? p.bias + (b * p.bias_stride[0] + h * p.bias_stride[1] + i * p.bias_stride[2]) : 0;
-    row.mask = MASK ? p.mask + (b * p.mask_stride[0] + h * p.mask_stride[1] + i * p.mask_stride[2]) : 0;
-    return row;
-}
+// factor: product * factor is the score in natural units. Its sign is taken by changed(), and it is not 0, since
+// -inf * 0 would be NaN.
+DEVICE float log2_unit(float factor) { return FOLDED ? fmaxf(fabsf(factor) * LOG2E, 1.2e-38f) : LOG2E; }
 
 // tanh(x): 1 - 2 e / (1 + e) with e = e^(-2 |x|) where |x| >= 0.625, and below, where that would cancel, x + x^3 Q(x^2)
 // with the minimax Q of degree 4 (relative error 4.4e-9).
@@ -58,28 +46,34 @@ DEVICE float tanh_accurate(float x) {
     return size < 0.625f ? fmaf(near * z, x, x) : x != x ? x : far;
 }
 
-// One product of row and key as the score that the softmax takes. partial: causal, the window or the last key hides a
-// part of this tile.
-DEVICE float changed(float s, const Params& p, const Row& row, int key, bool partial) {
-    const long long j = min(key, p.Lk - 1);
+// The product of row i and a key as the score that the softmax takes. Rows and keys may lie after the last ones.
+//
+// factor: what makes it a score, in natural units. shift: what the score then lacks. partial: causal, the window or the
+// last key hides a part of this tile.
+DEVICE float changed(float s, const Params& p, const Head& head, int i, int key, float factor, float shift, bool partial) {
     if (FOLDED) {
-        if (p.scale < 0.f) s = -s;  // row.unit has no sign
+        if (p.scale < 0.f) s = -s;  // the unit has no sign
     } else {
-        s *= row.factor;
-        if (SOFTCAP) s = p.softcap * tanh_accurate((s + row.shift) * (1.f / p.softcap));
-        if (ALIBI) s = fmaf(-row.slope, fabsf(row.place - (float)key), s);
+        s *= factor;
+        if (SOFTCAP) s = p.softcap * tanh_accurate((s + shift) * (1.f / p.softcap));
+        if (ALIBI) s = fmaf(-head.slope, fabsf((float)(key - i - (int)p.offset)), s);
         if (BIAS) {
-            const float bias = row.bias[j * p.bias_stride[3]];
+            const float bias = head.bias[min(i, p.Lq - 1) * p.bias_stride[2] + min(key, p.Lk - 1) * p.bias_stride[3]];
             s = bias == -INFINITY ? bias : s + bias;
         }
     }
-    if (MASK && !row.mask[j * p.mask_stride[3]]) s = -INFINITY;
-    if (partial && (key < row.first || key > row.last)) s = -INFINITY;
+    if (MASK && !head.mask[min(i, p.Lq - 1) * p.mask_stride[2] + min(key, p.Lk - 1) * p.mask_stride[3]]) s = -INFINITY;
+    if (partial && (key - i < head.low || key - i > head.high || key >= p.Lk)) s = -INFINITY;
     return s;
 }
 
-// What of row.shift no score has.
-DEVICE float shift_left(const Row& row) { return SOFTCAP ? 0.f : row.shift; }
+// The keys that row i sees, by causal and window; both ends never decrease with i.
+DEVICE int first_key(const Params& p, int i) {
+    return EDGES ? (int)min(max(i + p.offset - p.left, 0ll), (long long)p.Lk) : 0;
+}
+DEVICE int last_key(const Params& p, int i) {
+    return EDGES ? (int)max(min(i + p.offset + p.right, p.Lk - 1ll), -1ll) : p.Lk - 1;
+}
 
 // Where a block of query rows stands, and the tiles of Bc keys that its rows see.
 struct Work {

@@ -11,7 +11,9 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 #define INFINITY __int_as_float(0x7f800000)
-#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// blocks: how many must fit on a multiprocessor, which limits registers to 65536 / (threads * blocks).
+#define KERNEL(name, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 

@@ -60,7 +60,7 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
         raise ValueError(f"options: expected some of {', '.join(FLAGS)}, got {', '.join(map(str, options))}")
     flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
     if (qk, v, out) == ("float32",) * 3:
-        return _ffma(arch, D, flags)
+        return _ffma(arch, D, flags, bool(set(options) - {"EDGES"}))
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
 
 
@@ -69,11 +69,12 @@ def round_up(D, unit):
     return -(-D // unit) * unit
 
 
-def _ffma(arch, D, flags):
-    """float32. A block has 128 threads; tiles fit three times into the 99 KB of sm_86 at D = 64, once at 256:
-    4 ((Br + 3 Bc) D + Br (Bc + 16)) = 84 KB at 64, 64, 64; 92 KB at 128, 64, 32; 84 KB at 256, 32, 16."""
+def _ffma(arch, D, flags, busy):
+    """float32. Tiles are what fits into the 99 KB of sm_86 and into 255 registers; a busy thread changes its scores in
+    more than one way, and has fewer. Bytes, 4 ((Br + 3 Bc) D + Br (Bc + 16)): at D = 64 and 64 x 64 84 KB, at 128 and
+    64 x 32 92 KB, at 256 and 32 x 16 84 KB."""
     D = round_up(D, 16)
-    Br, Bc = (64, 64) if D <= 64 else (64, 32) if D <= 128 else (32, 16)
+    Br, Bc = (64, 64) if D <= 64 and not busy else (64, 32) if D <= 128 else (32, 16)
     macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), *flags)
     shared_bytes = 4 * ((Br + 3 * Bc) * D + Br * (Bc + 16))
     return Variant("ffma.cu", "cyflash_ffma", macros, arch, 128, shared_bytes, Br)

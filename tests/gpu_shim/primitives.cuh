@@ -11,7 +11,7 @@
 #define __global__
 #define __forceinline__ inline
 #define DEVICE static inline
-#define KERNEL(name, threads) static void kernel_entry(const Params p)
+#define KERNEL(name, threads, blocks) static void kernel_entry(const Params p)
 
 template <class T> DEVICE T min(T a, T b) { return b < a ? b : a; }
 template <class T> DEVICE T max(T a, T b) { return a < b ? b : a; }
