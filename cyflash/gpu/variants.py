@@ -61,6 +61,9 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
     flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
     if (qk, v, out) == ("float32",) * 3:
         return _ffma(arch, D, flags, bool(set(options) - {"EDGES"}))
+    halves = ("float16", "bfloat16")
+    if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
+        return _mma(arch, D, qk, v, out, flags, bool(set(options) - {"EDGES"}))
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
 
 
@@ -78,3 +81,15 @@ def _ffma(arch, D, flags, busy):
     macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), *flags)
     shared_bytes = 4 * ((Br + 3 * Bc) * D + Br * (Bc + 16))
     return Variant("ffma.cu", "cyflash_ffma", macros, arch, 128, shared_bytes, Br)
+
+
+def _mma(arch, D, qk, v, out, flags, busy):
+    """Tensor cores by mma.sync. A block has 4 warps."""
+    D = round_up(D, 32 if qk == "int8" else 16)
+    Br, Bc = 64, 64
+    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2), ("QK_TYPE", TYPES[qk]),
+              ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
+    shared_bytes = (Br + 2 * Bc) * D * SIZES[qk] + Bc * D * SIZES[v]
+    if qk == "int8":
+        shared_bytes += 2 * Bc * 4 + (Bc * 4 if v == "int8" else 0)
+    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br)
