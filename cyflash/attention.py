@@ -9,7 +9,8 @@ import numpy as np
 from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
-from cyflash.plan import UNBOUNDED, Plan, checked_dropout, make_plan
+from cyflash.gpu.where import call_is_on_gpu
+from cyflash.plan import UNBOUNDED, Plan, make_plan, with_config
 from cyflash.quantized import checked_product
 from cyflash.stored import Stored
 
@@ -211,6 +212,10 @@ def flash_attention_int8(
 
 def attend(q, k, v, *, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
+    if call_is_on_gpu({"q": q, "k": k, "v": v, **options}):
+        from cyflash.gpu import attention as gpu
+
+        return gpu.attend(q, k, v, config=config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
     kinds = kinds_of(k, v)
@@ -225,8 +230,18 @@ def attend_int8(
 ):
     """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 zeros (B, H, Lq, Lk), C order, to receive those of
     P with pv="int8"; where keys are skipped or in float32 they stay 0."""
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    if call_is_on_gpu({"q": q, "k": k, "v": v, **scales, "codes": codes, **options}):
+        from cyflash.gpu import attention as gpu
+
+        if codes is not None:
+            raise NotImplementedError("codes: expected None with arrays on a GPU, which keeps no codes of P")
+        return gpu.attend_int8(
+            q, k, v, **scales, granularity=granularity, smooth_k=smooth_k, fp32_sinks=fp32_sinks, pv=pv, quant=quant,
+            config=config, **options,
+        )
     if parts.are_in(quant):
-        how = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "granularity": granularity}
+        how = scales | {"granularity": granularity}
         how |= {"smooth_k": smooth_k, "fp32_sinks": fp32_sinks, "pv": pv, "codes": codes}
         return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -364,15 +379,8 @@ def describe(
     multiplied. Where q, k and v are only the shapes that the sequences fit in, dtype and out_shape are those of the
     output, and pairs is the sum of Lq * Lk.
     """
-    block_size_q = block_size_kv = None
-    if config is not None:
-        _check_config(config, q)
-        causal = config.causal if causal is None else causal
-        scale = config.scale if scale is None else scale
-        dropout_p = config.dropout_p if dropout_p is None else dropout_p
-        block_size_q, block_size_kv = config.block_size_q, config.block_size_kv
-    if dropout_p is not None or seed is not None:
-        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
+    causal, scale = with_config(config, q, causal, scale, dropout_p, seed)
+    block_size_q, block_size_kv = (None, None) if config is None else (config.block_size_q, config.block_size_kv)
     plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
 
     shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape
@@ -390,7 +398,7 @@ def describe(
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    flops = _visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
+    flops = visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
     work = flops if plan.Lq >= FEW_ROWS else flops * FEW_ROWS // max(plan.Lq, 1)
     count = threads.for_call(1 + int(work / FLOPS_PER_THREAD), num_threads)
     return _Call(plan, out, lse, flops, build, Br, Bc, count, native, options.get("causal_align") == "top-left")
@@ -431,7 +439,7 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
     return out, lse, Work(call.flops, tile_bytes, call.Br, call.Bc, cpu.name_of(call.build))
 
 
-def _visible_flops(plan):
+def visible_flops(plan):
     if min(plan.left, plan.right) >= UNBOUNDED:
         return 2 * (plan.D + plan.Dv) * plan.Lq * plan.Lk * plan.B * plan.H
     return attention_flops(
@@ -439,15 +447,6 @@ def _visible_flops(plan):
         causal_align="bottom-right" if plan.offset == plan.Lk - plan.Lq else "top-left",
         window=tuple(-1 if side >= UNBOUNDED else side for side in (plan.left, plan.right)),
     )
-
-
-def _check_config(config, q):
-    from cyflash.config import FlashAttentionConfig
-
-    if not isinstance(config, FlashAttentionConfig):
-        raise TypeError(f"config: expected a FlashAttentionConfig, got {type(config).__name__}")
-    if config.head_dim != q.shape[-1]:
-        raise ValueError(f"config: expected head_dim {q.shape[-1]} as in q {q.shape}, got {config.head_dim}")
 
 
 def _check_out(out, shape, dtype, memory, options):

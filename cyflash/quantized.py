@@ -18,6 +18,7 @@ import numpy as np
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
 from cyflash.files import read_safetensors, replacing, safetensors_path
+from cyflash.gpu.where import on_gpu
 from cyflash.plan import checked_flag
 
 __all__ = ["LayerScales", "QuantizedTensor", "checked_granularity", "checked_scale", "quantise_call", "quantize"]
@@ -486,7 +487,7 @@ def checked_scale(name, scale, shape=None):
     ----------
     name : str
         What errors call it.
-    scale : float, or list or ndarray of float32 or float64
+    scale : float, list or ndarray of float32 or float64, or array of float32 on a GPU
     shape : tuple of int, optional
         Of the array, which ends in (..., tokens, channels). None: not known yet.
 
@@ -502,6 +503,8 @@ def checked_scale(name, scale, shape=None):
     ValueError
         For a number that is not finite or below 1.18e-38, and for a shape that does not fit.
     """
+    if on_gpu(scale):
+        return _checked_gpu_scale(name, scale, shape)
     if type(scale) is float and SMALLEST_SCALE <= scale <= FLOAT32_MAX:  # the usual case, without ceremony
         return np.array(scale, np.float32)
     if isinstance(scale, np.ndarray) and scale.dtype == np.float32 and scale.ndim > 1:
@@ -520,6 +523,18 @@ def checked_scale(name, scale, shape=None):
         )
     _check_fit(name, array.shape, shape)
     return array
+
+
+def _checked_gpu_scale(name, scale, shape):
+    """A scale on a GPU, of which only dtype and shape are checked: its numbers stay there."""
+    from cyflash.gpu import arrays as gpu
+
+    seen = gpu.look(name, scale)
+    if seen.kind != "fp32":
+        got = seen.shadow.dtype.name
+        raise TypeError(f"{name}: expected float32 on a GPU, got {got}; write {name}.astype(np.float32)")
+    _check_fit(name, seen.shadow.shape, shape)
+    return scale
 
 
 def _check_fit(name, got, shape):
