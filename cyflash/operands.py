@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, quantized
-from cyflash.gpu.where import on_gpu
 from cyflash.quantized import (
     LayerScales,
     QuantizedTensor,
@@ -142,11 +141,7 @@ def _smoothing(k, k_scale, smooth_k, k_mean, of_quant):
 
 def _same(a, b):
     """Whether two scales or means are equal. Those on a GPU are waited for."""
-    if on_gpu(a) or on_gpu(b):
-        from cyflash.gpu.arrays import to_host
-
-        a, b = (to_host(x) if on_gpu(x) else x for x in (a, b))
-    return np.array_equal(*np.broadcast_arrays(a, b))
+    return np.array_equal(*np.broadcast_arrays(quantized.on_host(a), quantized.on_host(b)))
 
 
 def _checked_mean(mean, k):

@@ -199,6 +199,71 @@ def test_layer_scales(gpu):
     np.testing.assert_allclose(out.host, reference.attention_int8(q, k, v, quant=layer), rtol=0, atol=0.02)
 
 
+# --- Quantised arrays -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "token"])
+@pytest.mark.parametrize("options", [{}, {"smooth": True, "fp32_sinks": 2}, {"smooth": True}, {"scale": 0.02}])
+def test_quantize_on_the_gpu(gpu, granularity, options):
+    """The same codes and scales as on the CPU."""
+    if "scale" in options and granularity != "tensor":
+        options = {"scale": RNG.random((Hk, 1 if granularity == "head" else Lk, 1), F32)}
+    x = tensors()[1][0]
+    found = cyflash.quantize(gpu.array(x), granularity, **there(gpu, options))
+    expected = cyflash.quantize(x, granularity, **options)
+    assert found.granularity == expected.granularity and found.nbytes == expected.nbytes
+    assert abs(found.data.host.astype(int) - expected.data).max() <= (1 if "smooth" in options else 0)
+    for name in ("scale", "mean", "fp32_rows"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            ours = getattr(ours, "host", ours)
+            assert ours.shape == theirs.shape
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-7)
+    step = np.max(expected.scale) * ("smooth" in options) + 1e-6
+    np.testing.assert_allclose(found.dequantize().host, expected.dequantize(), rtol=0, atol=step)
+
+
+def test_quantised_tensors(gpu, tmp_path):
+    q, k, v = tensors()
+    made = {n: {"granularity": "token", "smooth": n == "k", "fp32_sinks": 2} for n in "kv"}
+    k8, v8 = (cyflash.quantize(gpu.array(x), **made[n]) for n, x in (("k", k), ("v", v)))
+    k8_there, v8_there = (cyflash.quantize(x, **made[n]) for n, x in (("k", k), ("v", v)))
+    for pv, bound in (("int8", 0.02), ("bf16", 0.02), ("fp32", 1e-5)):
+        out = flash_attention_int8(gpu.array(q), k8, v8, pv=pv)
+        expected = reference.attention_int8(q, k8_there, v8_there, pv=pv)
+        np.testing.assert_allclose(out.host, expected, rtol=0, atol=bound)
+    path = k8.save(tmp_path / "k.safetensors")
+    assert (type(k8).load(path).data == k8.data.host).all()
+    with pytest.raises(TypeError, match="k: expected an array on the GPU as q is, got QuantizedTensor"):
+        flash_attention_int8(gpu.array(q), k8_there, v8)
+
+
+def test_quant_beside_a_quantised_tensor(gpu):
+    q, k, v = map(gpu.array, tensors())
+    k8 = cyflash.quantize(k, scale=gpu.array(np.full((Hk, 1, 1), 0.04, F32)))
+    flash_attention_int8(q, k8, v, quant=LayerScales(None, np.full((Hk, 1, 1), 0.04)))
+    with pytest.raises(ValueError, match="quant: expected the scale that k was quantised with"):
+        flash_attention_int8(q, k8, v, quant=LayerScales(None, 0.05))
+
+
+def test_bad_quantised_arrays(gpu):
+    codes, good = gpu.array(np.zeros((Hk, Lk, D), np.int8)), gpu.array(np.ones((Hk, Lk, 1), F32))
+    tensor = cyflash.QuantizedTensor(codes, good)
+    assert tensor.granularity == "token" and tensor.shape == (Hk, Lk, D)
+    for kind, words, arguments in (
+        (TypeError, "data: expected int8, got float32", (good, 1.0)),
+        (TypeError, "mean: expected float32, got int8", (codes, 1.0, codes)),
+        (ValueError, "mean: expected shape", (codes, 1.0, good)),
+        (ValueError, "scale: expected a number", (codes, gpu.array(np.ones((Hk, 3, 1), F32)))),
+        (TypeError, "mean: expected an array on a GPU", (codes, 1.0, np.zeros((Hk, 1, D), F32))),
+    ):
+        with pytest.raises(kind, match=words):
+            cyflash.QuantizedTensor(*arguments)
+    with pytest.raises(ValueError, match="x: expected finite values"):
+        cyflash.quantize(gpu.array(np.full((Lk, D), np.nan, F32)))
+
+
 # --- Launches ---------------------------------------------------------------------------------------------------------
 
 

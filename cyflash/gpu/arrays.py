@@ -10,6 +10,7 @@ import numpy as np
 
 from cyflash.arrays import checked_dtype, kind_of
 from cyflash.gpu import status
+from cyflash.gpu.where import on_gpu
 
 BF16 = "bfloat16"
 
@@ -49,7 +50,7 @@ def look(name, x):
         return _tensor(name, x)
     if hasattr(x, "__cuda_array_interface__"):
         return _interface(name, x)
-    if hasattr(x, "__dlpack__"):
+    if hasattr(x, "__dlpack__") and on_gpu(x):
         view = status.cupy().from_dlpack(x)  # the producer makes CuPy's current stream wait for its own
         return look(name, view)._replace(owner=x)
     raise TypeError(f"{name}: expected an array on a GPU, got {type(x).__name__}")
@@ -151,8 +152,10 @@ def empty(like, shape, dtype=None):
 def handed_out(like, x):
     """A result, as an array of `like`'s library: CuPy, torch, one with Python's array API, or Numba; else CuPy's."""
     owner = like.owner
-    if library_of(owner) in ("cupy", "torch"):
+    if library_of(owner) == library_of(x):
         return x
+    if library_of(owner) == "torch":
+        return sys.modules["torch"].from_dlpack(x)
     if hasattr(owner, "__array_namespace__"):
         return owner.__array_namespace__().from_dlpack(x)
     if library_of(owner) == "numba":

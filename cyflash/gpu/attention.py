@@ -14,6 +14,7 @@ from cyflash import quantized as quant_rules
 from cyflash.arrays import FLOATS, NAMES
 from cyflash.gpu import arrays, launch, params, quantise, status, variants
 from cyflash.gpu.arrays import GPUArray, as_cupy, look
+from cyflash.gpu.tensors import on_device
 from cyflash.quantized import QuantizedTensor
 
 LARGEST_HEAD_DIM = 256
@@ -226,9 +227,9 @@ def _sink_piece(call, given, seen, settings):
     n = settings.fp32_sinks
     q = seen["q"].four_axes()
     codes = q.kind == "int8"
-    q32 = as_cupy(q).astype(np.float32) * _on_device(settings.scales["q"]) if codes else quantise.floats(q)
+    q32 = as_cupy(q).astype(np.float32) * on_device(settings.scales["q"]) if codes else quantise.floats(q)
     rows = {
-        name: _on_device(given[name].fp32_rows) if isinstance(given[name], QuantizedTensor)
+        name: on_device(given[name].fp32_rows) if isinstance(given[name], QuantizedTensor)
         else quantise.floats(seen[name].four_axes().rows(n))
         for name in ("k", "v")
     }
@@ -276,9 +277,9 @@ def _packs_v(v, settings):
 
 def _codes(name, seen, settings, counts):
     x, scale = seen[name].four_axes(), settings.scales[name]
-    scale = None if scale is None else _on_device(scale)
+    scale = None if scale is None else on_device(scale)
     mean = settings.k_mean if name == "k" else None
-    mean = None if mean is None else _on_device(mean)
+    mean = None if mean is None else on_device(mean)
     heads = (*x.shadow.shape[:2], 1, x.shadow.shape[3])
     if x.kind == "int8":
         return _Codes(x, scale, scale, _broadcast(mean, heads))
@@ -312,13 +313,6 @@ def _half(v, codes):
     if codes is None and v.kind in ("fp16", "bf16"):
         return v.four_axes()
     return _of_cupy(quantise.bf16(quantise.floats(v.four_axes()) if codes is None else _numbers(codes)), "bf16")
-
-
-def _on_device(x):
-    """An array of NumPy or of a GPU library, as an array of CuPy with four axes."""
-    cupy = status.cupy()
-    x = cupy.asarray(x) if isinstance(x, np.ndarray) else as_cupy(look("x", x))
-    return x[(None,) * (4 - x.ndim)]
 
 
 def _broadcast(x, shape):

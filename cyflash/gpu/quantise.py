@@ -9,7 +9,8 @@ from cyflash.gpu import status
 from cyflash.gpu.arrays import as_cupy
 from cyflash.quantized import FLOAT32_MAX, LARGEST_CODE, SMALLEST_SCALE
 
-AXES = {"tensor": (1, 2, 3), "head": (2, 3), "token": (3,)}  # that share one dynamic scale: "tensor" is of a sequence
+# That share one dynamic scale. "tensor" is of a sequence, as in calls; "array" of all.
+AXES = {"array": (0, 1, 2, 3), "tensor": (1, 2, 3), "head": (2, 3), "token": (3,)}
 
 BF16_MAX = np.float32(float.fromhex("0x1.fep127"))
 
@@ -42,8 +43,8 @@ def encode(x, granularity, *, scale=None, mean=None, skip=0):
     Parameters
     ----------
     x : cupy.ndarray of float32, shape (B, H, L, D)
-    granularity : {"tensor", "head", "token"}
-        Of dynamic scales.
+    granularity : str
+        A key of AXES, for dynamic scales.
     scale : cupy.ndarray of float32, optional
         A static scale, which broadcasts to (B, H, L, 1).
     mean : cupy.ndarray of float32, optional
