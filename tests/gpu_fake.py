@@ -40,6 +40,9 @@ class FakeArray(np.lib.mixins.NDArrayOperatorsMixin):
     def __int__(self):
         return int(self.host)
 
+    def __bool__(self):
+        return bool(self.host)
+
     def __dlpack_device__(self):
         return 2, self.number
 
@@ -113,6 +116,19 @@ class Context:
 
 class Stream(Context):
     pass
+
+
+class Event:
+    """A clock that goes one millisecond further at each look."""
+
+    now = 0.0
+
+    def record(self):
+        Event.now += 1.0
+        self.time = Event.now
+
+    def synchronize(self):
+        pass
 
 
 class Launch(NamedTuple):
@@ -200,7 +216,8 @@ def module(fake):
     cupy.from_dlpack = lambda x: x.of_dlpack()
     cupy.RawModule = lambda path: fake.raw_module(path)
     cupy.cuda = types.SimpleNamespace(
-        Device=Context, ExternalStream=Stream, get_current_stream=lambda: Stream(0),
+        Device=Context, ExternalStream=Stream, get_current_stream=lambda: Stream(0), Event=Event,
+        get_elapsed_time=lambda begin, end: end.time - begin.time,
         UnownedMemory=lambda address, size, owner, device: (address, size, owner, device),
         MemoryPointer=lambda memory, offset: (memory, offset),
         runtime=types.SimpleNamespace(
