@@ -193,7 +193,7 @@ def checked_window(window):
 def _broadcast(name, x, rows):
     """x broadcast by NumPy's rules to `rows`, q.shape[:-1] + (Lk,), as a (B, H, Lq, Lk) view."""
     try:
-        return arrays.four_axes(np.broadcast_to(arrays.aligned(x), rows))
+        return arrays.four_axes(np.broadcast_to(arrays.aligned(x), rows, subok=True))
     except ValueError:
         raise ValueError(
             f"{name}: expected a shape that broadcasts to q.shape[:-1] + (Lk,) = {rows}, got {x.shape}"
@@ -237,4 +237,4 @@ def _per_head(name, x, shapes, wanted):
     arrays.require_float32(name, x)
     if x.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))} for q's heads, got {x.shape}")
-    return np.broadcast_to(arrays.aligned(x), wanted)
+    return np.broadcast_to(arrays.aligned(x), wanted, subok=True)

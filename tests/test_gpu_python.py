@@ -15,6 +15,7 @@ import pytest
 import cyflash
 from cyflash import FlashAttentionConfig, GPUUnavailableError, flash_attention, flash_attention_int8, reference
 from cyflash.gpu import build, cubins, launch, params, status, variants
+from cyflash.plan import make_plan
 from cyflash.quant import LayerScales
 
 B, H, Hk, Lq, Lk, D = 2, 4, 2, 10, 13, 8
@@ -197,6 +198,32 @@ def test_layer_scales(gpu):
     layer = LayerScales(0.03, np.full((Hk, 1, 1), 0.04), 0.03, k_mean=np.full((Hk, 1, D), 0.1), fp32_sinks=2)
     out = flash_attention_int8(*map(gpu.array, (q, k, v)), quant=layer)
     np.testing.assert_allclose(out.host, reference.attention_int8(q, k, v, quant=layer), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["none", "all"])
+def test_planned_layers(gpu, name, dtype):
+    """Against the CPU path, which computes part by part too; runs of heads that lie beside each other are calls."""
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((B, h, L, D)).astype(dtype_of(dtype)) for h, L in ((8, Lq), (4, Lk), (4, Lk)))
+    planned = LayerScales(parts=[
+        ([0, 2, 3], LayerScales(None, np.full((3, 1, 1), 0.04), None, fp32_sinks=2)), ([1], None),
+    ])  # fmt: skip
+    options = {} if name == "none" else {
+        "causal": True, "bias": np.resize(BIAS, (1, 8, Lq, Lk)), "mask": MASK, "sinks": np.linspace(0, 1, 8, dtype=F32),
+        "alibi_slopes": np.linspace(0.1, 0.5, 8, dtype=F32),
+    }  # fmt: skip
+    out, lse = flash_attention_int8(
+        *map(gpu.array, (q, k, v)), quant=planned, return_lse=True, **there(gpu, options)
+    )
+    expected, expected_lse = flash_attention_int8(q, k, v, quant=planned, return_lse=True, **options)
+    np.testing.assert_allclose(lse.host, expected_lse, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(out.host.astype(float), expected.astype(float), rtol=0, atol=0.03)
+    assert out.dtype == q.dtype and len(gpu.launches) == 2 * 2 + 1
+    with pytest.raises(ValueError, match="pv: expected None beside a planned layer"):
+        flash_attention_int8(*map(gpu.array, (q, k, v)), quant=planned, pv="int8")
+    with pytest.raises(ValueError, match=r"quant\.parts: expected the 2 kv heads"):
+        flash_attention_int8(*map(gpu.array, tensors()), quant=planned)
 
 
 # --- Quantised arrays -------------------------------------------------------------------------------------------------
@@ -400,6 +427,19 @@ def test_an_old_device(gpu, monkeypatch):
     monkeypatch.setattr(gpu_fake.Context, "compute_capability", "75")
     with pytest.raises(NotImplementedError, match=r"cuda:0 has compute capability 7.5; the kernels need 8.0 or later"):
         flash_attention(*map(gpu.array, tensors()))
+
+
+def test_nothing_reads_a_shadow():
+    """At an address that is not mapped: a read would end this process."""
+    from cyflash.gpu import arrays
+
+    seen = arrays._seen("x", 4096, (B, H, Lq, D), None, np.dtype(F32), 0, None)
+    assert repr(seen).count("Shadow(") == 1 and seen.address == 4096 and seen.strides == (H * Lq * D, Lq * D, D, 1)
+    bias, mask = (arrays._seen("x", 4096, (Lq, Lk), None, np.dtype(t), 0, None).shadow for t in (F32, bool))
+    slopes = arrays._seen("x", 4096, (H,), None, np.dtype(F32), 0, None).shadow
+    k = arrays._seen("k", 8192, (B, Hk, Lk, D), None, np.dtype(F32), 0, None).shadow
+    made = make_plan(seen.shadow, k, k, bias=bias, mask=mask, alibi_slopes=slopes, sinks=slopes)
+    assert "Shadow(shape=(2, 4, 10, 13)" in repr(made)
 
 
 def test_other_functions_say_that_they_are_of_the_host(gpu):

@@ -138,11 +138,16 @@ def _checked_rows(out, case):
     return _on_host(out[-1:])[:, [0, -1], -rows:]
 
 
-def _rate(case, seconds):
-    """(number, unit): of operations, or of bytes where rows are few."""
+def _rate(case, name, seconds):
+    """Of operations; where rows are few, of the bytes that this system reads."""
     if case.Lq < FEW_ROWS:
-        return case.bytes() / seconds / 1e9, "GB/s"
-    return case.flops() / seconds / 1e12, "TFLOP/s" if not case.kind.startswith("int8") else "TOP/s"
+        codes = 1 if name == "cyflash" else 2  # others have no int8
+        return case.elements() * {"fp32": 4, "int8": codes}.get(case.kind, 2) / seconds / 1e9
+    return case.flops() / seconds / 1e12
+
+
+def _unit(case):
+    return "GB/s" if case.Lq < FEW_ROWS else "TOP/s" if case.kind.startswith("int8") else "TFLOP/s"
 
 
 def show(status, copied, results):
@@ -161,8 +166,8 @@ def show(status, copied, results):
         case, times = result["case"], result["seconds"]
         ours = times.get("cyflash")
         ratio = f"{times[RATIO_TO] / ours:.2f}x" if ours and RATIO_TO in times else "-"
-        rates = [f"{_rate(case, times[name])[0]:.0f}" if name in times else "-" for name in names]
-        table.add_row(case.title(), *rates, _rate(case, 1.0)[1], as_time(ours), ratio)
+        rates = [f"{_rate(case, name, times[name]):.0f}" if name in times else "-" for name in names]
+        table.add_row(case.title(), *rates, _unit(case), as_time(ours), ratio)
     console.print(f"{status.device}, compute capability {status.compute_capability}, CuPy {status.cupy}, NVRTC "
                   f"{status.nvrtc}; a copy moves {copied / 1e9:.0f} GB/s")
     console.print(table)

@@ -43,10 +43,9 @@ class GPUCase:
         pairs = cyflash.flops.visible_pairs(self.Lq, self.Lk, causal=self.causal)
         return 4 * self.B * self.H * pairs * self.D
 
-    def bytes(self):
+    def elements(self):
         """Of keys and values, which few rows of queries wait for."""
-        size = {"fp32": 4, "int8": 1}.get(self.kind, 2)
-        return 2 * self.B * self.Hk * self.Lk * self.D * size
+        return 2 * self.B * self.Hk * self.Lk * self.D
 
     def arrays(self):
         """q, k and v in float32 on the host, from a seed."""

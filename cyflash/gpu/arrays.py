@@ -1,7 +1,8 @@
 """Arrays on a GPU as the kernels take them: the caller's memory in place, and results of the caller's kind.
 
 Checks are those of the CPU path, which look at shapes, strides, dtypes and addresses only: they are given a *shadow*, a
-NumPy array that says where the GPU's memory is. Nothing may read a shadow: its memory is not this processor's.
+NumPy array that says where the GPU's memory is. Nothing may read a shadow: its memory is not this processor's, and a
+read would end the process.
 """
 import sys
 from typing import NamedTuple
@@ -15,10 +16,19 @@ from cyflash.gpu.where import on_gpu
 BF16 = "bfloat16"
 
 
+class Shadow(np.ndarray):
+    """Where an array on a GPU is. Showing one, as a debugger does, reads nothing."""
+
+    def __repr__(self):
+        return f"Shadow(shape={self.shape}, strides={self.strides}, dtype={self.dtype})"
+
+    __str__ = __repr__
+
+
 class GPUArray(NamedTuple):
     """A caller's array: where it is, and what keeps it there."""
 
-    shadow: np.ndarray  # bfloat16 as uint16, which NumPy has of its own
+    shadow: Shadow  # bfloat16 as uint16, which NumPy has of its own
     kind: str | None  # as `cyflash.arrays.kind_of`
     device: int
     owner: object
@@ -43,6 +53,8 @@ class GPUArray(NamedTuple):
 
 def look(name, x):
     """The caller's GPU array `x`, seen and not touched; TypeError where it is none."""
+    if type(x) is GPUArray:
+        return x
     library = library_of(x)
     if library == "cupy":
         return _seen(name, x.data.ptr, x.shape, x.strides, x.dtype, x.device.id, x)
@@ -109,15 +121,14 @@ class _Memory:
 
 
 def _shadow(address, shape, strides, dtype):
-    if 0 in shape or dtype.hasobject:
-        return np.empty(shape, dtype)
-    return np.asarray(_Memory(address, shape, strides, dtype))
+    found = np.empty(shape, dtype) if 0 in shape else np.asarray(_Memory(address, shape, strides, dtype))
+    return found.view(Shadow)
 
 
 def as_cupy(x):
     """A GPUArray as an array of CuPy, bfloat16 as uint16: the same memory."""
     cupy, shadow = status.cupy(), x.shadow
-    if library_of(x.owner) == "cupy" and x.owner.shape == shadow.shape and x.owner.dtype == shadow.dtype:
+    if _is_owners(x):
         return x.owner
     if not shadow.size:
         with cupy.cuda.Device(x.device):
@@ -128,6 +139,14 @@ def as_cupy(x):
     memory = cupy.cuda.UnownedMemory(x.address - below, size, x.owner, x.device)
     pointer = cupy.cuda.MemoryPointer(memory, below)
     return cupy.ndarray(shadow.shape, shadow.dtype, pointer, shadow.strides)
+
+
+def _is_owners(x):
+    """Whether the caller's array is CuPy's and the whole of what x sees."""
+    owner, shadow = x.owner, x.shadow
+    return library_of(owner) == "cupy" and (owner.data.ptr, owner.shape, owner.strides, owner.dtype) == (
+        x.address, shadow.shape, shadow.strides, shadow.dtype
+    )
 
 
 def empty(like, shape, dtype=None):

@@ -2,17 +2,17 @@
 
 Checks, plans and errors are those of the CPU path, which get shadows of the arrays (arrays.py).
 
-    call = _described(...)      shapes and options in order, the output allocated
+    call = described(...)      shapes and options in order, the output allocated
     _attended(call, pieces)     pieces of the keys: each one launch; two are merged by their log-sum-exps
 """
 from typing import NamedTuple
 
 import numpy as np
 
-from cyflash import operands, plan
+from cyflash import operands, parts, plan
 from cyflash import quantized as quant_rules
 from cyflash.arrays import FLOATS, NAMES
-from cyflash.gpu import arrays, launch, params, quantise, status, variants
+from cyflash.gpu import arrays, launch, params, planned, quantise, status, variants
 from cyflash.gpu.arrays import GPUArray, as_cupy, look
 from cyflash.gpu.tensors import on_device
 from cyflash.quantized import QuantizedTensor
@@ -24,9 +24,9 @@ OPTIONAL = ("bias", "mask", "alibi_slopes", "sinks")
 
 def attend(q, k, v, *, config=None, **options):
     """(out, lse or None, Work): `cyflash.attention.attend` for arrays on a GPU."""
-    seen = _looked_at({"q": q, "k": k, "v": v}, FLOATS, "float32 (or float16, bfloat16)")
+    seen = looked_at({"q": q, "k": k, "v": v}, FLOATS, "float32 (or float16, bfloat16)")
     with arrays.current_stream(seen["q"]):
-        call = _described(seen, seen["q"].kind, config, **options)
+        call = described(seen, seen["q"].kind, config, **options)
         return _attended(call, [_floats(call, *seen.values())])
 
 
@@ -35,14 +35,18 @@ def attend_int8(
     quant=None, config=None, **options,
 ):
     """(out, lse or None, Work): `cyflash.attention.attend_int8` for arrays on a GPU."""
+    if parts.are_in(quant):
+        how = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "granularity": granularity}
+        how |= {"smooth_k": smooth_k, "fp32_sinks": fp32_sinks, "pv": pv}
+        return planned.attend(q, k, v, quant, how, config, **options)
     given = {"q": q, "k": k, "v": v}
-    seen = _looked_at(
+    seen = looked_at(
         {name: operands.memory_of(x) for name, x in given.items()}, (*FLOATS, "int8"),
         "float32 (or float16, bfloat16), int8 or a QuantizedTensor",
     )
     with arrays.current_stream(seen["q"]):
         kind = "fp32" if seen["q"].kind == "int8" else seen["q"].kind
-        call = _described(seen, kind, config, **options)
+        call = described(seen, kind, config, **options)
         settings = operands.settle(
             *(_stand_in(given[name], seen[name]) for name in "qkv"), q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
             granularity=granularity, smooth_k=smooth_k, fp32_sinks=fp32_sinks, pv=pv, quant=quant,
@@ -53,7 +57,7 @@ def attend_int8(
 # Checks
 
 
-def _looked_at(named, kinds, expected):
+def looked_at(named, kinds, expected):
     """{name: GPUArray}, all of these kinds, on one device, with rows in place."""
     seen = {}
     for name, x in named.items():
@@ -103,7 +107,7 @@ class _Call(NamedTuple):
     keep: tuple  # what must live until kernels are queued
 
 
-def _described(
+def described(
     seen, kind, config, *, causal=None, scale=None, return_lse=False, out=None, num_threads=None, dropout_p=None,
     seed=None, **options,
 ):
@@ -138,7 +142,7 @@ def _described(
 
 def _optional(name, x, like):
     """An array of an option; a list of numbers is sent to the GPU."""
-    if isinstance(x, (list, tuple)):
+    if isinstance(x, (list, tuple)) and type(x) is not GPUArray:
         x = status.cupy().asarray(plan.numbers_of(name, x))
     found = look(name, x)
     if found.kind == "bf16":
@@ -322,7 +326,7 @@ def _broadcast(x, shape):
 def _spread(scale, codes):
     """A scale for each token of `codes`, (B, H, L): strides are 0 where it is shared."""
     found = _of_cupy(scale)
-    return found._replace(shadow=np.broadcast_to(found.shadow, (*codes.shadow.shape[:3], 1)))
+    return found._replace(shadow=np.broadcast_to(found.shadow, (*codes.shadow.shape[:3], 1), subok=True))
 
 
 def _from(x, first):
@@ -359,9 +363,9 @@ def _merge_pieces(call, pieces):
         variant = _run(call, piece, _of_keys(call.plan, piece, last), "fp32", _of_cupy(out), _of_cupy(lse))
         parts.append((out, lse))
     out, lse = _merged(*parts[0], *parts[1])
-    _write(out, call.out)
+    write(out, call.out)
     if call.lse is not None:
-        _write(lse, call.lse.four_axes()._replace(shadow=call.lse.shadow.reshape(shape[:3])))
+        write(lse, call.lse.four_axes()._replace(shadow=call.lse.shadow.reshape(shape[:3])))
     return variant
 
 
@@ -390,8 +394,9 @@ def _merged(out_a, lse_a, out_b, lse_b):
     return out, base + cupy.log(total)
 
 
-def _write(x, target):
-    """Write an array of float32 where the caller wants it, in the caller's kind."""
+def write(x, target):
+    """Write an array of float32, CuPy's or another library's, where the caller wants it, in the caller's kind."""
+    x = as_cupy(look("x", x))
     if target.kind == "bf16":
         x = quantise.bf16(x)
     as_cupy(target)[...] = x
@@ -418,7 +423,7 @@ def _run(call, piece, made, kind, out, lse):
     grid = launch.grid(variant, made)
     launch.launch(call.device, variant, grid, params.filled(made, pointers))
     if written != kind:
-        _write(pointers["out"].owner, out)
+        write(pointers["out"].owner, out)
     return variant
 
 
