@@ -21,10 +21,11 @@ class Variant(NamedTuple):
     threads: int       # of a block
     shared_bytes: int  # dynamic shared memory of a block
     rows: int          # query rows of a block
+    parts: int = 1     # blocks that share query rows
 
     def blocks(self, B, H, Lq):
         """The grid, which has one axis."""
-        return B * H * -(-Lq // self.rows)
+        return B * H * -(-Lq // self.rows) * self.parts
 
 
 def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
@@ -84,12 +85,15 @@ def _ffma(arch, D, flags, busy):
 
 
 def _mma(arch, D, qk, v, out, flags, busy):
-    """Tensor cores by mma.sync. A block has 4 warps."""
-    D = round_up(D, 32 if qk == "int8" else 16)
-    Br, Bc = 64, 64
-    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2), ("QK_TYPE", TYPES[qk]),
-              ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
-    shared_bytes = (Br + 2 * Bc) * D * SIZES[qk] + Bc * D * SIZES[v]
+    """Tensor cores by mma.sync. A block has 4 warps of 16 rows; two blocks share a multiprocessor, so a thread has 255
+    registers: O D / 2, S Bc / 2, Q D / 4 or less, and what makes scores of products. int8 v needs as many again of
+    sums: beyond 128 channels two blocks compute half of them each; so do busy ones beyond 192. Bytes, Bc 64: 64 KB at D = 128 in 16 bits."""
+    D = round_up(D, 32 if qk == "int8" or D > 192 else 16)
+    parts = 2 if D > 192 and busy or D > 128 and v == "int8" else 1
+    Br, Bc = 64, 32 if busy or D > 128 else 64
+    macros = (("HEAD_DIM", D), ("CHANNELS", D // parts), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2),
+              ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
+    shared_bytes = (Br + 2 * Bc) * D * SIZES[qk] + Bc * (D // parts) * SIZES[v]
     if qk == "int8":
         shared_bytes += 2 * Bc * 4 + (Bc * 4 if v == "int8" else 0)
-    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br)
+    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts)
