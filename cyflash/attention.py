@@ -38,7 +38,7 @@ def flash_attention(
     """Exact softmax attention, tile by tile, without the (Lq, Lk) score matrix.
 
     Scores are ``scale * q @ k.T``, then softcap, then bias and ALiBi, then masks; all options combine. A row that sees
-    no key gives 0 (and an LSE of -inf, or the sink).
+    no key gives 0 (and an LSE of -inf, or the sink). Arrays on a GPU are computed there: see the notes.
 
     Parameters
     ----------
@@ -108,6 +108,13 @@ def flash_attention(
     Where q, k and v all are bfloat16 and the build multiplies it (avx512_bf16), both products are of bfloat16, with
     weights rounded to it as the output is, unless query rows are few. Everywhere else 16 bits are computed as the
     float32 numbers that they stand for.
+
+    Arrays of CuPy, torch on CUDA, and whatever has ``__cuda_array_interface__`` or DLPack on CUDA are read where they
+    are, on the current stream of q's library, and results are arrays of that library. All arrays of a call must be on
+    one GPU, with contiguous last axes; D is at most 256, Dv is D, and num_threads must not be given. float32 is
+    computed in float32; both products of float16 and bfloat16 are of 16 bits, with sums in float32; q, k and v of
+    unlike dtypes are copied to float32 first. A config's block sizes are of the CPU path. `gpu_status` says whether
+    there is a GPU.
 
     Examples
     --------
@@ -192,6 +199,11 @@ def flash_attention_int8(
     denominator is summed from the weights before they are rounded. Subtracting the mean of the keys is from
     SageAttention (Zhang et al. 2024, arXiv:2410.02367). `cyflash.reference.attention_int8` states the whole scheme.
 
+    On a GPU, as in `flash_attention`, nothing waits for values: a token with NaN or infinity does not raise, its scale
+    becomes NaN, and so does what is computed from it. pv="bf16" multiplies float16 values in float16, all others in
+    bfloat16, codes as the numbers that they stand for; pv="fp32" multiplies everything in float32, on units that are
+    many times slower. fp32_sinks are a call of their own, which is merged with that of the other keys.
+
     Examples
     --------
     >>> import numpy as np, cyflash
@@ -212,7 +224,7 @@ def flash_attention_int8(
 
 def attend(q, k, v, *, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
-    if call_is_on_gpu({"q": q, "k": k, "v": v, **options}):
+    if call_is_on_gpu(q, k, v, options):
         from cyflash.gpu import attention as gpu
 
         return gpu.attend(q, k, v, config=config, **options)
@@ -231,7 +243,7 @@ def attend_int8(
     """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 zeros (B, H, Lq, Lk), C order, to receive those of
     P with pv="int8"; where keys are skipped or in float32 they stay 0."""
     scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-    if call_is_on_gpu({"q": q, "k": k, "v": v, **scales, "codes": codes, **options}):
+    if call_is_on_gpu(q, k, v, {**scales, "codes": codes, **options}):
         from cyflash.gpu import attention as gpu
 
         if codes is not None:

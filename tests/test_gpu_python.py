@@ -464,6 +464,8 @@ class Tensor:
         self.shape, self.device = host.shape, "cuda:0"
         self.dtype = type("dtype", (), {"__str__": lambda _: f"torch.{self.word}"})()
 
+    requires_grad = False
+
     def dequantize(self):
         raise AssertionError
 
@@ -487,6 +489,7 @@ Tensor.__module__ = "torch"
 def torch(monkeypatch):
     module = types.ModuleType("torch")
     module.float32 = "torch.float32"
+    module.is_grad_enabled = lambda: True
     module.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=77))
 
     def empty(shape, dtype, device):
@@ -504,6 +507,16 @@ def test_tensors_of_torch(gpu, torch):
     assert type(out) is type(lse) is Tensor
     np.testing.assert_allclose(out.host, reference.attention(q, k, v, mask=MASK), rtol=0, atol=1e-6)
     assert [one.id for one in gpu.launches[0].streams] == [77]
+
+
+def test_what_tensors_must_not_be(gpu, torch):
+    q, k, v = map(Tensor, tensors())
+    v.requires_grad = True
+    with pytest.raises(ValueError, match=r"v: expected a tensor without gradient.*pass v\.detach\(\)"):
+        flash_attention(q, k, v)
+    k.word = "float8_e4m3fn"
+    with pytest.raises(TypeError, match=r"k: expected a dtype that NumPy has, or bfloat16, got torch\.float8_e4m3fn"):
+        flash_attention(q, k, v)
 
 
 def test_bfloat16_of_torch(gpu, torch):

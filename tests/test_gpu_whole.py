@@ -4,6 +4,7 @@ Arrays of a fake device, quantisation, the choice of a variant, its Params; and 
 machine of gpu_shim/ instead of a model of it.
 """
 import ctypes
+import sys
 
 import gpu_fake
 import gpu_running
@@ -61,6 +62,30 @@ def test_floats(gpu, dtype, bound):
     expected, expected_lse = reference.attention(q, k, v, return_lse=True, **options)
     np.testing.assert_allclose(out.host.astype(float), expected, rtol=0, atol=bound)
     np.testing.assert_allclose(lse.host, expected_lse, rtol=0, atol=2e-4)
+
+
+def test_a_call_compiles_its_kernel(monkeypatch, tmp_path):
+    """From arrays to the file that is loaded: the compiler, too, is the real one."""
+    from cupy.cuda import nvrtc
+
+    from cyflash.gpu import cubins
+
+    path_of = cubins.path_of
+    fake = gpu_fake.device(monkeypatch, real_variants=True)
+
+    def kept(variant):
+        path = path_of(variant)
+        fake.variants[str(path)] = variant
+        return path
+
+    monkeypatch.setattr(cubins, "path_of", kept)
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "nvrtc", nvrtc)
+    monkeypatch.setattr(gpu_fake, "compute", lambda params, variant: None)
+    monkeypatch.setenv("CYFLASH_CACHE_DIR", str(tmp_path))
+    flash_attention(*map(fake.array, tensors("float16")))
+    (path,) = tmp_path.iterdir()
+    assert fake.loaded == [str(path)] and path.read_bytes()[:4] == b"\x7fELF"
+    assert fake.launches[0].variant.arch == "sm_90a"
 
 
 @pytest.mark.parametrize(("pv", "how"), [("int8", {}), ("int8", {"softcap": 2.0}), ("bf16", {"fp32_sinks": 5})])

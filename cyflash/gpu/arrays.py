@@ -75,7 +75,14 @@ def library_of(x):
 
 def _tensor(name, x):
     word = str(x.dtype).removeprefix("torch.")
-    dtype = np.dtype(np.uint16 if word == BF16 else word)
+    try:
+        dtype = np.dtype(np.uint16 if word == BF16 else word)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.kind not in "fiubc":  # others ml_dtypes may have made known to NumPy
+        raise TypeError(f"{name}: expected a dtype that NumPy has, or bfloat16, got {x.dtype}")
+    if x.requires_grad and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor without gradient, which is not computed; pass {name}.detach()")
     strides = tuple(stride * dtype.itemsize for stride in x.stride())
     found = _seen(name, x.data_ptr(), tuple(x.shape), strides, dtype, x.get_device(), x)
     return found._replace(kind="bf16") if word == BF16 else found

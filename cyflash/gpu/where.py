@@ -21,13 +21,15 @@ def on_gpu(x):
     return hasattr(x, "__cuda_array_interface__")
 
 
-def call_is_on_gpu(arguments):
+def call_is_on_gpu(q, k, v, others):
     """Whether a call is for the GPU, which it is where one of its arrays is there.
 
     Parameters
     ----------
-    arguments : dict
-        {name: value} of all arguments that may be arrays.
+    q, k, v
+        The operands.
+    others : dict
+        {name: value} of all other arguments that may be arrays.
 
     Returns
     -------
@@ -38,6 +40,9 @@ def call_is_on_gpu(arguments):
     TypeError
         Where some arrays are on a GPU and others are not.
     """
+    if type(q) is type(k) is type(v) is np.ndarray and PLAIN.issuperset(map(type, others.values())):
+        return False  # the usual case, without ceremony
+    arguments = {"q": q, "k": k, "v": v, **others}
     there = next((name for name, x in arguments.items() if type(x) not in PLAIN and on_gpu(x)), None)
     if there is None:
         return False
