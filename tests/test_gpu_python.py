@@ -16,7 +16,7 @@ import cyflash
 from cyflash import FlashAttentionConfig, GPUUnavailableError, flash_attention, flash_attention_int8, reference
 from cyflash.gpu import build, cubins, launch, params, status, variants
 from cyflash.plan import make_plan
-from cyflash.quant import LayerScales
+from cyflash.quant import LayerScales, watch
 
 B, H, Hk, Lq, Lk, D = 2, 4, 2, 10, 13, 8
 F32 = np.float32
@@ -224,6 +224,20 @@ def test_planned_layers(gpu, name, dtype):
         flash_attention_int8(*map(gpu.array, (q, k, v)), quant=planned, pv="int8")
     with pytest.raises(ValueError, match=r"quant\.parts: expected the 2 kv heads"):
         flash_attention_int8(*map(gpu.array, tensors()), quant=planned)
+
+
+def test_watching(gpu):
+    """What saturates is counted as on the CPU, also where a part is run in pieces."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((B, 4, L, D)).astype(F32) for L in (Lq, Lk, Lk))
+    part = LayerScales(0.01, np.float32([0.01, 0.005, 0.02])[:, None, None], 0.01)
+    for layer in (LayerScales(0.005, 0.006, 0.007), LayerScales(parts=[([0, 1, 3], part), ([2], None)])):
+        found = []
+        for arguments in ((q, k, v), map(gpu.array, (q, k, v))):
+            with watch({"layer": layer}) as watching:
+                flash_attention_int8(*arguments, quant=layer)
+            found.append(watching.counts)
+        assert found[0] == found[1] and found[0]["layer"]["k"][0] > 0
 
 
 # --- Quantised arrays -------------------------------------------------------------------------------------------------
@@ -611,6 +625,20 @@ def test_status_says_what_is_missing(gpu, monkeypatch):
         assert words in cyflash.gpu_status().reason
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 0)
     assert "no GPU that this process may use" in cyflash.gpu_status().reason
+
+
+def test_status_of_a_broken_cupy(monkeypatch):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise PermissionError(13, "Permission denied", "cache")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    finder = Finder()
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.setattr(status.importlib.util, "find_spec", lambda name: "there")
+    found = cyflash.gpu_status()
+    assert not found.available and "CuPy does not import: [Errno 13] Permission denied" in found.reason
 
 
 def test_status_without_cupy(monkeypatch, torch):

@@ -252,12 +252,13 @@ class _Codes(NamedTuple):
 
 def _coded_piece(call, given, seen, settings):
     """The keys that fp32_sinks leaves. Their shift goes into the scores, so softcap, sinks and the LSE need nothing."""
-    counts = {}
+    watchers = quant_rules.watched.get(getattr(settings.quant, "watched_as", settings.quant), ())
+    counts = {} if watchers else None
     q = _codes("q", seen, settings, counts)
     k = _codes("k", seen, settings, counts)
     v = _codes("v", seen, settings, counts) if _packs_v(seen["v"], settings) else None
-    for tell in quant_rules.watched.get(settings.quant, ()):
-        tell({name: count for name, count in counts.items() if count is not None})
+    for tell in watchers:
+        tell(counts)
     first = settings.fp32_sinks
     if settings.pv == "fp32":
         return _dequantised_piece(seen, q, k, v, first)
@@ -280,6 +281,7 @@ def _packs_v(v, settings):
 
 
 def _codes(name, seen, settings, counts):
+    """One operand. counts: receives what saturates, for whoever watches, which waits for the GPU; or None."""
     x, scale = seen[name].four_axes(), settings.scales[name]
     scale = None if scale is None else on_device(scale)
     mean = settings.k_mean if name == "k" else None
@@ -291,7 +293,7 @@ def _codes(name, seen, settings, counts):
     if name == "k" and settings.smooth:
         mean = quantise.token_mean(values)
     skip = settings.fp32_sinks if name != "q" else 0
-    if scale is not None and quant_rules.watched.get(settings.quant):
+    if scale is not None and counts is not None:
         counts[name] = quantise.saturated(values, scale, mean, skip), values[:, :, skip:].size
     codes, scale, marked = quantise.encode(values, settings.granularity[name], scale=scale, mean=mean, skip=skip)
     return _Codes(_of_cupy(codes), scale, marked, _broadcast(mean, heads))

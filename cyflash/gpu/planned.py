@@ -69,7 +69,9 @@ def _heads(x, heads):
 
 
 def _of_run(layer, n, places):
-    """The layer of n kv heads, for those at `places` only."""
+    """The layer of n kv heads, for those at `places` only. `cyflash.quant.watch` counts it as the whole one."""
+    if places == slice(0, n):
+        return layer
     fields = {}
     for name in ("q_scale", "k_scale", "v_scale", "k_mean"):
         x = getattr(layer, name)
@@ -77,4 +79,6 @@ def _of_run(layer, n, places):
             each = x.shape[-3] // n  # query heads of a kv head
             x = x[..., places.start * each : places.stop * each, :, :]
         fields[name] = x
-    return replace(layer, **fields)
+    run = replace(layer, **fields)
+    object.__setattr__(run, "watched_as", layer)
+    return run

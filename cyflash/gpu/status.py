@@ -63,8 +63,7 @@ def cupy():
     """The module CuPy; GPUUnavailableError where it is not installed or does not import."""
     try:
         import cupy
-    except ImportError as error:
-        # A package that is there but fails says more than that it is not installed.
+    except Exception as error:  # of a broken installation any; OSError where it cannot make its own cache folder
         if importlib.util.find_spec("cupy") is None:
             raise GPUUnavailableError(f"CuPy is not installed; {INSTALL}") from error
         raise GPUUnavailableError(f"CuPy does not import: {error}") from error
@@ -86,13 +85,14 @@ def _look(found):
     found["cupy"] = module.__version__
     try:
         count = module.cuda.runtime.getDeviceCount()
+        if count:
+            device = module.cuda.Device()
+            capability = str(device.compute_capability)
+            found["device"] = _text(module.cuda.runtime.getDeviceProperties(device.id)["name"])
     except Exception as error:  # CUDARuntimeError, of a module that has moved between versions of CuPy
         raise GPUUnavailableError(_why(error)) from error
-    if count == 0:
+    if not count:
         raise GPUUnavailableError(_why(None))
-    device = module.cuda.Device()
-    capability = str(device.compute_capability)
-    found["device"] = _text(module.cuda.runtime.getDeviceProperties(device.id)["name"])
     found["compute_capability"] = f"{capability[:-1]}.{capability[-1]}"
     if int(capability) < LEAST_CAPABILITY:
         raise GPUUnavailableError(too_old(found["device"], capability))
