@@ -18,6 +18,7 @@ SHIM = Path(__file__).parent / "gpu_shim"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
 EARLY, LATE = True, False
 UNBOUNDED = 1 << 62
+POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift")
 GUARD = 64  # elements beside an output that must stay as they are
 
 
@@ -29,13 +30,13 @@ class Params(ctypes.Structure):
     """struct Params of params.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "q k v out lse bias mask slopes sinks q_scale k_scale v_scale shift".split()),
-        *((f"{name}_stride", ctypes.c_longlong * 3) for name in "q k v out".split()),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((f"{name}_stride", ctypes.c_longlong * 3) for name in ["q", "k", "v", "out"]),
         *((f"{name}_stride", ctypes.c_longlong * 4) for name in ("bias", "mask")),
         *((f"{name}_scale_stride", ctypes.c_longlong * 3) for name in "qkv"),
         ("slopes_stride", ctypes.c_longlong * 2),
         *((name, ctypes.c_longlong) for name in ("offset", "left", "right")),
-        *((name, ctypes.c_int) for name in "B H Hk Lq Lk D".split()),
+        *((name, ctypes.c_int) for name in ["B", "H", "Hk", "Lq", "Lk", "D"]),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -51,7 +52,8 @@ def folder():
 
 def command(*arguments):
     done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise RuntimeError(done.stderr)
 
 
 @functools.cache
@@ -72,7 +74,8 @@ def library(source, macros, changes=()):
             text = path.read_text()
             for file, old, new in changes:
                 if file == path.name:
-                    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+                    if text.count(old) != 1:
+                        raise ValueError(f"{file} has {text.count(old)} times: {old}")
                     text = text.replace(old, new)
             (place / path.name).write_text(text)
     flags = [f"-D{name}={value}" for name, value in macros]
@@ -87,8 +90,9 @@ def library(source, macros, changes=()):
 class Result:
     """out and lse of a run, and what the machine counted."""
 
-    def __init__(self, out, lse, counts):
+    def __init__(self, out, lse, variant, counts):
         self.out, self.lse = out, lse
+        self.Bc = dict(variant.macros)["BLOCK_K"]
         self.matrix_reads, self.conflicts, self.products = counts
 
 
@@ -130,7 +134,8 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
         if x is None:
             continue
         setattr(params, name, x.ctypes.data)
-        getattr(params, f"{name}_stride")[:] = [s // x.itemsize for s in x.strides[:len(getattr(params, f"{name}_stride"))]]
+        strides = getattr(params, f"{name}_stride")
+        strides[:] = [s // x.itemsize for s in x.strides[: len(strides)]]
         if x.size:
             readable += np.lib.array_utils.byte_bounds(x)
     for name, x in dict(sinks=sinks, shift=shift).items():
@@ -146,4 +151,4 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
     counts = (ctypes.c_long * 3)()
     loaded.counts(counts)
-    return Result(out, lse, tuple(counts))
+    return Result(out, lse, variant, tuple(counts))

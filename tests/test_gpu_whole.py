@@ -39,7 +39,7 @@ def run(params, variant):
             kind = {"q": "QK_TYPE", "k": "QK_TYPE", "v": "V_TYPE", "out": "OUT_TYPE"}.get(name)
             size = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}[macros.get(kind, "F32")] if name != "mask" else 1
             ranges += [int(params[name]), int(params[name]) + (reach + 1) * size]
-    loaded = gpu_running.library(variant.source, variant.macros)
+    loaded = gpu_running.library(variant.source, variant.macros, ())
     copy = np.array([params])
     error = loaded.run(
         copy.ctypes.data_as(ctypes.c_void_p), variant.blocks(sizes["B"], sizes["H"], sizes["Lq"]), variant.threads,
