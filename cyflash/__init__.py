@@ -12,6 +12,7 @@
        cpu/          picks a SIMD build and a number of threads
          driver.pxi    cuts the call into tasks under prange
          kernel.pxi    the algorithm, written once in the words of simd/*.h
+       gpu/          for arrays that live on a GPU: quantises, picks a kernel, compiles and launches it with CuPy
 
     varlen.py        sequences of unlike lengths, one after another in one array
     kvcache.py       keys and values of earlier tokens, and flash_attention_with_kvcache: pool.py (pages and rows),
@@ -34,6 +35,7 @@ from cyflash.attention import flash_attention, flash_attention_int8
 from cyflash.config import FlashAttention, FlashAttentionConfig, FlashAttentionOutput, MemorySavings
 from cyflash.cpu import cpu_info, set_implementation
 from cyflash.cpu.threads import set_num_threads
+from cyflash.gpu.status import GPUUnavailableError, gpu_status
 from cyflash.kvcache import KVCache, PagedKVCache, flash_attention_with_kvcache
 from cyflash.merge import merge_states
 from cyflash.quantized import LayerScales, QuantizedTensor, quantize
@@ -46,6 +48,7 @@ __all__ = [
     "FlashAttention",
     "FlashAttentionConfig",
     "FlashAttentionOutput",
+    "GPUUnavailableError",
     "KVCache",
     "LayerScales",
     "MemorySavings",
@@ -57,6 +60,7 @@ __all__ = [
     "flash_attention_int8_varlen",
     "flash_attention_varlen",
     "flash_attention_with_kvcache",
+    "gpu_status",
     "merge_states",
     "quantize",
     "reference",

@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 
+from cyflash.gpu.where import on_gpu
+
 FLOAT32 = np.dtype(np.float32)
 FLOAT16 = np.dtype(np.float16)
 INT8 = np.dtype(np.int8)
@@ -18,6 +20,11 @@ FLOATS = ("fp32", "fp16", "bf16")
 def require_array(name, x, ndim=None, dtype="np.float32"):
     """`x` if it is a NumPy array (of one of the dimensions `ndim`), else an error that names it."""
     if not isinstance(x, np.ndarray):
+        if on_gpu(x):
+            raise NotImplementedError(
+                f"{name}: expected an array in the host's memory: of arrays on a GPU only flash_attention and "
+                f"flash_attention_int8 are implemented; write cupy.asnumpy({name})"
+            )
         raise TypeError(
             f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype={dtype})"
         )

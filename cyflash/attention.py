@@ -9,7 +9,8 @@ import numpy as np
 from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
-from cyflash.plan import UNBOUNDED, Plan, checked_dropout, make_plan
+from cyflash.gpu.where import call_is_on_gpu
+from cyflash.plan import UNBOUNDED, Plan, make_plan, with_config
 from cyflash.quantized import checked_product
 from cyflash.stored import Stored
 
@@ -37,7 +38,7 @@ def flash_attention(
     """Exact softmax attention, tile by tile, without the (Lq, Lk) score matrix.
 
     Scores are ``scale * q @ k.T``, then softcap, then bias and ALiBi, then masks; all options combine. A row that sees
-    no key gives 0 (and an LSE of -inf, or the sink).
+    no key gives 0 (and an LSE of -inf, or the sink). Arrays on a GPU are computed there: see the notes.
 
     Parameters
     ----------
@@ -107,6 +108,13 @@ def flash_attention(
     Where q, k and v all are bfloat16 and the build multiplies it (avx512_bf16), both products are of bfloat16, with
     weights rounded to it as the output is, unless query rows are few. Everywhere else 16 bits are computed as the
     float32 numbers that they stand for.
+
+    Arrays of CuPy, torch on CUDA, and whatever has ``__cuda_array_interface__`` or DLPack on CUDA are read where they
+    are, on the current stream of q's library, and results are arrays of that library. All arrays of a call must be on
+    one GPU, with contiguous last axes; D is at most 256, Dv is D, and num_threads must not be given. float32 is
+    computed in float32; both products of float16 and bfloat16 are of 16 bits, with sums in float32; q, k and v of
+    unlike dtypes are copied to float32 first. A config's block sizes are of the CPU path. `gpu_status` says whether
+    there is a GPU.
 
     Examples
     --------
@@ -191,6 +199,11 @@ def flash_attention_int8(
     denominator is summed from the weights before they are rounded. Subtracting the mean of the keys is from
     SageAttention (Zhang et al. 2024, arXiv:2410.02367). `cyflash.reference.attention_int8` states the whole scheme.
 
+    On a GPU, as in `flash_attention`, nothing waits for values: a token with NaN or infinity does not raise, its scale
+    becomes NaN, and so does what is computed from it. pv="bf16" multiplies float16 values in float16, all others in
+    bfloat16, codes as the numbers that they stand for; pv="fp32" multiplies everything in float32, on units that are
+    many times slower. fp32_sinks are a call of their own, which is merged with that of the other keys.
+
     Examples
     --------
     >>> import numpy as np, cyflash
@@ -211,6 +224,10 @@ def flash_attention_int8(
 
 def attend(q, k, v, *, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
+    if call_is_on_gpu(q, k, v, options):
+        from cyflash.gpu import attention as gpu
+
+        return gpu.attend(q, k, v, config=config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.require_float(name, x, (2, 3, 4))
     kinds = kinds_of(k, v)
@@ -225,8 +242,18 @@ def attend_int8(
 ):
     """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 zeros (B, H, Lq, Lk), C order, to receive those of
     P with pv="int8"; where keys are skipped or in float32 they stay 0."""
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    if call_is_on_gpu(q, k, v, {**scales, "codes": codes, **options}):
+        from cyflash.gpu import attention as gpu
+
+        if codes is not None:
+            raise NotImplementedError("codes: expected None with arrays on a GPU, which keeps no codes of P")
+        return gpu.attend_int8(
+            q, k, v, **scales, granularity=granularity, smooth_k=smooth_k, fp32_sinks=fp32_sinks, pv=pv, quant=quant,
+            config=config, **options,
+        )
     if parts.are_in(quant):
-        how = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "granularity": granularity}
+        how = scales | {"granularity": granularity}
         how |= {"smooth_k": smooth_k, "fp32_sinks": fp32_sinks, "pv": pv, "codes": codes}
         return _attend_parts(q, k, v, quant, how, config, **options)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -364,15 +391,8 @@ def describe(
     multiplied. Where q, k and v are only the shapes that the sequences fit in, dtype and out_shape are those of the
     output, and pairs is the sum of Lq * Lk.
     """
-    block_size_q = block_size_kv = None
-    if config is not None:
-        _check_config(config, q)
-        causal = config.causal if causal is None else causal
-        scale = config.scale if scale is None else scale
-        dropout_p = config.dropout_p if dropout_p is None else dropout_p
-        block_size_q, block_size_kv = config.block_size_q, config.block_size_kv
-    if dropout_p is not None or seed is not None:
-        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
+    causal, scale = with_config(config, q, causal, scale, dropout_p, seed)
+    block_size_q, block_size_kv = (None, None) if config is None else (config.block_size_q, config.block_size_kv)
     plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
 
     shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape
@@ -390,7 +410,7 @@ def describe(
     panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
     Br = min(Br, -(-plan.Lq // panel) * panel) or panel
     Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    flops = _visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
+    flops = visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
     work = flops if plan.Lq >= FEW_ROWS else flops * FEW_ROWS // max(plan.Lq, 1)
     count = threads.for_call(1 + int(work / FLOPS_PER_THREAD), num_threads)
     return _Call(plan, out, lse, flops, build, Br, Bc, count, native, options.get("causal_align") == "top-left")
@@ -431,7 +451,7 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
     return out, lse, Work(call.flops, tile_bytes, call.Br, keys, cpu.name_of(call.build))
 
 
-def _visible_flops(plan):
+def visible_flops(plan):
     if min(plan.left, plan.right) >= UNBOUNDED:
         return 2 * (plan.D + plan.Dv) * plan.Lq * plan.Lk * plan.B * plan.H
     return attention_flops(
@@ -439,15 +459,6 @@ def _visible_flops(plan):
         causal_align="bottom-right" if plan.offset == plan.Lk - plan.Lq else "top-left",
         window=tuple(-1 if side >= UNBOUNDED else side for side in (plan.left, plan.right)),
     )
-
-
-def _check_config(config, q):
-    from cyflash.config import FlashAttentionConfig
-
-    if not isinstance(config, FlashAttentionConfig):
-        raise TypeError(f"config: expected a FlashAttentionConfig, got {type(config).__name__}")
-    if config.head_dim != q.shape[-1]:
-        raise ValueError(f"config: expected head_dim {q.shape[-1]} as in q {q.shape}, got {config.head_dim}")
 
 
 def _check_out(out, shape, dtype, memory, options):

@@ -98,7 +98,7 @@ def _scale(name, x, scale, of_quant):
             return own
         if not of_quant:
             raise ValueError(f"{argument}: expected None, since {name} is a QuantizedTensor with its own scale")
-        if not np.array_equal(*np.broadcast_arrays(own, checked_scale(argument, scale, x.shape))):
+        if not _same(own, checked_scale(argument, scale, x.shape)):
             raise ValueError(f"quant: expected the scale that {name} was quantised with, got another {argument}")
         return own
     if scale is None:
@@ -118,7 +118,7 @@ def _smoothing(k, k_scale, smooth_k, k_mean, of_quant):
         raise ValueError(f"smooth_k: expected True, False or None, got {smooth_k!r}")
     source = "quant"
     if isinstance(k, QuantizedTensor):
-        if k_mean is not None and (k.mean is None or not np.array_equal(k.mean, np.broadcast_to(k_mean, k.mean.shape))):
+        if k_mean is not None and (k.mean is None or not _same(k.mean, k_mean)):
             raise ValueError("quant: expected the k_mean that k was quantised with, got another one")
         k_mean, source = k.mean, "k"
         if smooth_k and k_mean is None:
@@ -137,6 +137,11 @@ def _smoothing(k, k_scale, smooth_k, k_mean, of_quant):
             )
         return False, None
     return k_scale is None if smooth_k is None else bool(smooth_k), None
+
+
+def _same(a, b):
+    """Whether two scales or means are equal. Those on a GPU are waited for."""
+    return np.array_equal(*np.broadcast_arrays(quantized.on_host(a), quantized.on_host(b)))
 
 
 def _checked_mean(mean, k):

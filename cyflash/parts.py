@@ -29,6 +29,11 @@ def require_alone(q, k, v, how):
                 f"got {got}"
             )
         arrays.require_float(name, x, (2, 3, 4))
+    require_no_more(how)
+
+
+def require_no_more(how):
+    """Raise where anything of `how`, the arguments that say how to quantise, is given."""
     for name, value in how.items():
         if value is not None:
             raise ValueError(
@@ -54,13 +59,25 @@ class Part(NamedTuple):
         if self.lse is not None:
             self.lse[..., list(self.heads), :] = lse
 
-    @contextmanager
     def named_in_errors(self):
         """Errors within say which part they are of."""
-        try:
-            yield
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (in {self.name}; its heads are counted from 0)") from None
+        return named_in_errors(self.name)
+
+
+@contextmanager
+def named_in_errors(name):
+    """Errors within say which part they are of."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} (in {name}; its heads are counted from 0)") from None
+
+
+def require_all_heads(quant, plan, k):
+    """Raise unless the parts hold the kv heads of k."""
+    planned = sum(len(kv_heads) for kv_heads, _ in quant.parts)
+    if planned != plan.Hk:
+        raise ValueError(f"quant.parts: expected the {plan.Hk} kv heads of k {k.shape}, got a plan of {planned}")
 
 
 def split(quant, q, k, v, out, lse, plan, options):
@@ -68,9 +85,7 @@ def split(quant, q, k, v, out, lse, plan, options):
 
     They share the memory for what they have to copy: each is done with before the next is asked for.
     """
-    planned = sum(len(kv_heads) for kv_heads, _ in quant.parts)
-    if planned != plan.Hk:
-        raise ValueError(f"quant.parts: expected the {plan.Hk} kv heads of k {k.shape}, got a plan of {planned}")
+    require_all_heads(quant, plan, k)
     group = plan.H // plan.Hk
     q, k, v, out = (x if x.ndim > 2 else x[None] for x in (q, k, v, out))
     lse = lse if lse is None or lse.ndim > 1 else lse[None]

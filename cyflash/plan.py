@@ -66,6 +66,23 @@ def make_plan(
     )
 
 
+def with_config(config, q, causal, scale, dropout_p, seed):
+    """(causal, scale) of a call, where what was not given is config's; dropout, given or config's, must be off."""
+    if config is not None:
+        from cyflash.config import FlashAttentionConfig
+
+        if not isinstance(config, FlashAttentionConfig):
+            raise TypeError(f"config: expected a FlashAttentionConfig, got {type(config).__name__}")
+        if config.head_dim != q.shape[-1]:
+            raise ValueError(f"config: expected head_dim {q.shape[-1]} as in q {q.shape}, got {config.head_dim}")
+        causal = config.causal if causal is None else causal
+        scale = config.scale if scale is None else scale
+        dropout_p = config.dropout_p if dropout_p is None else dropout_p
+    if dropout_p is not None or seed is not None:
+        checked_dropout(0.0 if dropout_p is None else dropout_p, seed)
+    return causal, scale
+
+
 def checked_dropout(dropout_p, seed):
     """Raises unless dropout is off; `seed` must be an int or None all the same."""
     if seed is not None and not _is_index(seed):
@@ -176,7 +193,7 @@ def checked_window(window):
 def _broadcast(name, x, rows):
     """x broadcast by NumPy's rules to `rows`, q.shape[:-1] + (Lk,), as a (B, H, Lq, Lk) view."""
     try:
-        return arrays.four_axes(np.broadcast_to(arrays.aligned(x), rows))
+        return arrays.four_axes(np.broadcast_to(arrays.aligned(x), rows, subok=True))
     except ValueError:
         raise ValueError(
             f"{name}: expected a shape that broadcasts to q.shape[:-1] + (Lk,) = {rows}, got {x.shape}"
@@ -202,7 +219,7 @@ def broadcast_mask(name, mask, rows):
     return _broadcast(name, mask.view(np.uint8), rows)
 
 
-def _numbers(name, x):
+def numbers_of(name, x):
     """A list of numbers, nested or not, as float32."""
     try:
         array = np.array(x)
@@ -216,8 +233,8 @@ def _numbers(name, x):
 def _per_head(name, x, shapes, wanted):
     """A small float32 array of one of `shapes`, broadcast to `wanted`. Lists of numbers are taken too."""
     if isinstance(x, (list, tuple)):
-        x = _numbers(name, x)
+        x = numbers_of(name, x)
     arrays.require_float32(name, x)
     if x.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))} for q's heads, got {x.shape}")
-    return np.broadcast_to(arrays.aligned(x), wanted)
+    return np.broadcast_to(arrays.aligned(x), wanted, subok=True)

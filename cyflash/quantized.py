@@ -18,6 +18,7 @@ import numpy as np
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
 from cyflash.files import read_safetensors, replacing, safetensors_path
+from cyflash.gpu.where import on_gpu
 from cyflash.plan import checked_flag
 
 __all__ = ["LayerScales", "QuantizedTensor", "checked_granularity", "checked_scale", "quantise_call", "quantize"]
@@ -47,7 +48,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     ----------
     x : ndarray of float32, float16 or bfloat16, shape (L, D), (H, L, D) or (B, H, L, D)
         Any strides. All values finite, also those that a mask hides later: they count for the scale. 16 bits give what
-        the same values in float32 do.
+        the same values in float32 do. An array on a GPU is quantised there.
     granularity : {"tensor", "head", "token"}, default "tensor"
         One scale for the whole array, for each head of each sequence, or for each token of each head. Beside `scale`,
         "head" and "token" say what shape it must have.
@@ -91,14 +92,18 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     True
     """
     granularity = checked_granularity(granularity)
+    if on_gpu(x):
+        from cyflash.gpu import tensors
+
+        return tensors.quantize(x, granularity, scale=scale, smooth=checked_flag("smooth", smooth), skip=fp32_sinks)
     arrays.require_float("x", x, (2, 3, 4))
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected a head_dim of at least 1, got shape {x.shape}")
     smooth = checked_flag("smooth", smooth)
-    skip = _checked_sinks(fp32_sinks, x.shape)
+    skip = checked_sinks(fp32_sinks, x.shape)
     if scale is not None:
         scale = checked_scale("scale", scale, x.shape)
-        granularity = _checked_against(scale, None if granularity == "tensor" else granularity, x.shape)
+        granularity = checked_against(scale, None if granularity == "tensor" else granularity, x.shape)
 
     data = np.empty_like(x, np.int8, subok=False)
     direct = arrays.rows_in_place(data)  # data itself, unless its last axis is strided
@@ -231,7 +236,8 @@ class QuantizedTensor:
     Parameters
     ----------
     data : ndarray of int8, shape (L, D), (H, L, D) or (B, H, L, D)
-        The codes; any strides. -128 is allowed.
+        The codes; any strides. -128 is allowed. On a GPU, mean and fp32_rows must be there too, and scale may be; they
+        are kept as they are then, and their numbers are not checked.
     scale : float or array-like of float
         Broadcasts to data's shape, constant along the last axis. Kept as float32.
     mean : ndarray of float32, shape data.shape[:-2] + (1, D), optional
@@ -271,6 +277,11 @@ class QuantizedTensor:
     granularity: str | None = None
 
     def __post_init__(self):
+        if on_gpu(self.data):
+            from cyflash.gpu import tensors
+
+            object.__setattr__(self, "granularity", tensors.checked(self))
+            return
         arrays.require_array("data", self.data, (2, 3, 4), dtype="np.int8")
         if self.data.dtype != np.int8:
             raise TypeError(
@@ -281,7 +292,7 @@ class QuantizedTensor:
         scale = checked_scale("scale", self.scale, self.shape)
         granularity = None if self.granularity is None else checked_granularity(self.granularity)
         object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "granularity", _checked_against(scale, granularity, self.shape))
+        object.__setattr__(self, "granularity", checked_against(scale, granularity, self.shape))
         heads, L, D = self.shape[:-2], *self.shape[-2:]
         if self.mean is not None:
             self._keep("mean", self.mean, (*heads, 1, D))
@@ -307,11 +318,11 @@ class QuantizedTensor:
 
     @property
     def shape(self):
-        return self.data.shape
+        return tuple(self.data.shape)
 
     @property
     def ndim(self):
-        return self.data.ndim
+        return len(self.shape)
 
     @property
     def nbytes(self):
@@ -329,6 +340,10 @@ class QuantizedTensor:
         ndarray of float32, shape data.shape
             In data's order of strides; values beyond float32 become its largest.
         """
+        if on_gpu(self.data):
+            from cyflash.gpu import tensors
+
+            return tensors.dequantize(self)
         with np.errstate(over="ignore"):
             x = np.clip(np.multiply(self.data, self.scale, dtype=np.float32), -FLOAT32_MAX, FLOAT32_MAX)
             if self.mean is not None:
@@ -359,7 +374,7 @@ class QuantizedTensor:
         import safetensors.numpy
 
         path = safetensors_path(path)
-        held = {name: np.array(x, order="C") for name, x in self._arrays().items()}
+        held = {name: np.array(on_host(x), order="C") for name, x in self._arrays().items()}
         metadata = {"format": FORMAT, "granularity": self.granularity}
         with replacing(path) as temporary:
             safetensors.numpy.save_file(held, temporary, metadata=metadata)
@@ -452,7 +467,7 @@ class LayerScales:
             object.__setattr__(self, name, None if value is None else checked_scale(name, value))
         if self.k_mean is not None:
             object.__setattr__(self, "k_mean", _checked_mean("k_mean", self.k_mean))
-        object.__setattr__(self, "fp32_sinks", _checked_sinks(self.fp32_sinks))
+        object.__setattr__(self, "fp32_sinks", checked_sinks(self.fp32_sinks))
         checked_product(self.pv)
         if self.parts is not None:
             for field in fields(self):
@@ -486,7 +501,7 @@ def checked_scale(name, scale, shape=None):
     ----------
     name : str
         What errors call it.
-    scale : float, or list or ndarray of float32 or float64
+    scale : float, list or ndarray of float32 or float64, or array of float32 on a GPU
     shape : tuple of int, optional
         Of the array, which ends in (..., tokens, channels). None: not known yet.
 
@@ -502,6 +517,8 @@ def checked_scale(name, scale, shape=None):
     ValueError
         For a number that is not finite or below 1.18e-38, and for a shape that does not fit.
     """
+    if on_gpu(scale):
+        return _checked_gpu_scale(name, scale, shape)
     if type(scale) is float and SMALLEST_SCALE <= scale <= FLOAT32_MAX:  # the usual case, without ceremony
         return np.array(scale, np.float32)
     if isinstance(scale, np.ndarray) and scale.dtype == np.float32 and scale.ndim > 1:
@@ -520,6 +537,27 @@ def checked_scale(name, scale, shape=None):
         )
     _check_fit(name, array.shape, shape)
     return array
+
+
+def on_host(x):
+    """x, as an array of NumPy where it is on a GPU, which is waited for."""
+    if not on_gpu(x):
+        return x
+    from cyflash.gpu.arrays import to_host
+
+    return to_host(x)
+
+
+def _checked_gpu_scale(name, scale, shape):
+    """A scale on a GPU, of which only dtype and shape are checked: its numbers stay there."""
+    from cyflash.gpu import arrays as gpu
+
+    seen = gpu.look(name, scale)
+    if seen.kind != "fp32":
+        got = seen.shadow.dtype.name
+        raise TypeError(f"{name}: expected float32 on a GPU, got {got}; write {name}.astype(np.float32)")
+    _check_fit(name, seen.shadow.shape, shape)
+    return scale
 
 
 def _check_fit(name, got, shape):
@@ -544,7 +582,7 @@ def _check_fit(name, got, shape):
             raise ValueError(f"{expected}, got shape {got}, which does not broadcast to it")
 
 
-def _checked_against(scale, granularity, shape):
+def checked_against(scale, granularity, shape):
     """The granularity of a static scale for an array of `shape`; ValueError where a given one contradicts it."""
     tokens = scale.shape[-2] if scale.ndim >= 2 else 1
     own = "token" if tokens > 1 else "head" if scale.size > 1 else "tensor"
@@ -564,7 +602,7 @@ def _checked_against(scale, granularity, shape):
     return own if granularity is None else granularity
 
 
-def _checked_sinks(value, shape=None):
+def checked_sinks(value, shape=None):
     """`value` as an int of at least 0, and at most the tokens of an array of `shape`."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(type(value), "__index__"):
         raise ValueError(f"fp32_sinks: expected an integer of at least 0, got {value!r}")

@@ -224,8 +224,9 @@ def build(tree, kind):
 def test_sdist_holds_the_sources_and_nothing_generated(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    suffixes = {".py", ".pyx", ".pxi", ".h", ".typed"}
-    sources = [path for top in ("cyflash", "quant") for path in (ROOT / top).rglob("*") if path.suffix in suffixes]
+    suffixes = {".py", ".pyx", ".pxi", ".h", ".cu", ".cuh", ".cpp", ".typed"}
+    tops = ("cyflash", "quant", "tests")
+    sources = [path for top in tops for path in (ROOT / top).rglob("*") if path.suffix in suffixes]
     assert len(sources) > 20
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     assert {"LICENSE", "README.md", "setup.py", "pyproject.toml", "MANIFEST.in", "examples/quickstart.py"} <= names
@@ -244,7 +245,10 @@ def test_wheel_holds_the_package_and_no_sources_of_kernels(wheel):
     assert "cyflash/quant/__init__.py" in modules
     assert modules | {"cyflash/py.typed", "cyflash/report_page.html"} <= set(names)
     assert [name for name in names if name.startswith("cyflash/cpu/_baseline") and name.endswith(".so")]
-    assert not [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxi"))]
+    compiled_later = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cyflash/gpu").iterdir()
+                      if path.suffix in (".cu", ".cuh", ".h")}
+    assert "cyflash/gpu/params.h" in compiled_later and compiled_later <= set(names)
+    assert not [name for name in set(names) - compiled_later if name.endswith((".c", ".h", ".pyx", ".pxi"))]
 
 
 @pytest.mark.slow

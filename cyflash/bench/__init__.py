@@ -7,6 +7,7 @@
     suite.py     `--suite`: the fixed list of comparisons in fp32
     int8.py      `--int8`: the same of int8 with fp32, bfloat16 and itself
     decode.py    `--decode`: caches, ragged batches and 16 bits; its own decode_cases.py and decode_systems.py
+    gpu.py       `--gpu`: kernels of the GPU beside torch's and Triton's; its own gpu_systems.py
     report.py    progress, tables, JSON, plot
 
 Times are wall-clock seconds of one call with inputs, compiled models and threads ready. A ratio is the median time of a
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 
 from cyflash import cpu_info, set_implementation
-from cyflash.bench import decode, int8, report, suite
+from cyflash.bench import decode, gpu, int8, report, suite
 from cyflash.bench.cases import Case
 from cyflash.bench.decode_systems import DECODE_SYSTEMS
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
@@ -62,6 +63,9 @@ def add_arguments(parser):
     lists.add_argument(
         "--decode", action="store_true", help="a fixed list: KV caches, torch, speed of memory, ragged batches, bf16"
     )
+    lists.add_argument(
+        "--gpu", action="store_true", help="a fixed list on the GPU: cyflash beside torch's flash, cuDNN and Triton"
+    )
     add("--json", type=Path, metavar="FILE", help="write every time and setting to FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
 
@@ -94,6 +98,8 @@ def run(args):
     >>> bench.run(args)  # doctest: +SKIP
     0
     """
+    if args.gpu:
+        return gpu.run(args)
     chosen = next((name for name in LISTS if getattr(args, name)), None)
     fixed_list, known = LISTS.get(chosen, (None, SYSTEMS))
     systems, skipped = _systems(args.systems, known)

@@ -1,0 +1,154 @@
+"""Runs the GPU kernels' source on the CPU: compiled by g++ over the machine of gpu_shim/, called on NumPy arrays."""
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import cyflash
+from cyflash.gpu import variants
+
+KERNELS = Path(cyflash.__file__).parent / "gpu"
+SHIM = Path(__file__).parent / "gpu_shim"
+COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
+EARLY, LATE = True, False
+UNBOUNDED = 1 << 62
+POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift")
+GUARD = 64  # elements beside an output that must stay as they are
+
+
+class KernelError(AssertionError):
+    """The machine found something wrong: a deadlock, an address outside, divergence."""
+
+
+class Params(ctypes.Structure):
+    """struct Params of params.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((f"{name}_stride", ctypes.c_longlong * 3) for name in ["q", "k", "v", "out"]),
+        *((f"{name}_stride", ctypes.c_longlong * 4) for name in ("bias", "mask")),
+        *((f"{name}_scale_stride", ctypes.c_longlong * 3) for name in "qkv"),
+        ("slopes_stride", ctypes.c_longlong * 2),
+        *((name, ctypes.c_longlong) for name in ("offset", "left", "right")),
+        *((name, ctypes.c_int) for name in ["B", "H", "Hk", "Lq", "Lk", "D"]),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def folder():
+    """Where this session compiles to; removed at its end."""
+    directory = tempfile.TemporaryDirectory(prefix="cyflash-gpu-shim-")
+    folder.keep = directory
+    return Path(directory.name)
+
+
+def command(*arguments):
+    done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+@functools.cache
+def machine():
+    path = folder() / "machine.o"
+    command("-c", SHIM / "machine.cpp", "-o", path)
+    return path
+
+
+@functools.cache
+def library(source, macros, changes=()):
+    """The compiled kernel. changes: (file, old, new) of text that is replaced in its source, old being there once."""
+    key = hashlib.sha256(repr((source, macros, changes)).encode()).hexdigest()[:16]
+    place = folder() / key
+    place.mkdir()
+    for path in KERNELS.iterdir():
+        if path.suffix in (".cu", ".cuh", ".h") and path.name != "primitives.cuh":
+            text = path.read_text()
+            for file, old, new in changes:
+                if file == path.name:
+                    if text.count(old) != 1:
+                        raise ValueError(f"{file} has {text.count(old)} times: {old}")
+                    text = text.replace(old, new)
+            (place / path.name).write_text(text)
+    flags = [f"-D{name}={value}" for name, value in macros]
+    command("-shared", f'-DSOURCE="{source}"', *flags, "-x", "c++", "-I", place, "-I", SHIM, SHIM / "run.cpp",
+            "-x", "none", machine(), "-o", place / "kernel.so")
+    loaded = ctypes.CDLL(str(place / "kernel.so"))
+    loaded.run.restype = ctypes.c_char_p
+    assert loaded.params_size() == ctypes.sizeof(Params)
+    return loaded
+
+
+class Result:
+    """out and lse of a run, and what the machine counted."""
+
+    def __init__(self, out, lse, variant, counts):
+        self.out, self.lse = out, lse
+        self.Bc = dict(variant.macros)["BLOCK_K"]
+        self.matrix_reads, self.conflicts, self.products = counts
+
+
+def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
+        mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
+        schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=()):
+    """Attention of (B, H, L, D) arrays by the kernel that `variants.choose` names. Scales: (B, H, L) by strides.
+
+    ignored: names of flags that the variant is compiled without, although the options need them.
+    """
+    (B, H, Lq, D), (_, Hk, Lk, _) = q.shape, k.shape
+    on = {
+        "EDGES": causal or window is not None, "SOFTCAP": softcap > 0, "ALIBI": alibi_slopes is not None,
+        "BIAS": bias is not None, "MASK": mask is not None,
+    }
+    aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
+    out_dtype = np.dtype(out_dtype or q.dtype)
+    variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
+                              options={name for name in on if on[name] and name not in ignored})
+
+    guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
+    out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
+    lse = np.full((B, H, Lq), 77, np.float32)
+    rows = (B, H, Lq, Lk)
+    bias = None if bias is None else np.broadcast_to(bias, rows)
+    mask = None if mask is None else np.broadcast_to(mask, rows)
+    slopes = None if alibi_slopes is None else np.broadcast_to(alibi_slopes, (B, H))
+    left, right = (-1, -1) if window is None else window
+    right = 0 if causal else right
+
+    params = Params(
+        lse=lse.ctypes.data, B=B, H=H, Hk=Hk, Lq=Lq, Lk=Lk, D=D, softcap=softcap,
+        scale=1 / math.sqrt(D) if scale is None else scale, offset=Lk - Lq if causal_align == "bottom-right" else 0,
+        left=UNBOUNDED if left == -1 else left, right=UNBOUNDED if right == -1 else right,
+    )
+    readable = []
+    for name, x in dict(q=q, k=k, v=v, out=out, bias=bias, mask=mask, slopes=slopes, q_scale=q_scale, k_scale=k_scale,
+                        v_scale=v_scale).items():
+        if x is None:
+            continue
+        setattr(params, name, x.ctypes.data)
+        strides = getattr(params, f"{name}_stride")
+        strides[:] = [s // x.itemsize for s in x.strides[: len(strides)]]
+        if x.size:
+            readable += np.lib.array_utils.byte_bounds(x)
+    for name, x in dict(sinks=sinks, shift=shift).items():
+        setattr(params, name, None if x is None else x.ctypes.data)
+
+    loaded = library(variant.source, variant.macros, tuple(changes))
+    ranges = (ctypes.c_void_p * len(readable))(*readable)
+    error = loaded.run(ctypes.byref(params), variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
+                       int(schedule), seed, ranges, len(readable) // 2)
+    if error:
+        raise KernelError(error.decode())
+    beside = np.concatenate([guarded[:GUARD], guarded[-GUARD:]])
+    assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
+    counts = (ctypes.c_long * 3)()
+    loaded.counts(counts)
+    return Result(out, lse, variant, tuple(counts))
