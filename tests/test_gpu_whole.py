@@ -70,6 +70,7 @@ def test_a_call_compiles_its_kernel(monkeypatch, tmp_path):
 
     from cyflash.gpu import cubins
 
+    nvrtc.getVersion()  # finds its library, with the help of the real CuPy
     path_of = cubins.path_of
     fake = gpu_fake.device(monkeypatch, real_variants=True)
 
