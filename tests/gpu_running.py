@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 import cyflash
-from cyflash.gpu import variants
+from cyflash.gpu import tensor_maps, variants
 
 KERNELS = Path(cyflash.__file__).parent / "gpu"
 SHIM = Path(__file__).parent / "gpu_shim"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
-EARLY, LATE = True, False
+LATE, EARLY, MIXED = 0, 1, 2  # schedules of machine.h
 UNBOUNDED = 1 << 62
 GUARD = 64  # elements beside an output that must stay as they are
 
@@ -41,6 +41,20 @@ class Params(ctypes.Structure):
     ]
 
 
+class TensorMap(ctypes.Structure):
+    """struct TensorMap of gpu_shim/hopper.cuh."""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in "size columns rows heads batches box_columns box_rows".split()),
+        *((name, ctypes.c_longlong) for name in ("row_stride", "head_stride", "batch_stride")),
+    ]
+
+    @classmethod
+    def of(cls, box):
+        return cls(box.address, box.size, *box.shape, *box.box, *box.strides)
+
+
 @functools.cache
 def folder():
     """Where this session compiles to; removed at its end."""
@@ -56,9 +70,10 @@ def command(*arguments):
 
 @functools.cache
 def machine():
-    path = folder() / "machine.o"
-    command("-c", SHIM / "machine.cpp", "-o", path)
-    return path
+    paths = [folder() / f"{name}.o" for name in ("machine", "hopper_machine")]
+    for path in paths:
+        command("-c", SHIM / f"{path.stem}.cpp", "-o", path)
+    return paths
 
 
 @functools.cache
@@ -68,7 +83,7 @@ def library(source, macros, changes=()):
     place = folder() / key
     place.mkdir()
     for path in KERNELS.iterdir():
-        if path.suffix in (".cu", ".cuh", ".h") and path.name != "primitives.cuh":
+        if path.suffix in (".cu", ".cuh", ".h") and not (SHIM / path.name).exists():
             text = path.read_text()
             for file, old, new in changes:
                 if file == path.name:
@@ -77,7 +92,7 @@ def library(source, macros, changes=()):
             (place / path.name).write_text(text)
     flags = [f"-D{name}={value}" for name, value in macros]
     command("-shared", f'-DSOURCE="{source}"', *flags, "-x", "c++", "-I", place, "-I", SHIM, SHIM / "run.cpp",
-            "-x", "none", machine(), "-o", place / "kernel.so")
+            "-x", "none", *machine(), "-o", place / "kernel.so")
     loaded = ctypes.CDLL(str(place / "kernel.so"))
     loaded.run.restype = ctypes.c_char_p
     assert loaded.params_size() == ctypes.sizeof(Params)
@@ -107,7 +122,7 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
     out_dtype = np.dtype(out_dtype or q.dtype)
     variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
-                              options={name for name in on if on[name] and name not in ignored})
+                              mapped=tensor_maps.can_map(q, k, v), options={name for name in on if on[name] and name not in ignored})
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
@@ -138,7 +153,9 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
 
     loaded = library(variant.source, variant.macros, tuple(changes))
     ranges = (ctypes.c_void_p * len(readable))(*readable)
-    error = loaded.run(ctypes.byref(params), variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
+    boxes = tensor_maps.boxes(variant, q, k, v)
+    maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
+    error = loaded.run(ctypes.byref(params), maps, variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
                        int(schedule), seed, ranges, len(readable) // 2)
     if error:
         raise KernelError(error.decode())

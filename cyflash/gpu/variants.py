@@ -21,6 +21,7 @@ class Variant(NamedTuple):
     threads: int       # of a block
     shared_bytes: int  # dynamic shared memory of a block
     rows: int          # query rows of a block
+    boxes: tuple = ()  # of kernels that take struct Maps: rows, bytes of a row of the copies of q, k and v
     parts: int = 1     # blocks that share query rows
 
     def blocks(self, B, H, Lq):
@@ -28,7 +29,7 @@ class Variant(NamedTuple):
         return B * H * -(-Lq // self.rows) * self.parts
 
 
-def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
+def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options=()):
     """The variant for arrays of these data types.
 
     Parameters
@@ -42,6 +43,8 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
         or bfloat16, and out of float32, float16 or bfloat16. v and out are as qk where they are not given.
     aligned : bool
         Rows of q, k and v begin at multiples of 16 bytes.
+    mapped : bool
+        `tensor_maps.can_map(q, k, v)`. On sm_90a such arrays take hopper.cu; others take mma.cu, as on other devices.
     options : set of str
         Which of `FLAGS` are on.
 
@@ -63,6 +66,8 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
     if (qk, v, out) == ("float32",) * 3:
         return _ffma(arch, D, flags, bool(set(options) - {"EDGES"}))
     halves = ("float16", "bfloat16")
+    if arch == "sm_90a" and mapped and qk in halves and qk == v == out:
+        return _hopper(D, qk, v, out, flags)
     if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
         return _mma(arch, D, qk, v, out, flags, bool(set(options) - {"EDGES"}))
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
@@ -97,3 +102,16 @@ def _mma(arch, D, qk, v, out, flags, busy):
     if qk == "int8":
         shared_bytes += 2 * Bc * 4 + (Bc * 4 if v == "int8" else 0)
     return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts)
+
+
+def _hopper(D, qk, v, out, flags):
+    """Tensor copies and wgmma: two consumers of 64 rows each, with 240 registers, and a producer with 24; 65536 / 128 =
+    512 = 24 + 2 * 240 + 8. A consumer's registers hold O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and
+    64 176. Bytes, 2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB of 227."""
+    D = 64 if D <= 64 else 128 if D <= 128 else 256
+    Br, Bc, stages = 128, 64 if D > 128 else 128, 2
+    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("STAGES", stages), ("PRODUCER_REGISTERS", 24),
+              ("CONSUMER_REGISTERS", 240), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
+    shared_bytes = (Br + 2 * stages * Bc) * D * SIZES[qk] + 8 * (1 + 4 * stages)
+    return Variant("hopper.cu", "cyflash_hopper", macros, "sm_90a", (Br // 64 + 1) * 128, shared_bytes, Br,
+                   ((Br, 128), (Bc, 128), (Bc, 128)))
