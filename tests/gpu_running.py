@@ -107,6 +107,22 @@ class Result:
         self.matrix_reads, self.conflicts, self.products = counts
 
 
+def turned(v, seed):
+    """v (B, Hk, Lk, D) of codes as `variants.turn` transposes it."""
+    B, Hk, Lk, D = v.shape
+    out = np.full((B, Hk, D, variants.turned_keys(Lk)), 77, np.int8)
+    params = Params(v=v.ctypes.data, out=out.ctypes.data, B=B, Hk=Hk, Lk=Lk, D=D)
+    params.v_stride[:], params.out_stride[:] = v.strides[:3], out.strides[:3]
+    variant = variants.turn()
+    readable = np.lib.array_utils.byte_bounds(v)
+    error = library(variant.source, variant.macros).run(
+        ctypes.byref(params), None, variants.turn_blocks(B, Hk, Lk, D), variant.threads, 0, EARLY, seed,
+        (ctypes.c_void_p * 2)(*readable), 1)
+    if error:
+        raise KernelError(error.decode())
+    return out
+
+
 def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
         mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
         schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=()):
@@ -153,7 +169,8 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
 
     loaded = library(variant.source, variant.macros, tuple(changes))
     ranges = (ctypes.c_void_p * len(readable))(*readable)
-    boxes = tensor_maps.boxes(variant, q, k, v)
+    values = turned(v, seed) if variant.boxes and v.dtype == np.int8 else v
+    boxes = tensor_maps.boxes(variant, q, k, values)
     maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
     error = loaded.run(ctypes.byref(params), maps, variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
                        int(schedule), seed, ranges, len(readable) // 2)

@@ -76,16 +76,17 @@ template <int TYPE, int D, int Bc> DEVICE void multiply_pv_slowly(float (&o)[D /
     const u32 at = v + place<V_PITCH>(lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
-        u32 b[4], bad[4];
+        u32 b[4], bad[4], any = 0;
         load_matrices_transposed(b, in_panels<V_PITCH, Bc>(at, n * 2));
 #pragma unroll
-        for (int e = 0; e < 4; e++) bad[e] = not_finite<TYPE>(b[e]);
+        for (int e = 0; e < 4; e++) any |= bad[e] = not_finite<TYPE>(b[e]);
+        const bool infinite = warp_any(any != 0);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float x[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) x[e] = o[(2 * n + half) * 4 + e];
-            add_infinite<TYPE>(x, seen, b[2 * half], b[2 * half + 1], bad[2 * half], bad[2 * half + 1]);
+            if (infinite) add_infinite<TYPE>(x, seen, b[2 * half], b[2 * half + 1], bad[2 * half], bad[2 * half + 1]);
             mma<TYPE>(x, w, b[2 * half] & ~bad[2 * half], b[2 * half + 1] & ~bad[2 * half + 1]);
 #pragma unroll
             for (int e = 0; e < 4; e++) o[(2 * n + half) * 4 + e] = x[e];

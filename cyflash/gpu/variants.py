@@ -21,8 +21,8 @@ class Variant(NamedTuple):
     threads: int       # of a block
     shared_bytes: int  # dynamic shared memory of a block
     rows: int          # query rows of a block
-    boxes: tuple = ()  # of kernels that take struct Maps: rows, bytes of a row of the copies of q, k and v
     parts: int = 1     # blocks that share query rows
+    boxes: tuple = ()  # of kernels that take struct Maps: rows, bytes of a row of the copies of q, k and v
 
     def blocks(self, B, H, Lq):
         """The grid, which has one axis."""
@@ -44,7 +44,8 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options
     aligned : bool
         Rows of q, k and v begin at multiples of 16 bytes.
     mapped : bool
-        `tensor_maps.can_map(q, k, v)`. On sm_90a such arrays take hopper.cu; others take mma.cu, as on other devices.
+        `tensor_maps.can_map(q, k, v)`. On sm_90a such arrays take hopper.cu, but for what `_hopper_takes` names; others
+        take mma.cu, as on other devices.
     options : set of str
         Which of `FLAGS` are on.
 
@@ -66,9 +67,9 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options
     if (qk, v, out) == ("float32",) * 3:
         return _ffma(arch, D, flags, bool(set(options) - {"EDGES"}))
     halves = ("float16", "bfloat16")
-    if arch == "sm_90a" and mapped and qk in halves and qk == v == out:
-        return _hopper(D, qk, v, out, flags)
     if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
+        if arch == "sm_90a" and mapped and _hopper_takes(D, qk, v, options):
+            return _hopper(D, qk, v, out, flags, options)
         return _mma(arch, D, qk, v, out, flags, bool(set(options) - {"EDGES"}))
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
 
@@ -104,14 +105,47 @@ def _mma(arch, D, qk, v, out, flags, busy):
     return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts)
 
 
-def _hopper(D, qk, v, out, flags):
-    """Tensor copies and wgmma: two consumers of 64 rows each, with 240 registers, and a producer with 24; 65536 / 128 =
-    512 = 24 + 2 * 240 + 8. A consumer's registers hold O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and
-    64 176. Bytes, 2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB of 227."""
+def _hopper_takes(D, qk, v, options):
+    """Whether the variant of hopper.cu has registers enough; others take mma.cu. What an element of a score needs costs
+    most with masks, biases, and several options at once; codes of P need sums beside those of O."""
+    busy = set(options) - {"EDGES"}
+    if v == "int8":
+        return D <= 128 and not busy & {"BIAS", "MASK"} and len(busy) <= 1
+    return len(busy) <= 1 and not (D > 128 and ("MASK" in busy or (qk == "int8" and "BIAS" in busy)))
+
+
+def _hopper(D, qk, v, out, flags, options):
+    """Tensor copies and wgmma: two consumers of 64 rows each and a producer; 65536 / 128 = 512 registers are shared by
+    them as 2 * 240 + 32, or 2 * 232 + 40 where the producer brings scales. A consumer holds O D / 2, S Bc / 2, P Bc / 4: at
+    D = 128 and Bc = 128 160, at 256 and 64 176. Bytes, 16 bits, 2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB
+    of 227."""
+    codes = qk == "int8"
     D = 64 if D <= 64 else 128 if D <= 128 else 256
-    Br, Bc, stages = 128, 64 if D > 128 else 128, 2
-    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("STAGES", stages), ("PRODUCER_REGISTERS", 24),
-              ("CONSUMER_REGISTERS", 240), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
-    shared_bytes = (Br + 2 * stages * Bc) * D * SIZES[qk] + 8 * (1 + 4 * stages)
+    busy = set(options) - {"EDGES"}
+    crowded = busy & {"BIAS", "MASK"} if D == 64 and not codes else codes and (options if v == "int8" else busy)
+    Br, Bc, stages = 128, 64 if D > 128 or crowded else 128, 2
+    producer, consumer = (40, 232) if codes else (32, 240)
+    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("STAGES", stages), ("PRODUCER_REGISTERS", producer),
+              ("CONSUMER_REGISTERS", consumer), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]),
+              *flags)
+    scales = 4 * Bc * (2 if v == "int8" else 1) if codes else 0
+    shared_bytes = Br * D * SIZES[qk] + stages * (Bc * D * (SIZES[qk] + SIZES[v]) + scales + 4 * 8) + 8
+    row_bytes = min(128, D * SIZES[qk])
+    v_box = (D, Bc) if v == "int8" else (Bc, 128)
     return Variant("hopper.cu", "cyflash_hopper", macros, "sm_90a", (Br // 64 + 1) * 128, shared_bytes, Br,
-                   ((Br, 128), (Bc, 128), (Bc, 128)))
+                   boxes=((Br, row_bytes), (Bc, row_bytes), v_box))
+
+
+def turn(arch="sm_90a"):
+    """The kernel that transposes int8 v for `_hopper`, to (B, Hk, D, `turned_keys(Lk)`); its grid is `turn_blocks`."""
+    return Variant("turned.cu", "cyflash_turn", (), arch, 128, 0, 0)
+
+
+def turned_keys(Lk):
+    """Keys of a row of transposed v."""
+    return round_up(Lk, 16)
+
+
+def turn_blocks(B, Hk, Lk, D):
+    """The grid of `turn`."""
+    return -(-B * Hk * (turned_keys(Lk) // 16) * D // 128)
