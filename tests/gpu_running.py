@@ -96,12 +96,25 @@ class Result:
         self.matrix_reads, self.conflicts, self.products = counts
 
 
+def launch(variant, blocks, params, early, seed, readable, changes):
+    """Run one kernel; return what the machine counted."""
+    loaded = library(variant.source, variant.macros, changes)
+    ranges = (ctypes.c_void_p * len(readable))(*readable)
+    error = loaded.run(ctypes.byref(params), blocks, variant.threads, variant.shared_bytes, early, seed, ranges,
+                       len(readable) // 2)
+    if error:
+        raise KernelError(error.decode())
+    counts = (ctypes.c_long * 3)()
+    loaded.counts(counts)
+    return tuple(counts)
+
+
 def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
         mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
-        schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=()):
+        split=False, schedule=EARLY, seed=1, changes=(), arch="sm_80"):
     """Attention of (B, H, L, D) arrays by the kernel that `variants.choose` names. Scales: (B, H, L) by strides.
 
-    ignored: names of flags that the variant is compiled without, although the options need them.
+    split: by chunks of keys and their merge.
     """
     (B, H, Lq, D), (_, Hk, Lk, _) = q.shape, k.shape
     on = {
@@ -111,7 +124,7 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
     out_dtype = np.dtype(out_dtype or q.dtype)
     variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
-                              options={name for name in on if on[name] and name not in ignored})
+                              options={name for name in on if on[name]}, split=split)
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
@@ -141,14 +154,17 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     for name, x in dict(sinks=sinks, shift=shift).items():
         setattr(params, name, None if x is None else x.ctypes.data)
 
-    loaded = library(variant.source, variant.macros, tuple(changes))
-    ranges = (ctypes.c_void_p * len(readable))(*readable)
-    error = loaded.run(ctypes.byref(params), variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
-                       int(schedule), seed, ranges, len(readable) // 2)
-    if error:
-        raise KernelError(error.decode())
+    blocks, how = variant.blocks(B, H, Lq, Hk, Lk), (int(schedule), seed, readable, tuple(changes))
+    if split:
+        parts = (variants.chunks(Lk), B, H, Lq)
+        part_out, part_lse = np.full((*parts, D), 77, np.float32), np.full(parts, 77, np.float32)
+        merge = Params.from_buffer_copy(params)
+        params.out, params.lse, params.sinks = part_out.ctypes.data, part_lse.ctypes.data, None
+        counts = launch(variant, blocks, params, *how)
+        merge.q, merge.q_scale = part_out.ctypes.data, part_lse.ctypes.data
+        launch(variants.choose_merge(arch, out_dtype.name), -(-B * H * Lq // 4), merge, *how)
+    else:
+        counts = launch(variant, blocks, params, *how)
     beside = np.concatenate([guarded[:GUARD], guarded[-GUARD:]])
     assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
-    counts = (ctypes.c_long * 3)()
-    loaded.counts(counts)
-    return Result(out, lse, variant, tuple(counts))
+    return Result(out, lse, variant, counts)

@@ -5,7 +5,7 @@ import pytest
 from gpu_cases import KINDS
 from gpu_compiling import compiled, opcodes
 
-from cyflash.gpu.variants import FLAGS, choose
+from cyflash.gpu.variants import FLAGS, choose, choose_merge
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 OPTION_SETS = ((), ("EDGES",), FLAGS)
@@ -27,9 +27,9 @@ def check(arch, kind, D, options, **arguments):
     return built
 
 
-@pytest.mark.parametrize("arch, kind", list(itertools.product(ARCHS, KINDS)))
+@pytest.mark.parametrize("arch, kind", itertools.product(ARCHS, ["float32", "float16", "int8", "int8-float16"]))
 def test_no_spills(arch, kind):
-    """One of the larger variants for each, another for the next."""
+    """One of the larger variants for each, another for the next. bfloat16 needs what float16 does."""
     number = ARCHS.index(arch) + list(KINDS).index(kind)
     D = (128, 256, 64)[number % 3]
     check(arch, kind, D, (FLAGS, ("EDGES",))[number // 3 % 2])
@@ -42,6 +42,8 @@ def test_no_spills(arch, kind):
 def test_no_spills_at_all(arch, kind, options):
     for D in HEAD_DIMS:
         check(arch, kind, D, options)
+        if kind != "float32":
+            check(arch, kind, D, options, split=True)
     check(arch, kind, 128, options, aligned=False)
 
 
@@ -58,7 +60,11 @@ def test_opcodes(arch, kind):
     assert not any(opcode.startswith(("LDL", "STL")) for opcode in found)
 
 
-def test_alignment_and_each_option_compile():
+def test_other_variants_compile():
     check("sm_80", "float16", 64, (), aligned=False)
+    for kind in ("float16", "int8"):
+        check("sm_90a", kind, 128, ("EDGES",), split=True)
+    merge = compiled(choose_merge("sm_90a", "float16"))
+    assert merge.spilled == 0
     for flag in FLAGS:
         check("sm_90a", "float16", 64, (flag,))
