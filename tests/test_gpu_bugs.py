@@ -22,7 +22,8 @@ BUGS = {  # name: (kind, shape, options, (file, old, new)...)
     "columns after the last one": (
         "float16", {**SHAPE, "D": 40}, {}, ("tiles.cuh", "max(columns - (chunk + c) * EACH, 0)", "EACH")),
     "causal by one": ("float16", SHAPE, CAUSAL, ("options.cuh", "key - i > head.high", "key - i > head.high + 1")),
-    "a tile too few": ("float16", SHAPE, CAUSAL, ("options.cuh", "high = last_key(p, last_row)", "high = last_key(p, last_row) - Bc")),
+    "a tile too few": (
+        "float16", SHAPE, CAUSAL, ("options.cuh", "high = last_key(p, last_row)", "high = last_key(p, last_row) - Bc")),
     "an edge taken for whole": (
         "float16", SHAPE, CAUSAL, ("options.cuh", "Bc + Bc - 1 > work.whole_to", "Bc > work.whole_to")),
     "a tile beyond shared memory": (

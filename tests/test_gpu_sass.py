@@ -9,6 +9,7 @@ from cyflash.gpu.variants import FLAGS, choose, choose_merge
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 OPTION_SETS = ((), ("EDGES",), FLAGS)
+KINDS_OF_SIZES = ("float32", "float16", "int8", "int8-float16")  # bfloat16 needs what float16 does
 HEAD_DIMS = tuple(range(16, 257, 16))
 REGISTERS = 255  # of a thread: two blocks of 128 threads on 65536 registers
 SHARED = 99 * 1024  # bytes a block may have on sm_86, sm_89 and sm_120
@@ -27,9 +28,9 @@ def check(arch, kind, D, options, **arguments):
     return built
 
 
-@pytest.mark.parametrize("arch, kind", itertools.product(ARCHS, ["float32", "float16", "int8", "int8-float16"]))
+@pytest.mark.parametrize("arch, kind", list(itertools.product(ARCHS, KINDS_OF_SIZES)))
 def test_no_spills(arch, kind):
-    """One of the larger variants for each, another for the next. bfloat16 needs what float16 does."""
+    """One of the larger variants for each, another for the next."""
     number = ARCHS.index(arch) + list(KINDS).index(kind)
     D = (128, 256, 64)[number % 3]
     check(arch, kind, D, (FLAGS, ("EDGES",))[number // 3 % 2])
