@@ -18,6 +18,7 @@ SHIM = Path(__file__).parent / "gpu_shim"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
 LATE, EARLY, MIXED = 0, 1, 2  # schedules of machine.h
 UNBOUNDED = 1 << 62
+POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift")
 GUARD = 64  # elements beside an output that must stay as they are
 
 
@@ -29,13 +30,13 @@ class Params(ctypes.Structure):
     """struct Params of params.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "q k v out lse bias mask slopes sinks q_scale k_scale v_scale shift".split()),
-        *((f"{name}_stride", ctypes.c_longlong * 3) for name in "q k v out".split()),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((f"{name}_stride", ctypes.c_longlong * 3) for name in ["q", "k", "v", "out"]),
         *((f"{name}_stride", ctypes.c_longlong * 4) for name in ("bias", "mask")),
         *((f"{name}_scale_stride", ctypes.c_longlong * 3) for name in "qkv"),
         ("slopes_stride", ctypes.c_longlong * 2),
         *((name, ctypes.c_longlong) for name in ("offset", "left", "right")),
-        *((name, ctypes.c_int) for name in "B H Hk Lq Lk D".split()),
+        *((name, ctypes.c_int) for name in ["B", "H", "Hk", "Lq", "Lk", "D"]),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -65,7 +66,8 @@ def folder():
 
 def command(*arguments):
     done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise RuntimeError(done.stderr)
 
 
 @functools.cache
@@ -87,7 +89,8 @@ def library(source, macros, changes=()):
             text = path.read_text()
             for file, old, new in changes:
                 if file == path.name:
-                    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+                    if text.count(old) != 1:
+                        raise ValueError(f"{file} has {text.count(old)} times: {old}")
                     text = text.replace(old, new)
             (place / path.name).write_text(text)
     flags = [f"-D{name}={value}" for name, value in macros]
@@ -102,9 +105,24 @@ def library(source, macros, changes=()):
 class Result:
     """out and lse of a run, and what the machine counted."""
 
-    def __init__(self, out, lse, counts):
+    def __init__(self, out, lse, variant, counts):
         self.out, self.lse = out, lse
+        self.variant, self.Bc = variant, dict(variant.macros)["BLOCK_K"]
         self.matrix_reads, self.conflicts, self.products = counts
+
+
+def launch(variant, blocks, params, schedule, seed, readable, changes, boxes=()):
+    """Run one kernel; return what the machine counted."""
+    loaded = library(variant.source, variant.macros, changes)
+    ranges = (ctypes.c_void_p * len(readable))(*readable)
+    maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
+    error = loaded.run(ctypes.byref(params), maps, blocks, variant.threads, variant.shared_bytes, schedule, seed, ranges,
+                       len(readable) // 2)
+    if error:
+        raise KernelError(error.decode())
+    counts = (ctypes.c_long * 3)()
+    loaded.counts(counts)
+    return tuple(counts)
 
 
 def turned(v, seed):
@@ -113,22 +131,16 @@ def turned(v, seed):
     out = np.full((B, Hk, D, variants.turned_keys(Lk)), 77, np.int8)
     params = Params(v=v.ctypes.data, out=out.ctypes.data, B=B, Hk=Hk, Lk=Lk, D=D)
     params.v_stride[:], params.out_stride[:] = v.strides[:3], out.strides[:3]
-    variant = variants.turn()
-    readable = np.lib.array_utils.byte_bounds(v)
-    error = library(variant.source, variant.macros).run(
-        ctypes.byref(params), None, variants.turn_blocks(B, Hk, Lk, D), variant.threads, 0, EARLY, seed,
-        (ctypes.c_void_p * 2)(*readable), 1)
-    if error:
-        raise KernelError(error.decode())
+    launch(variants.turn(), variants.turn_blocks(B, Hk, Lk, D), params, EARLY, seed, np.lib.array_utils.byte_bounds(v), ())
     return out
 
 
 def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
         mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
-        schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=()):
+        split=False, schedule=EARLY, seed=1, changes=(), arch="sm_80"):
     """Attention of (B, H, L, D) arrays by the kernel that `variants.choose` names. Scales: (B, H, L) by strides.
 
-    ignored: names of flags that the variant is compiled without, although the options need them.
+    split: by chunks of keys and their merge.
     """
     (B, H, Lq, D), (_, Hk, Lk, _) = q.shape, k.shape
     on = {
@@ -138,7 +150,8 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
     out_dtype = np.dtype(out_dtype or q.dtype)
     variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
-                              mapped=tensor_maps.can_map(q, k, v), options={name for name in on if on[name] and name not in ignored})
+                              mapped=arch == "sm_90a" and tensor_maps.can_map(q, k, v),
+                              options={name for name in on if on[name]}, split=split)
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
@@ -161,23 +174,26 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
         if x is None:
             continue
         setattr(params, name, x.ctypes.data)
-        getattr(params, f"{name}_stride")[:] = [s // x.itemsize for s in x.strides[:len(getattr(params, f"{name}_stride"))]]
+        strides = getattr(params, f"{name}_stride")
+        strides[:] = [s // x.itemsize for s in x.strides[: len(strides)]]
         if x.size:
             readable += np.lib.array_utils.byte_bounds(x)
     for name, x in dict(sinks=sinks, shift=shift).items():
         setattr(params, name, None if x is None else x.ctypes.data)
 
-    loaded = library(variant.source, variant.macros, tuple(changes))
-    ranges = (ctypes.c_void_p * len(readable))(*readable)
     values = turned(v, seed) if variant.boxes and v.dtype == np.int8 else v
     boxes = tensor_maps.boxes(variant, q, k, values)
-    maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
-    error = loaded.run(ctypes.byref(params), maps, variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
-                       int(schedule), seed, ranges, len(readable) // 2)
-    if error:
-        raise KernelError(error.decode())
+    blocks, how = variant.blocks(B, H, Lq, Hk, Lk), (int(schedule), seed, readable, tuple(changes))
+    if split:
+        parts = (variants.chunks(Lk), B, H, Lq)
+        part_out, part_lse = np.full((*parts, D), 77, np.float32), np.full(parts, 77, np.float32)
+        merge = Params.from_buffer_copy(params)
+        params.out, params.lse, params.sinks = part_out.ctypes.data, part_lse.ctypes.data, None
+        counts = launch(variant, blocks, params, *how, boxes)
+        merge.q, merge.q_scale = part_out.ctypes.data, part_lse.ctypes.data
+        launch(variants.choose_merge(arch, out_dtype.name), -(-B * H * Lq // 4), merge, *how)
+    else:
+        counts = launch(variant, blocks, params, *how, boxes)
     beside = np.concatenate([guarded[:GUARD], guarded[-GUARD:]])
     assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
-    counts = (ctypes.c_long * 3)()
-    loaded.counts(counts)
-    return Result(out, lse, tuple(counts))
+    return Result(out, lse, variant, counts)

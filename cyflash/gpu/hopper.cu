@@ -290,7 +290,7 @@ DEVICE void write(const Params& p, const Work& work, const Rows& rows, const flo
         const float sum = quad_sum(rows.l[h]);
         const int r = rows.row + 8 * h;
         if (r >= p.Lq) continue;
-        const Finish end = finish(rows.m[h], sum, log2_unit(rows.factor[h]), SOFTCAP ? 0.f : rows.shift[h], sink);
+        const Finish end = finish(natural(rows.m[h], log2_unit(rows.factor[h]), rows.shift[h]), sum, sink);
         const long long at = work.b * p.out_stride[0] + work.h * p.out_stride[1] + r * p.out_stride[2];
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {

@@ -2,7 +2,9 @@
 #include SOURCE
 
 namespace shim {
-const char* launch(void (*)(), int blocks, int threads, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges, int count);
+const char* launch(
+    void (*)(), int blocks, int threads, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges, int count
+);
 }
 
 static const Params* params;
@@ -11,7 +13,8 @@ static const void* maps;  // Maps, of a kernel that takes them
 extern "C" int params_size() { return sizeof(Params); }
 
 extern "C" const char* run(
-    const Params* p, const void* m, int blocks, int threads, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges, int count
+    const Params* p, const void* m, int blocks, int threads, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges,
+    int count
 ) {
     params = p;
     maps = m;
