@@ -47,7 +47,7 @@ class TensorMap(ctypes.Structure):
 
     _fields_ = [
         ("base", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in "size columns rows heads batches box_columns box_rows".split()),
+        *((name, ctypes.c_int) for name in ("size", "columns", "rows", "heads", "batches", "box_columns", "box_rows")),
         *((name, ctypes.c_longlong) for name in ("row_stride", "head_stride", "batch_stride")),
     ]
 
@@ -116,8 +116,8 @@ def launch(variant, blocks, params, schedule, seed, readable, changes, boxes=())
     loaded = library(variant.source, variant.macros, changes)
     ranges = (ctypes.c_void_p * len(readable))(*readable)
     maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
-    error = loaded.run(ctypes.byref(params), maps, blocks, variant.threads, variant.shared_bytes, schedule, seed, ranges,
-                       len(readable) // 2)
+    error = loaded.run(ctypes.byref(params), maps, blocks, variant.threads, variant.shared_bytes, schedule, seed,
+                       ranges, len(readable) // 2)
     if error:
         raise KernelError(error.decode())
     counts = (ctypes.c_long * 3)()
@@ -131,7 +131,8 @@ def turned(v, seed):
     out = np.full((B, Hk, D, variants.turned_keys(Lk)), 77, np.int8)
     params = Params(v=v.ctypes.data, out=out.ctypes.data, B=B, Hk=Hk, Lk=Lk, D=D)
     params.v_stride[:], params.out_stride[:] = v.strides[:3], out.strides[:3]
-    launch(variants.turn(), variants.turn_blocks(B, Hk, Lk, D), params, EARLY, seed, np.lib.array_utils.byte_bounds(v), ())
+    readable = np.lib.array_utils.byte_bounds(v)
+    launch(variants.turn(), variants.turn_blocks(B, Hk, Lk, D), params, EARLY, seed, readable, ())
     return out
 
 

@@ -1,5 +1,4 @@
-"""The kernel for compute capability 9.0 on the machine of gpu_shim/, against float64, with bugs planted in its source; and
-what the compiler makes of it."""
+"""The kernel for compute capability 9.0 on the machine of gpu_shim/: judged, with planted bugs, and compiled."""
 import gpu_compiling
 import numpy as np
 import pytest
@@ -63,24 +62,53 @@ def test_hidden_values_do_not_leak(options):
 
 
 BUGS = {  # name: (kind, (file, old, new)...)
-    "the wrong parity of K": ("float16", ("hopper.cu", "mbarrier_wait(K_EMPTY + 8 * i, parity(n) ^ 1)", "mbarrier_wait(K_EMPTY + 8 * i, parity(n))")),
+    "the wrong parity of K": (
+        "float16",
+        ("hopper.cu", "mbarrier_wait(K_EMPTY + 8 * i, parity(n) ^ 1)", "mbarrier_wait(K_EMPTY + 8 * i, parity(n))"),
+    ),
     "a parity that never changes": ("float16", ("hopper.cu", "return n / STAGES & 1;", "return 0;")),
     "too few bytes": ("float16", ("hopper.cu", "COUNT * PANEL_BYTES);", "COUNT * PANEL_BYTES - 128);")),
     "too many bytes": ("float16", ("hopper.cu", "COUNT * PANEL_BYTES);", "COUNT * PANEL_BYTES + 128);")),
     "V is copied before it is free": ("float16", ("hopper.cu", "mbarrier_wait(V_EMPTY + 8 * i, parity(n) ^ 1);", "")),
     "K is copied before it is free": ("float16", ("hopper.cu", "mbarrier_wait(K_EMPTY + 8 * i, parity(n) ^ 1);", "")),
-    "a warp's release counts for all": ("float16", ("hopper.cu", "mbarrier_init(V_EMPTY + 8 * i, GROUPS * 4)", "mbarrier_init(V_EMPTY + 8 * i, 1)")),
+    "a warp's release counts for all": (
+        "float16",
+        ("hopper.cu", "mbarrier_init(V_EMPTY + 8 * i, GROUPS * 4)", "mbarrier_init(V_EMPTY + 8 * i, 1)"),
+    ),
     "K is not waited for": ("float16", ("hopper.cu", "mbarrier_wait(K_FULL + 8 * stage(n), parity(n));", "")),
-    "V is not waited for": ("float16", ("hopper.cu", "    const u32 at = AT_V + stage(n) * V_BYTES;\n    mbarrier_wait(V_FULL + 8 * stage(n), parity(n));", "    const u32 at = AT_V + stage(n) * V_BYTES;")),
-    "scores are read too early": ("float16", ("hopper.cu", "wgmma_wait<CODED_P ? 0 : 1>(sums);", "wgmma_wait<2>(sums);")),
-    "O is read too early": ("float16", ("hopper.cu", "                wgmma_wait<0>(o);\n                release", "                release")),
-    "V is released too early": ("float16", ("hopper.cu", "                wgmma_wait<0>(o);\n                release(V_EMPTY + 8 * stage(n - 1));", "                release(V_EMPTY + 8 * stage(n - 1));\n                wgmma_wait<0>(o);")),
-    "steps of V by one row": ("float16", ("hopper.cu", "onward(v, step * 16 * V_PITCH)", "onward(v, step * 2 * V_PITCH)")),
+    "V is not waited for": (
+        "float16",
+        ("hopper.cu",
+         "    const u32 at = AT_V + stage(n) * V_BYTES;\n    mbarrier_wait(V_FULL + 8 * stage(n), parity(n));",
+         "    const u32 at = AT_V + stage(n) * V_BYTES;"),
+    ),
+    "scores are read too early": (
+        "float16",
+        ("hopper.cu", "wgmma_wait<CODED_P ? 0 : 1>(sums);", "wgmma_wait<2>(sums);"),
+    ),
+    "O is read too early": (
+        "float16",
+        ("hopper.cu", "                wgmma_wait<0>(o);\n                release", "                release"),
+    ),
+    "V is released too early": (
+        "float16",
+        ("hopper.cu",
+         "                wgmma_wait<0>(o);\n                release(V_EMPTY + 8 * stage(n - 1));",
+         "                release(V_EMPTY + 8 * stage(n - 1));\n                wgmma_wait<0>(o);"),
+    ),
+    "steps of V by one row": (
+        "float16",
+        ("hopper.cu", "onward(v, step * 16 * V_PITCH)", "onward(v, step * 2 * V_PITCH)"),
+    ),
     "panels of V": ("float16", ("hopper.cu", "operand<V_PITCH>(at, Bc * V_PITCH)", "operand<V_PITCH>(at, 1024)")),
     "panels of Q": ("float16", ("hopper.cu", "onward(q, panel * Br * PITCH", "onward(q, panel * Bc * PITCH / 2")),
     "rows of the other group": ("float16", ("hopper.cu", "operand<PITCH>(group * 64 * PITCH)", "operand<PITCH>(0)")),
     "codes in another order": ("int8", ("turned.cu", "i / 4 * 2 + i % 4 / 2 * 8 + i % 2", "i")),
-    "scales are not waited for": ("int8", ("hopper.cu", "CODES ? 33 : 1", "1"), ("hopper.cu", "        mbarrier_arrive(full);\n", "")),
+    "scales are not waited for": (
+        "int8",
+        ("hopper.cu", "CODES ? 33 : 1", "1"),
+        ("hopper.cu", "        mbarrier_arrive(full);\n", ""),
+    ),
     "V's scales for K's": ("int8", ("hopper.cu", "scales + (Bc + i * 8 + 2 * t) * 4", "scales + (i * 8 + 2 * t) * 4")),
     "turns that never come": ("float16", ("hopper.cu", "if (group == 1) give_turn(0);", "")),
 }
@@ -94,8 +122,10 @@ def test_planted_bugs_are_caught(bug):
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("options", [(), ("EDGES",), ("EDGES", "BIAS"), ("EDGES", "MASK"), ("EDGES", "SOFTCAP"), ("ALIBI",)], ids=str)
-@pytest.mark.parametrize("types", [("float16",) * 3, ("int8", "float16", "float16"), ("int8", "int8", "float32")], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), ("EDGES",), ("EDGES", "BIAS"), ("EDGES", "MASK"), ("EDGES", "SOFTCAP"), ("ALIBI",)], ids=str)
+@pytest.mark.parametrize(
+    "types", [("float16",) * 3, ("int8", "float16", "float16"), ("int8", "int8", "float32")], ids=str)
 def test_compiled(D, options, types):
     variant = variants.choose("sm_90a", D, *types, mapped=True, options=options)
     if variant.source != "hopper.cu":

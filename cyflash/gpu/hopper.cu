@@ -1,7 +1,8 @@
-// Attention on the tensor cores of compute capability 9.0, after FlashAttention-3: float16 and bfloat16; int8 q and k with
-// v in 16 bits or int8.
+// Attention on the tensor cores of compute capability 9.0, after FlashAttention-3: float16 and bfloat16; int8 q and k
+// with v in 16 bits or int8.
 //
-//     warpgroup 0       its first warp brings Q and K to shared memory, with what scales them, its second one V, in rings
+//     warpgroup 0       its first warp brings Q and K to shared memory, with what scales them, its second one V, in
+//     rings
 //                       of STAGES tiles
 //     the other ones    64 query rows each: S = Q K^T and O = O + P V by wgmma, P = softmax between them in registers
 //
@@ -175,7 +176,8 @@ DEVICE float quad_sum(float x) {
 // Whether rows may not see all keys of a tile.
 DEVICE bool hides(const Work& work, int tile) { return BIAS || MASK || is_partial<Bc>(work, tile); }
 
-// The weights of KEYS keys from their products. seen, of 16 keys: 1 for each that a row sees, packed as weights. scales: where those of the first key lie, of K and Bc numbers further of V.
+// The weights of KEYS keys from their products. seen, of 16 keys: 1 for each that a row sees, packed as weights.
+// scales: where those of the first key lie, of K and Bc numbers further of V.
 template <int KEYS> DEVICE void soften(float (&s)[KEYS / 2], const Sum (&sums)[KEYS / 2], Rows& rows, const Params& p,
                                        const Head& head, int first_key, u32 scales, bool partial, u32* seen = 0) {
     const int t = thread_index() % 4;

@@ -1,5 +1,6 @@
-// What compute capability 9.0 adds, by name, with its assembly: mbarriers, tiles copied by tensor maps (TMA), products of
-// warpgroups (wgmma), registers that move between warpgroups. A warpgroup is four warps, the first one's index a multiple of 4.
+// What compute capability 9.0 adds, by name, with its assembly: mbarriers, tiles copied by tensor maps (TMA), products
+// of warpgroups (wgmma), registers that move between warpgroups. A warpgroup is four warps, the first one's index a
+// multiple of 4.
 #pragma once
 #include "primitives.cuh"
 
@@ -13,7 +14,8 @@ struct Maps {
 
 // One block on a multiprocessor: the compiler then lets warpgroups move their registers.
 #define HOPPER_KERNEL(name, threads) \
-    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params p, const __grid_constant__ Maps maps)
+    extern "C" __global__ void __launch_bounds__(threads, 1) \
+    name(const __grid_constant__ Params p, const __grid_constant__ Maps maps)
 
 // ---- mbarriers: 8 bytes of shared memory that count arrivals and bytes of a phase; phases have parities 0, 1, 0, ...
 
@@ -30,7 +32,8 @@ DEVICE void mbarrier_arrive(u32 at) {
 }
 // Arrives, and makes the phase last until so many bytes have been copied.
 DEVICE void mbarrier_arrive_expect(u32 at, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 ::"r"(shared_address(at)), "r"(bytes) : "memory");
 }
 // Waits until the phase of this parity has ended; the phase before the first one has parity 1 and has ended.
 DEVICE void mbarrier_wait(u32 at, u32 parity) {
@@ -43,12 +46,14 @@ DEVICE void mbarrier_wait(u32 at, u32 parity) {
 
 // ---- tensor copies
 
-// Starts to copy one box of the map's array, from these coordinates on, to `at`, a multiple of 1024; what lies outside the
-// array becomes 0. The box's rows are as long as the map's swizzle, 128 or 64 bytes. The mbarrier gets all its bytes.
+// Starts to copy one box of the map's array, from these coordinates on, to `at`, a multiple of 1024; what lies outside
+// the array becomes 0. The box's rows are as long as the map's swizzle, 128 or 64 bytes. The mbarrier gets all its
+// bytes.
 DEVICE void tensor_copy(u32 at, const TensorMap& map, u32 mbarrier, int column, int row, int head, int batch) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-                 ::"r"(shared_address(at)), "l"(&map), "r"(shared_address(mbarrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
-                 : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];"
+                 ::"r"(shared_address(at)), "l"(&map), "r"(shared_address(mbarrier)), "r"(column), "r"(row), "r"(head),
+                   "r"(batch) : "memory");
 }
 
 // ---- warpgroups
@@ -57,8 +62,12 @@ template <int N> DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.
 template <int N> DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
 // Barrier `id` (1 to 15) of so many threads, for those who wait and those who only arrive.
-DEVICE void named_barrier(int id, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void named_barrier_arrive(int id, int threads) { asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier(int id, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DEVICE void named_barrier_arrive(int id, int threads) {
+    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // Whether x is true in any of the warpgroup's threads; uses barrier `id`.
 DEVICE bool warpgroup_any(bool x, int id) {
     u32 any;
@@ -70,7 +79,8 @@ DEVICE bool warpgroup_any(bool x, int id) {
 // ---- products of a warpgroup, which run while its threads go on
 
 // Where an operand lies: rows of PITCH = 128 or 64 bytes, swizzled, eight after eight; `at` is a multiple of 8 PITCH.
-// panel: of an operand that is multiplied along its rows' numbers (transposed), the bytes from 64 columns to the next 64.
+// panel: of an operand that is multiplied along its rows' numbers (transposed), the bytes from 64 columns to the next
+// 64.
 template <int PITCH> DEVICE u64 operand(u32 at, u32 panel = 16) {
     constexpr u64 swizzle = PITCH == 128 ? 1 : 2;
     return (shared_address(at) >> 4 & 0x3fff) | (u64)(panel >> 4) << 16 | (u64)(8 * PITCH >> 4) << 32 | swizzle << 62;
@@ -97,13 +107,15 @@ template <int N, class... Sums> DEVICE void wgmma_wait(Sums&... d) {
     (pin(d), ...);
 }
 
-// d (64 x N) = a (64 x K) b (K x N) + (add ? d : 0), K = 32 bytes, N = 64, 128 or 256. A warp has 16 rows of d, and of them
-// d[4 n + e] of a lane is column 8 n + 2 (lane % 4) + e % 2 of row lane / 4 + e / 2 * 8.
+// d (64 x N) = a (64 x K) b (K x N) + (add ? d : 0), K = 32 bytes, N = 64, 128 or 256. A warp has 16 rows of d, and of
+// them d[4 n + e] of a lane is column 8 n + 2 (lane % 4) + e % 2 of row lane / 4 + e / 2 * 8.
 //   a: an operand, row after row; or in registers, of the warp's rows as mma_f16 has them
 //   b: an operand, column after column, 32 bytes of K each; with a of 16 bits in registers instead row after row of K
-#define WGMMA_TENS(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define WGMMA_TENS(t) \
+    "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define WGMMA_LIST_32 WGMMA_TENS() WGMMA_TENS(1) WGMMA_TENS(2) "%30, %31"
-#define WGMMA_LIST_64 WGMMA_TENS() WGMMA_TENS(1) WGMMA_TENS(2) WGMMA_TENS(3) WGMMA_TENS(4) WGMMA_TENS(5) "%60, %61, %62, %63"
+#define WGMMA_LIST_64 \
+    WGMMA_TENS() WGMMA_TENS(1) WGMMA_TENS(2) WGMMA_TENS(3) WGMMA_TENS(4) WGMMA_TENS(5) "%60, %61, %62, %63"
 #define WGMMA_LIST_128 \
     WGMMA_TENS() WGMMA_TENS(1) WGMMA_TENS(2) WGMMA_TENS(3) WGMMA_TENS(4) WGMMA_TENS(5) WGMMA_TENS(6) WGMMA_TENS(7) \
     WGMMA_TENS(8) WGMMA_TENS(9) WGMMA_TENS(10) WGMMA_TENS(11) "%120, %121, %122, %123, %124, %125, %126, %127"
@@ -113,7 +125,8 @@ template <int N, class... Sums> DEVICE void wgmma_wait(Sums&... d) {
 #define WGMMA_SUMS_64(c) WGMMA_32(c, 0), WGMMA_32(c, 32)
 #define WGMMA_SUMS_128(c) WGMMA_SUMS_64(c), WGMMA_32(c, 64), WGMMA_32(c, 96)
 
-// R sums of a lane; r0 .. r5: the numbers of the operands after them; FLAGS: signs, and for 16 bits whether b is transposed
+// R sums of a lane; r0 .. r5: the numbers of the operands after them; FLAGS: signs, and for 16 bits whether b is
+// transposed
 #define WGMMA_SHARED(NAME, SUM, C, R, TYPE, FLAGS, r0, r1, r2) \
     DEVICE void NAME(SUM (&d)[R], u64 a, u64 b, bool add) { \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #r2 ", 0; wgmma.mma_async.sync.aligned." TYPE \

@@ -1,8 +1,8 @@
 // What hopper.cu does where rows do not see all keys and a value is NaN or infinite: hidden ones must not reach a sum.
 //
-// wgmma takes V from shared memory as it is. So a consumer looks through such tiles first, and when it finds one makes all
-// products from there on by mma.sync, whose sums lie in the same registers: finite values by weights, others by who sees
-// them. (In one loop with mma.sync the compiler would let wgmma run one after another.)
+// wgmma takes V from shared memory as it is. So a consumer looks through such tiles first, and when it finds one makes
+// all products from there on by mma.sync, whose sums lie in the same registers: finite values by weights, others by who
+// sees them. (In one loop with mma.sync the compiler would let wgmma run one after another.)
 #pragma once
 #include "hopper.cuh"
 #include "options.cuh"
@@ -20,18 +20,23 @@ template <int TYPE, int R, class A> DEVICE void wgmma(float (&d)[R], const A& a,
     }
 }
 template <int TYPE, int R> DEVICE void wgmma(int (&d)[R], u64 a, u64 b, bool add) { wgmma_s8(d, a, b, add); }
-template <int TYPE, int R> DEVICE void wgmma(int (&d)[R], const u32 (&a)[4], u64 b, bool add) { wgmma_u8_s8(d, a, b, add); }
+template <int TYPE, int R> DEVICE void wgmma(int (&d)[R], const u32 (&a)[4], u64 b, bool add) {
+    wgmma_u8_s8(d, a, b, add);
+}
 
-// From `at`, the place of chunk 0 or 1 of a row, to that of so many chunks more, an even number, in panels of ROWS rows.
+// From `at`, the place of chunk 0 or 1 of a row, to that of so many chunks more, an even number, in panels of ROWS
+// rows.
 template <int PITCH, int ROWS> DEVICE u32 in_panels(u32 at, int chunks) {
     constexpr int EACH = PITCH / 16;
     return moved<PITCH>(at, chunks % EACH) + chunks / EACH * ROWS * PITCH;
 }
 
 // S = Q K^T of a warp's 16 rows and 16 keys, BYTES of each. q, k: where the first row and key begin.
-template <int TYPE, int PITCH, int Br, int Bc, int BYTES, class Sum> DEVICE void multiply_qk_slowly(Sum (&s)[8], u32 q, u32 k) {
+template <int TYPE, int PITCH, int Br, int Bc, int BYTES, class Sum>
+DEVICE void multiply_qk_slowly(Sum (&s)[8], u32 q, u32 k) {
     const int lane = thread_index() % 32;
-    const u32 a_at = q + place<PITCH>(lane % 16, lane / 16), b_at = k + place<PITCH>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const u32 a_at = q + place<PITCH>(lane % 16, lane / 16);
+    const u32 b_at = k + place<PITCH>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     Sum x[2][4] = {};
 #pragma unroll 1
     for (int step = 0; step < BYTES / 32; step++) {
@@ -71,7 +76,8 @@ template <int TYPE> DEVICE void add_infinite(float (&o)[4], const u32 (&seen)[4]
 }
 
 // O += P V of 16 keys. seen: 1 for each key that a row sees. v: where the first key's values begin.
-template <int TYPE, int D, int Bc> DEVICE void multiply_pv_slowly(float (&o)[D / 2], const u32 (&w)[4], const u32 (&seen)[4], u32 v) {
+template <int TYPE, int D, int Bc>
+DEVICE void multiply_pv_slowly(float (&o)[D / 2], const u32 (&w)[4], const u32 (&seen)[4], u32 v) {
     const int lane = thread_index() % 32;
     const u32 at = v + place<V_PITCH>(lane % 16, lane / 16);
 #pragma unroll

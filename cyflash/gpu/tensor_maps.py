@@ -27,28 +27,35 @@ class Box(NamedTuple):
 
 
 def can_map(*arrays):
-    """Whether tensor maps can describe arrays (B, H, L, D): they begin at multiples of 16 bytes, as all their rows do, and
-    no axis that is longer than 1 is broadcast or backward. Arrays are NumPy's or shadows of a GPU's; nothing is read."""
+    """Whether tensor maps can describe arrays (B, H, L, D).
+
+    They begin at multiples of 16 bytes, as all their rows do, and no axis that is longer than 1 is broadcast or
+    backward.
+    Arrays are NumPy's or shadows of a GPU's; nothing is read.
+    """
     return all(
         x.__array_interface__["data"][0] % 16 == 0
-        and all(n <= 1 or (stride % 16 == 0 and 0 < stride < LARGEST_STRIDE) for n, stride in zip(x.shape[:3], x.strides[:3]))
+        and all(
+            n <= 1 or (stride % 16 == 0 and 0 < stride < LARGEST_STRIDE)
+            for n, stride in zip(x.shape[:3], x.strides[:3], strict=True)
+        )
         for x in arrays
     )
 
 
 def box(x, rows, row_bytes=128):
-    """The `Box` of an array (B, H, L, D) of which copies take `rows` rows. An empty array is never read: its axes count 1."""
+    """The `Box` of an array (B, H, L, D) of which copies take `rows` rows. Axes of an empty one count 1."""
     if not can_map(x):
-        raise ValueError(f"expected an array that a tensor map can describe, got strides {x.strides} for shape {x.shape}")
+        raise ValueError(f"expected an array that can_map() takes, got strides {x.strides} for shape {x.shape}")
     batches, heads, length, columns = (max(n, 1) for n in x.shape)
-    strides = tuple(stride if n > 1 else 16 for n, stride in zip(x.shape[:3], x.strides[:3]))
+    strides = tuple(stride if n > 1 else 16 for n, stride in zip(x.shape[:3], x.strides[:3], strict=True))
     return Box(x.__array_interface__["data"][0], x.itemsize, (columns, length, heads, batches), strides[::-1],
                (row_bytes // x.itemsize, rows))
 
 
 def boxes(variant, q, k, v):
     """The boxes that a variant with `boxes` takes, in the order of struct Maps."""
-    return tuple(box(x, *how) for x, how in zip((q, k, v), variant.boxes))
+    return tuple(box(x, *how) for x, how in zip((q, k, v), variant.boxes, strict=False))
 
 
 def encoded(boxes, encode=None):
@@ -68,8 +75,8 @@ def encoded(boxes, encode=None):
     for i, one in enumerate(boxes):
         axes = len(one.shape)
         error = encode(
-            ctypes.c_void_p(maps.ctypes.data + i * MAP_BYTES), ctypes.c_int(DATA_TYPES[one.size]), ctypes.c_uint32(axes),
-            ctypes.c_void_p(one.address), (ctypes.c_uint64 * axes)(*one.shape),
+            ctypes.c_void_p(maps.ctypes.data + i * MAP_BYTES), ctypes.c_int(DATA_TYPES[one.size]),
+            ctypes.c_uint32(axes), ctypes.c_void_p(one.address), (ctypes.c_uint64 * axes)(*one.shape),
             (ctypes.c_uint64 * (axes - 1))(*one.strides), (ctypes.c_uint32 * axes)(*one.box, *(1,) * (axes - 2)),
             (ctypes.c_uint32 * axes)(*(1,) * axes), ctypes.c_int(0),
             ctypes.c_int(SWIZZLES[one.box[0] * one.size]), ctypes.c_int(PROMOTION), ctypes.c_int(0),

@@ -1,8 +1,9 @@
 // V of codes, transposed for hopper.cu: out (B, Hk, D, keys) from v (B, Hk, Lk, D), keys rounded up to 16, 0 beyond the
-// last. Strides as in Params, those of out for its row, a channel; v's rows and out's begin anywhere and at multiples of 16.
+// last. Strides as in Params, those of out for its row, a channel; v's rows and out's begin anywhere and at multiples
+// of 16.
 //
-// Of each 16 keys byte 4 t + e is key 8 (e / 2) + 2 t + e % 2: those whose weights lane t of four has in registers, in order.
-// A thread makes 16 bytes: one channel of 16 keys. Neighbours read neighbouring channels.
+// Of each 16 keys byte 4 t + e is key 8 (e / 2) + 2 t + e % 2: those whose weights lane t of four has in registers, in
+// order. A thread makes 16 bytes: one channel of 16 keys. Neighbours read neighbouring channels.
 #include "types.cuh"
 
 constexpr int THREADS = 128;

@@ -1,5 +1,6 @@
-// The primitives of hopper.cuh, under the same names, on the machine of machine.h: mbarriers with counts of bytes, tensor
-// copies that swizzle and fill with zeros, products of warpgroups. What each does is said in the other hopper.cuh.
+// The primitives of hopper.cuh, under the same names, on the machine of machine.h: mbarriers with counts of bytes,
+// tensor copies that swizzle and fill with zeros, products of warpgroups. What each does is said in the other
+// hopper.cuh.
 //
 // Each warp makes its 16 rows of a product by itself, when it gets there: nothing but the kernel's barriers keeps the
 // warps of a warpgroup together. Registers and shared memory are read when a product is made, not when it is asked for.
@@ -31,7 +32,8 @@ DEVICE void mbarrier_arrive(u32 at) { shim::mbarrier_arrive(at, 0); }
 DEVICE void mbarrier_arrive_expect(u32 at, int bytes) { shim::mbarrier_arrive(at, bytes); }
 DEVICE void mbarrier_wait(u32 at, u32 parity) { shim::mbarrier_wait(at, parity); }
 
-// Rows of 128 or 64 bytes: 16-byte chunks of a line of 128 bytes, numbered in 3 or 2 bits, change places by the line's number.
+// Rows of 128 or 64 bytes: 16-byte chunks of a line of 128 bytes, numbered in 3 or 2 bits, change places by the line's
+// number.
 DEVICE u32 swizzled(u32 at, u32 pitch) { return at ^ ((at >> 7 & (pitch == 128 ? 7 : 3)) << 4); }
 
 DEVICE void tensor_copy(u32 at, const TensorMap& map, u32 mbarrier, int column, int row, int head, int batch) {
@@ -72,14 +74,15 @@ DEVICE u64 onward(u64 operand, u32 bytes) { return operand + (bytes >> 4); }
 // The byte of an operand: row-major rows of K; or, transposed, rows k of columns n.
 struct Operand {
     u32 start, panel, eight, pitch;
-    Operand(u64 x) : start((x & 0x3fff) << 4), panel((x >> 16 & 0x3fff) << 4), eight((x >> 32 & 0x3fff) << 4), pitch(x >> 62 == 1 ? 128 : 64) {}
+    Operand(u64 x)
+        : start((x & 0x3fff) << 4), panel((x >> 16 & 0x3fff) << 4), eight((x >> 32 & 0x3fff) << 4),
+          pitch(x >> 62 == 1 ? 128 : 64) {}
     const unsigned char* at(u32 row, u32 byte) const {
         const u32 to = swizzled(start + row / 8 * eight + row % 8 * pitch + byte, pitch);
         shim::check_shared(to, 1, 1, "wgmma");
         return shim::state.shared + to;
     }
-    const unsigned char* transposed(u32 k, u32 byte) const { return at(k, 0) ? at_panel(k, byte) : nullptr; }
-    const unsigned char* at_panel(u32 k, u32 byte) const {
+    const unsigned char* transposed(u32 k, u32 byte) const {
         const u32 to = swizzled(start + byte / pitch * panel + k / 8 * eight + k % 8 * pitch + byte % pitch, pitch);
         shim::check_shared(to, 1, 1, "wgmma");
         return shim::state.shared + to;
@@ -118,7 +121,9 @@ template <class N, int R> DEVICE void multiply_wide(void** slots) {
     std::array<Slot, 32> lanes;
     for (int i = 0; i < 32; i++) {
         lanes[i] = *(const Slot*)slots[i];
-        if (lanes[i].b != lanes[0].b || lanes[i].a_operand != lanes[0].a_operand) shim::fail("wgmma: lanes differ in operands");
+        if (lanes[i].b != lanes[0].b || lanes[i].a_operand != lanes[0].a_operand) {
+            shim::fail("wgmma: lanes differ in operands");
+        }
     }
     const int first_row = shim::state.thread / 32 % 4 * 16;
     shim::add_product([=] {
@@ -130,7 +135,9 @@ template <class N, int R> DEVICE void multiply_wide(void** slots) {
             for (int k = 0; k < K; k++) a[r][k] = left_of<N>(a_from.at(first_row + r, k * SIZE), 0);
         for (int lane = 0; lane < 32 && lanes[0].a; lane++)
             for (int i = 0; i < 4; i++)
-                for (int e = 0; e < E; e++) a[lane / 4 + i % 2 * 8][(lane % 4 + i / 2 * 4) * E + e] = N::a(lanes[lane].a[i], e);
+                for (int e = 0; e < E; e++) {
+                    a[lane / 4 + i % 2 * 8][(lane % 4 + i / 2 * 4) * E + e] = N::a(lanes[lane].a[i], e);
+                }
         for (int n = 0; n < COLUMNS; n++)
             for (int k = 0; k < K; k++) {
                 b[n][k] = right_of<N>(lanes[0].transposed ? b_from.transposed(k, n * SIZE) : b_from.at(n, k * SIZE));
@@ -146,14 +153,24 @@ template <class N, int R> DEVICE void multiply_wide(void** slots) {
         shim::state.products++;
     });
 }
-template <class N, int R>
-DEVICE void wide(const char* what, typename N::Sum (&d)[R], const u32* a, u64 a_operand, u64 b, bool add, bool transposed) {
+template <class N, int R> DEVICE void wide(
+    const char* what, typename N::Sum (&d)[R], const u32* a, u64 a_operand, u64 b, bool add, bool transposed
+) {
     WideSlot<typename N::Sum> slot = {d, a, a_operand, b, add, transposed};
     shim::collective(what, &slot, multiply_wide<N, R>);
 }
-template <int R> DEVICE void wgmma_f16(float (&d)[R], u64 a, u64 b, bool add) { wide<struct F16, R>("wgmma_f16", d, nullptr, a, b, add, false); }
-template <int R> DEVICE void wgmma_f16(float (&d)[R], const u32 (&a)[4], u64 b, bool add) { wide<struct F16, R>("wgmma_f16 of registers", d, a, 0, b, add, true); }
-template <int R> DEVICE void wgmma_bf16(float (&d)[R], u64 a, u64 b, bool add) { wide<struct BF16, R>("wgmma_bf16", d, nullptr, a, b, add, false); }
-template <int R> DEVICE void wgmma_bf16(float (&d)[R], const u32 (&a)[4], u64 b, bool add) { wide<struct BF16, R>("wgmma_bf16 of registers", d, a, 0, b, add, true); }
-template <int R> DEVICE void wgmma_s8(int (&d)[R], u64 a, u64 b, bool add) { wide<S8, R>("wgmma_s8", d, nullptr, a, b, add, false); }
-template <int R> DEVICE void wgmma_u8_s8(int (&d)[R], const u32 (&a)[4], u64 b, bool add) { wide<U8S8, R>("wgmma_u8_s8 of registers", d, a, 0, b, add, false); }
+
+#define WIDE_SHARED(NAME, N) \
+    template <int R> DEVICE void NAME(N::Sum (&d)[R], u64 a, u64 b, bool add) { \
+        wide<N, R>(#NAME, d, nullptr, a, b, add, false); \
+    }
+#define WIDE_REGISTERS(NAME, N, TRANSPOSED) \
+    template <int R> DEVICE void NAME(N::Sum (&d)[R], const u32 (&a)[4], u64 b, bool add) { \
+        wide<N, R>(#NAME " of registers", d, a, 0, b, add, TRANSPOSED); \
+    }
+WIDE_SHARED(wgmma_f16, F16)
+WIDE_SHARED(wgmma_bf16, BF16)
+WIDE_SHARED(wgmma_s8, S8)
+WIDE_REGISTERS(wgmma_f16, F16, true)
+WIDE_REGISTERS(wgmma_bf16, BF16, true)
+WIDE_REGISTERS(wgmma_u8_s8, U8S8, false)

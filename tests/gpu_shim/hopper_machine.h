@@ -1,4 +1,5 @@
-// What the machine of machine.h has of compute capability 9.0: mbarriers, named barriers, products that run by themselves.
+// What the machine of machine.h has of compute capability 9.0: mbarriers, named barriers, products that run by
+// themselves.
 #pragma once
 #include "machine.h"
 

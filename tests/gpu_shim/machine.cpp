@@ -257,7 +257,8 @@ static bool run_block(int n) {
     return false;
 }
 
-// Empty message: all blocks ran. schedule: 0 LATE, 1 EARLY, 2 MIXED. ranges: pairs of addresses of readable global memory.
+// Empty message: all blocks ran. schedule: 0 LATE, 1 EARLY, 2 MIXED. ranges: pairs of addresses of readable global
+// memory.
 const char* launch(
     void (*entry)(), int blocks, int n, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges, int count
 ) {

@@ -13,12 +13,13 @@ static const void* maps;  // Maps, of a kernel that takes them
 extern "C" int params_size() { return sizeof(Params); }
 
 extern "C" const char* run(
-    const Params* p, const void* m, int blocks, int threads, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges,
-    int count
+    const Params* p, const void* m, int blocks, int threads, u32 shared_bytes, int schedule, u32 seed,
+    const void* const* ranges, int count
 ) {
     params = p;
     maps = m;
-    return shim::launch([] { CALL_KERNEL(*params, maps); }, blocks, threads, shared_bytes, schedule, seed, ranges, count);
+    const auto entry = [] { CALL_KERNEL(*params, maps); };
+    return shim::launch(entry, blocks, threads, shared_bytes, schedule, seed, ranges, count);
 }
 
 extern "C" void counts(long* to) {
