@@ -125,14 +125,14 @@ def launch(variant, blocks, params, schedule, seed, readable, changes, boxes=())
     return tuple(counts)
 
 
-def turned(v, seed):
+def turned(v, seed, changes=()):
     """v (B, Hk, Lk, D) of codes as `variants.turn` transposes it."""
     B, Hk, Lk, D = v.shape
     out = np.full((B, Hk, D, variants.turned_keys(Lk)), 77, np.int8)
     params = Params(v=v.ctypes.data, out=out.ctypes.data, B=B, Hk=Hk, Lk=Lk, D=D)
     params.v_stride[:], params.out_stride[:] = v.strides[:3], out.strides[:3]
     readable = np.lib.array_utils.byte_bounds(v)
-    launch(variants.turn(), variants.turn_blocks(B, Hk, Lk, D), params, EARLY, seed, readable, ())
+    launch(variants.turn(), variants.turn_blocks(B, Hk, Lk, D), params, EARLY, seed, readable, changes)
     return out
 
 
@@ -182,7 +182,7 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     for name, x in dict(sinks=sinks, shift=shift).items():
         setattr(params, name, None if x is None else x.ctypes.data)
 
-    values = turned(v, seed) if variant.boxes and v.dtype == np.int8 else v
+    values = turned(v, seed, tuple(changes)) if variant.boxes and v.dtype == np.int8 else v
     boxes = tensor_maps.boxes(variant, q, k, values)
     blocks, how = variant.blocks(B, H, Lq, Hk, Lk), (int(schedule), seed, readable, tuple(changes))
     if split:

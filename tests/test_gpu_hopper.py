@@ -20,9 +20,10 @@ OPTIONS = {
 }
 
 
-def check(problem, changes=(), schedules=SCHEDULES, **options):
+def check(problem, changes=(), seeds=(1,), **options):
     """Run under each schedule and judge."""
-    results = [problem.run(arch="sm_90a", schedule=schedule, changes=changes, **options) for schedule in schedules]
+    results = [problem.run(arch="sm_90a", schedule=schedule, seed=seed, changes=changes, **options)
+               for seed in seeds for schedule in SCHEDULES]
     judge = problem.judge(results[0].Bc, **options)
     for result in results:
         assert result.variant.source == "hopper.cu"
@@ -118,7 +119,7 @@ BUGS = {  # name: (kind, (file, old, new)...)
 def test_planted_bugs_are_caught(bug):
     kind, *changes = BUGS[bug]
     with pytest.raises(AssertionError):
-        check(Problem(kind, H=1, Lq=128, Lk=700, D=128), changes=tuple(changes))
+        check(Problem(kind, H=1, Lq=128, Lk=700, D=128), changes=tuple(changes), seeds=range(1, 5))
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])

@@ -57,6 +57,7 @@ DEVICE void tensor_copy(u32 at, const TensorMap& map, u32 mbarrier, int column, 
             }
         shim::mbarrier_bytes(mbarrier, pitch * map.box_rows);
     });
+    if (shim::state.mixed) shim::yield();
 }
 
 template <int N> DEVICE void registers_up() {}

@@ -91,7 +91,11 @@ void wait_in(std::vector<int>& queue) {
 }
 
 void yield() {
-    warps[state.thread / 32].ready.push_back(state.thread);
+    const int warp = state.thread / 32;
+    for (size_t i = 0; i + 1 < priority.size() && random_number() % 8; i++) {  // its warp comes later, mostly last
+        if (priority[i] == warp) std::swap(priority[i], priority[i + 1]);
+    }
+    warps[warp].ready.push_back(state.thread);
     leave();
 }
 

@@ -4,7 +4,8 @@
 //   EARLY  copies land when they are issued; one warp runs until it has to wait, warps in a random order of priority
 //   LATE   copies land when they are waited for, those by the engine when no thread can go on; warps take turns
 // and between them
-//   MIXED  as EARLY, but products of warpgroups wait as in LATE, and who arrives at an mbarrier lets others run
+//   MIXED  as EARLY, but products of warpgroups wait as in LATE, and who arrives at an mbarrier or starts a tensor copy
+//          lets others run
 // Shared memory begins as bytes 0xff, NaN of any kind. What is wrong ends the run with a message.
 #pragma once
 
