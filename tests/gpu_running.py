@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 import cyflash
-from cyflash.gpu import variants
+from cyflash.gpu import tensor_maps, variants
 
 KERNELS = Path(cyflash.__file__).parent / "gpu"
 SHIM = Path(__file__).parent / "gpu_shim"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
-EARLY, LATE = True, False
+LATE, EARLY, MIXED = 0, 1, 2  # schedules of machine.h
 UNBOUNDED = 1 << 62
 POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift")
 GUARD = 64  # elements beside an output that must stay as they are
@@ -42,6 +42,20 @@ class Params(ctypes.Structure):
     ]
 
 
+class TensorMap(ctypes.Structure):
+    """struct TensorMap of gpu_shim/hopper.cuh."""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("size", "columns", "rows", "heads", "batches", "box_columns", "box_rows")),
+        *((name, ctypes.c_longlong) for name in ("row_stride", "head_stride", "batch_stride")),
+    ]
+
+    @classmethod
+    def of(cls, box):
+        return cls(box.address, box.size, *box.shape, *box.box, *box.strides)
+
+
 @functools.cache
 def folder():
     """Where this session compiles to; removed at its end."""
@@ -58,9 +72,10 @@ def command(*arguments):
 
 @functools.cache
 def machine():
-    path = folder() / "machine.o"
-    command("-c", SHIM / "machine.cpp", "-o", path)
-    return path
+    paths = [folder() / f"{name}.o" for name in ("machine", "hopper_machine")]
+    for path in paths:
+        command("-c", SHIM / f"{path.stem}.cpp", "-o", path)
+    return paths
 
 
 @functools.cache
@@ -70,7 +85,7 @@ def library(source, macros, changes=()):
     place = folder() / key
     place.mkdir()
     for path in KERNELS.iterdir():
-        if path.suffix in (".cu", ".cuh", ".h") and path.name != "primitives.cuh":
+        if path.suffix in (".cu", ".cuh", ".h") and not (SHIM / path.name).exists():
             text = path.read_text()
             for file, old, new in changes:
                 if file == path.name:
@@ -80,7 +95,7 @@ def library(source, macros, changes=()):
             (place / path.name).write_text(text)
     flags = [f"-D{name}={value}" for name, value in macros]
     command("-shared", f'-DSOURCE="{source}"', *flags, "-x", "c++", "-I", place, "-I", SHIM, SHIM / "run.cpp",
-            "-x", "none", machine(), "-o", place / "kernel.so")
+            "-x", "none", *machine(), "-o", place / "kernel.so")
     loaded = ctypes.CDLL(str(place / "kernel.so"))
     loaded.run.restype = ctypes.c_char_p
     assert loaded.params_size() == ctypes.sizeof(Params)
@@ -92,16 +107,41 @@ class Result:
 
     def __init__(self, out, lse, variant, counts):
         self.out, self.lse = out, lse
-        self.Bc = dict(variant.macros)["BLOCK_K"]
+        self.variant, self.Bc = variant, dict(variant.macros)["BLOCK_K"]
         self.matrix_reads, self.conflicts, self.products = counts
+
+
+def launch(variant, blocks, params, schedule, seed, readable, changes, boxes=()):
+    """Run one kernel; return what the machine counted."""
+    loaded = library(variant.source, variant.macros, changes)
+    ranges = (ctypes.c_void_p * len(readable))(*readable)
+    maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
+    error = loaded.run(ctypes.byref(params), maps, blocks, variant.threads, variant.shared_bytes, schedule, seed,
+                       ranges, len(readable) // 2)
+    if error:
+        raise KernelError(error.decode())
+    counts = (ctypes.c_long * 3)()
+    loaded.counts(counts)
+    return tuple(counts)
+
+
+def turned(v, seed, changes=()):
+    """v (B, Hk, Lk, D) of codes as `variants.turn` transposes it."""
+    B, Hk, Lk, D = v.shape
+    out = np.full((B, Hk, D, variants.turned_keys(Lk)), 77, np.int8)
+    params = Params(v=v.ctypes.data, out=out.ctypes.data, B=B, Hk=Hk, Lk=Lk, D=D)
+    params.v_stride[:], params.out_stride[:] = v.strides[:3], out.strides[:3]
+    readable = np.lib.array_utils.byte_bounds(v)
+    launch(variants.turn(), variants.turn_blocks(B, Hk, Lk, D), params, EARLY, seed, readable, changes)
+    return out
 
 
 def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
         mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
-        schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=()):
+        split=False, schedule=EARLY, seed=1, changes=(), arch="sm_80"):
     """Attention of (B, H, L, D) arrays by the kernel that `variants.choose` names. Scales: (B, H, L) by strides.
 
-    ignored: names of flags that the variant is compiled without, although the options need them.
+    split: by chunks of keys and their merge.
     """
     (B, H, Lq, D), (_, Hk, Lk, _) = q.shape, k.shape
     on = {
@@ -111,7 +151,8 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
     out_dtype = np.dtype(out_dtype or q.dtype)
     variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
-                              options={name for name in on if on[name] and name not in ignored})
+                              mapped=arch == "sm_90a" and tensor_maps.can_map(q, k, v),
+                              options={name for name in on if on[name]}, split=split)
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
@@ -141,14 +182,19 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     for name, x in dict(sinks=sinks, shift=shift).items():
         setattr(params, name, None if x is None else x.ctypes.data)
 
-    loaded = library(variant.source, variant.macros, tuple(changes))
-    ranges = (ctypes.c_void_p * len(readable))(*readable)
-    error = loaded.run(ctypes.byref(params), variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
-                       int(schedule), seed, ranges, len(readable) // 2)
-    if error:
-        raise KernelError(error.decode())
+    values = turned(v, seed, tuple(changes)) if variant.boxes and v.dtype == np.int8 else v
+    boxes = tensor_maps.boxes(variant, q, k, values)
+    blocks, how = variant.blocks(B, H, Lq, Hk, Lk), (int(schedule), seed, readable, tuple(changes))
+    if split:
+        parts = (variants.chunks(Lk), B, H, Lq)
+        part_out, part_lse = np.full((*parts, D), 77, np.float32), np.full(parts, 77, np.float32)
+        merge = Params.from_buffer_copy(params)
+        params.out, params.lse, params.sinks = part_out.ctypes.data, part_lse.ctypes.data, None
+        counts = launch(variant, blocks, params, *how, boxes)
+        merge.q, merge.q_scale = part_out.ctypes.data, part_lse.ctypes.data
+        launch(variants.choose_merge(arch, out_dtype.name), -(-B * H * Lq // 4), merge, *how)
+    else:
+        counts = launch(variant, blocks, params, *how, boxes)
     beside = np.concatenate([guarded[:GUARD], guarded[-GUARD:]])
     assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
-    counts = (ctypes.c_long * 3)()
-    loaded.counts(counts)
-    return Result(out, lse, variant, tuple(counts))
+    return Result(out, lse, variant, counts)

@@ -5,10 +5,11 @@ import pytest
 from gpu_cases import KINDS
 from gpu_compiling import compiled, opcodes
 
-from cyflash.gpu.variants import FLAGS, choose
+from cyflash.gpu.variants import FLAGS, choose, choose_merge
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 OPTION_SETS = ((), ("EDGES",), FLAGS)
+KINDS_OF_SIZES = ("float32", "float16", "int8", "int8-float16")  # bfloat16 needs what float16 does
 HEAD_DIMS = tuple(range(16, 257, 16))
 REGISTERS = 255  # of a thread: two blocks of 128 threads on 65536 registers
 SHARED = 99 * 1024  # bytes a block may have on sm_86, sm_89 and sm_120
@@ -27,7 +28,7 @@ def check(arch, kind, D, options, **arguments):
     return built
 
 
-@pytest.mark.parametrize("arch, kind", list(itertools.product(ARCHS, KINDS)))
+@pytest.mark.parametrize("arch, kind", list(itertools.product(ARCHS, KINDS_OF_SIZES)))
 def test_no_spills(arch, kind):
     """One of the larger variants for each, another for the next."""
     number = ARCHS.index(arch) + list(KINDS).index(kind)
@@ -42,6 +43,8 @@ def test_no_spills(arch, kind):
 def test_no_spills_at_all(arch, kind, options):
     for D in HEAD_DIMS:
         check(arch, kind, D, options)
+        if kind != "float32":
+            check(arch, kind, D, options, split=True)
     check(arch, kind, 128, options, aligned=False)
 
 
@@ -58,7 +61,11 @@ def test_opcodes(arch, kind):
     assert not any(opcode.startswith(("LDL", "STL")) for opcode in found)
 
 
-def test_alignment_and_each_option_compile():
+def test_other_variants_compile():
     check("sm_80", "float16", 64, (), aligned=False)
+    for kind in ("float16", "int8"):
+        check("sm_90a", kind, 128, ("EDGES",), split=True)
+    merge = compiled(choose_merge("sm_90a", "float16"))
+    assert merge.spilled == 0
     for flag in FLAGS:
         check("sm_90a", "float16", 64, (flag,))

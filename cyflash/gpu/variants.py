@@ -22,13 +22,22 @@ class Variant(NamedTuple):
     shared_bytes: int  # dynamic shared memory of a block
     rows: int          # query rows of a block
     parts: int = 1     # blocks that share query rows
+    split: bool = False  # a block takes a chunk of keys, and the query heads that share them
+    boxes: tuple = ()  # of kernels that take struct Maps: rows, bytes of a row of the copies of q, k and v
 
-    def blocks(self, B, H, Lq):
-        """The grid, which has one axis."""
+    def blocks(self, B, H, Lq, Hk=None, Lk=None):
+        """The grid, which has one axis. Hk and Lk count where keys are split."""
+        if self.split:
+            return B * Hk * -(-(H // Hk * Lq) // self.rows) * self.parts * chunks(Lk)
         return B * H * -(-Lq // self.rows) * self.parts
 
 
-def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
+def chunks(Lk):
+    """How many chunks of keys there are where they are split: chunks_of() of options.cuh."""
+    return max(-(-Lk // (256 if Lk <= 16384 else 512 if Lk <= 65536 else 1024)), 1)
+
+
+def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options=(), split=False):
     """The variant for arrays of these data types.
 
     Parameters
@@ -42,8 +51,13 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
         or bfloat16, and out of float32, float16 or bfloat16. v and out are as qk where they are not given.
     aligned : bool
         Rows of q, k and v begin at multiples of 16 bytes.
+    mapped : bool
+        `tensor_maps.can_map(q, k, v)`. On sm_90a such arrays take hopper.cu, but for what `_hopper_takes` names; others
+        take mma.cu, as on other devices.
     options : set of str
         Which of `FLAGS` are on.
+    split : bool
+        For few query rows, not of float32: its results are those of chunks of keys, for `choose_merge`.
 
     Returns
     -------
@@ -59,13 +73,22 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
         raise ValueError(f"D: expected 1 to {LARGEST_HEAD_DIM}, got {D}")
     if not set(options) <= set(FLAGS):
         raise ValueError(f"options: expected some of {', '.join(FLAGS)}, got {', '.join(map(str, options))}")
+    busy = bool(set(options) - {"EDGES"}) or not aligned or split
     flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
-    if (qk, v, out) == ("float32",) * 3:
-        return _ffma(arch, D, flags, bool(set(options) - {"EDGES"}))
+    if (qk, v, out) == ("float32",) * 3 and not split:
+        return _ffma(arch, D, flags, busy)
     halves = ("float16", "bfloat16")
     if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
-        return _mma(arch, D, qk, v, out, flags, bool(set(options) - {"EDGES"}))
+        if arch == "sm_90a" and mapped and not split and _hopper_takes(D, qk, v, options):
+            return _hopper(D, qk, v, out, flags, options)
+        return _mma(arch, D, qk, v, "float32" if split else out, flags, busy, split)
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
+
+
+def choose_merge(arch, out):
+    """The kernel that puts chunks of keys together, for results of this dtype. Its blocks take 4 rows of the output."""
+    macros = (("OUT_TYPE", TYPES[out]), *((name, 0) for name in FLAGS))
+    return Variant("merge.cu", "cyflash_merge", macros, arch, 128, 0, 4)
 
 
 def round_up(D, unit):
@@ -75,8 +98,8 @@ def round_up(D, unit):
 
 def _ffma(arch, D, flags, busy):
     """float32. Tiles are what fits into the 99 KB of sm_86 and into 255 registers; a busy thread changes its scores in
-    more than one way, and has fewer. Bytes, 4 ((Br + 3 Bc) D + Br (Bc + 16)): at D = 64 and 64 x 64 84 KB, at 128 and
-    64 x 32 92 KB, at 256 and 32 x 16 84 KB."""
+    more ways than one, or gathers what it copies, and has smaller ones. Bytes, 4 ((Br + 3 Bc) D + Br (Bc + 16)): at
+    D = 64 and 64 x 64 84 KB, at 128 and 64 x 32 92 KB, at 256 and 32 x 16 84 KB."""
     D = round_up(D, 16)
     Br, Bc = (64, 64) if D <= 64 and not busy else (64, 32) if D <= 128 else (32, 16)
     macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), *flags)
@@ -84,17 +107,65 @@ def _ffma(arch, D, flags, busy):
     return Variant("ffma.cu", "cyflash_ffma", macros, arch, 128, shared_bytes, Br)
 
 
-def _mma(arch, D, qk, v, out, flags, busy):
+def _mma(arch, D, qk, v, out, flags, busy, split):
     """Tensor cores by mma.sync. A block has 4 warps of 16 rows; two blocks share a multiprocessor, so a thread has 255
     registers: O D / 2, S Bc / 2, Q D / 4 or less, and what makes scores of products. int8 v needs as many again of
-    sums: beyond 128 channels two blocks compute half of them each; so do busy ones beyond 192. Bytes: 64 KB at D = 128
+    sums, and busy threads need more: beyond 128 channels two blocks compute half of them each. Bytes: 64 KB at D = 128
     in 16 bits."""
-    D = round_up(D, 32 if qk == "int8" or D > 192 else 16)
-    parts = 2 if (D > 192 and busy) or (D > 128 and v == "int8") else 1
+    D = round_up(D, 32 if qk == "int8" or D > 128 else 16)
+    parts = 2 if D > 128 and (busy or v == "int8") else 1
     Br, Bc = 64, 32 if busy or D > 128 else 64
     macros = (("HEAD_DIM", D), ("CHANNELS", D // parts), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2),
-              ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
+              ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), ("SPLIT", int(split)), *flags)
     shared_bytes = (Br + 2 * Bc) * D * SIZES[qk] + Bc * (D // parts) * SIZES[v]
     if qk == "int8":
         shared_bytes += 2 * Bc * 4 + (Bc * 4 if v == "int8" else 0)
-    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts)
+    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts, split)
+
+
+def _hopper_takes(D, qk, v, options):
+    """Whether the variant of hopper.cu has registers enough; others take mma.cu. What an element of a score needs costs
+    most with masks, biases, and several options at once; codes of P need sums beside those of O."""
+    busy = set(options) - {"EDGES"}
+    if v == "int8":
+        return D <= 128 and not busy & {"BIAS", "MASK"} and len(busy) <= 1
+    return len(busy) <= 1 and not (D > 128 and ("MASK" in busy or (qk == "int8" and "BIAS" in busy)))
+
+
+def _hopper(D, qk, v, out, flags, options):
+    """Tensor copies and wgmma: two consumers of 64 rows each and a producer.
+
+    65536 / 128 = 512 registers are shared by them as 2 * 240 + 32, or 2 * 232 + 40 where the producer brings scales. A
+    consumer holds O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and 64 176. Bytes, 16 bits,
+    2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB of 227. Codes of P are of 64 keys, as the reference
+    has them."""
+    codes = qk == "int8"
+    D = 64 if D <= 64 else 128 if D <= 128 else 256
+    busy = set(options) - {"EDGES"}
+    crowded = busy & {"BIAS", "MASK"} if D == 64 and not codes else codes and busy
+    Br, Bc, stages = 128, 64 if D > 128 or v == "int8" or crowded else 128, 2
+    producer, consumer = (40, 232) if codes else (32, 240)
+    macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("STAGES", stages), ("PRODUCER_REGISTERS", producer),
+              ("CONSUMER_REGISTERS", consumer), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]),
+              *flags)
+    scales = 4 * Bc * (2 if v == "int8" else 1) if codes else 0
+    shared_bytes = Br * D * SIZES[qk] + stages * (Bc * D * (SIZES[qk] + SIZES[v]) + scales + 4 * 8) + 8
+    row_bytes = min(128, D * SIZES[qk])
+    v_box = (D, Bc) if v == "int8" else (Bc, 128)
+    return Variant("hopper.cu", "cyflash_hopper", macros, "sm_90a", (Br // 64 + 1) * 128, shared_bytes, Br,
+                   boxes=((Br, row_bytes), (Bc, row_bytes), v_box))
+
+
+def turn(arch="sm_90a"):
+    """The kernel that transposes int8 v for `_hopper`, to (B, Hk, D, `turned_keys(Lk)`); its grid is `turn_blocks`."""
+    return Variant("turned.cu", "cyflash_turn", (), arch, 128, 0, 0)
+
+
+def turned_keys(Lk):
+    """Keys of a row of transposed v."""
+    return round_up(Lk, 16)
+
+
+def turn_blocks(B, Hk, Lk, D):
+    """The grid of `turn`."""
+    return -(-B * Hk * (turned_keys(Lk) // 16) * D // 128)

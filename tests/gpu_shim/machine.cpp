@@ -1,5 +1,5 @@
 // The machine of machine.h: fibers, the scheduler, barriers, warps, asynchronous copies, and the call from Python.
-#include "machine.h"
+#include "hopper_machine.h"
 #include "fiber.h"
 
 #include <deque>
@@ -50,6 +50,10 @@ static int alive, barrier_line;
 static std::string error;
 static u32 random_state;
 static void (*kernel)();
+static std::vector<std::function<void()>> engine;
+static bool on_main = true;  // no fiber runs
+
+struct Failure {};
 
 static u32 random_number() {
     random_state ^= random_state << 13;
@@ -71,13 +75,46 @@ void fail(const char* format, ...) {
     va_end(arguments);
     snprintf(whole, sizeof whole, "block %d, thread %d: %s", state.block, state.thread, text);
     error = whole;
+    if (on_main) throw Failure();
     leave();
     __builtin_unreachable();
 }
 
-static void wake(std::vector<int>& waiting) {
+void wake(std::vector<int>& waiting) {
     for (int t : waiting) warps[t / 32].ready.push_back(t);
     waiting.clear();
+}
+
+void wait_in(std::vector<int>& queue) {
+    queue.push_back(state.thread);
+    leave();
+}
+
+void yield() {
+    const int warp = state.thread / 32;
+    for (size_t i = 0; i + 1 < priority.size() && random_number() % 8; i++) {  // its warp comes later, mostly last
+        if (priority[i] == warp) std::swap(priority[i], priority[i + 1]);
+    }
+    warps[warp].ready.push_back(state.thread);
+    leave();
+}
+
+void by_engine(std::function<void()> work) {
+    if (state.early) {
+        work();
+    } else {
+        engine.push_back(std::move(work));
+    }
+}
+
+// One thing that the engine has to do, if there is any.
+static bool run_engine() {
+    if (engine.empty()) return false;
+    std::swap(engine[random_number() % engine.size()], engine.back());
+    const std::function<void()> work = std::move(engine.back());
+    engine.pop_back();
+    work();
+    return true;
 }
 
 static void release_barrier() {
@@ -172,6 +209,8 @@ static void start_block(int n) {
     warps.resize(n / 32);
     at_barrier.clear();
     alive = n;
+    engine.clear();
+    hopper_start(n / 32);
     std::vector<int> order(n);
     priority.resize(n / 32);
     for (int i = 0; i < n; i++) order[i] = i;
@@ -202,12 +241,19 @@ static int next_thread() {
 
 static bool run_block(int n) {
     start_block(n);
-    for (int t; (t = next_thread()) >= 0;) {
-        state.thread = t;
-        shim_switch(&main_fiber, &threads[t].fiber);
-        if (!error.empty()) return false;
+    do {
+        for (int t; (t = next_thread()) >= 0;) {
+            state.thread = t;
+            on_main = false;
+            shim_switch(&main_fiber, &threads[t].fiber);
+            on_main = true;
+            if (!error.empty()) return false;
+        }
+    } while (run_engine());
+    if (!alive) {
+        hopper_end();
+        return true;
     }
-    if (!alive) return true;
     char text[200];
     snprintf(text, sizeof text, "block %d: deadlock, %d threads wait, %d of them in the barrier of line %d",
              state.block, alive, (int)at_barrier.size(), barrier_line);
@@ -215,9 +261,10 @@ static bool run_block(int n) {
     return false;
 }
 
-// Empty message: all blocks ran. ranges: pairs of addresses of readable global memory.
+// Empty message: all blocks ran. schedule: 0 LATE, 1 EARLY, 2 MIXED. ranges: pairs of addresses of readable global
+// memory.
 const char* launch(
-    void (*entry)(), int blocks, int n, u32 shared_bytes, int early, u32 seed, const void* const* ranges, int count
+    void (*entry)(), int blocks, int n, u32 shared_bytes, int schedule, u32 seed, const void* const* ranges, int count
 ) {
     error.clear();
     kernel = entry;
@@ -225,13 +272,18 @@ const char* launch(
     shared_store.resize(shared_bytes + 1024);
     state.shared = (unsigned char*)(((size_t)shared_store.data() + 1023) & ~(size_t)1023);
     state.shared_bytes = shared_bytes;
-    state.early = early;
+    state.early = schedule != 0;
+    state.mixed = schedule == 2;
     random_state = seed * 2654435761u + 1;
     state.matrix_reads = state.conflicts = state.products = 0;
     readable.clear();
     for (int i = 0; i < count; i++) readable.push_back({(const char*)ranges[2 * i], (const char*)ranges[2 * i + 1]});
     for (state.block = 0; state.block < blocks; state.block++) {
-        if (!run_block(n)) break;
+        try {
+            if (!run_block(n)) break;
+        } catch (Failure) {
+            break;
+        }
     }
     return error.c_str();
 }

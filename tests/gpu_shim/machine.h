@@ -2,9 +2,15 @@
 //
 // Two legal extremes of what a GPU may do, between which real ones lie:
 //   EARLY  copies land when they are issued; one warp runs until it has to wait, warps in a random order of priority
-//   LATE   copies land when they are waited for; warps take turns
+//   LATE   copies land when they are waited for, those by the engine when no thread can go on; warps take turns
+// and between them
+//   MIXED  as EARLY, but products of warpgroups wait as in LATE, and who arrives at an mbarrier or starts a tensor copy
+//          lets others run
 // Shared memory begins as bytes 0xff, NaN of any kind. What is wrong ends the run with a message.
 #pragma once
+
+#include <functional>
+#include <vector>
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -17,7 +23,7 @@ struct State {
     unsigned char* shared;  // memory of the block
     u32 shared_bytes;
     int thread, block;      // those that run now
-    bool early;
+    bool early, mixed;
     long matrix_reads;      // eight rows by load_matrices
     long conflicts;         // of which rows fell into the same banks
     long products;          // of tensor cores
@@ -36,6 +42,14 @@ void collective(const char* what, void* slot, void (*work)(void**));
 void copy(u32 to, const void* from, int n, int bytes);
 void commit();
 void wait(int groups);
+
+// Waits in a queue, until somebody wakes its threads; or only until others have run.
+void wait_in(std::vector<int>& queue);
+void wake(std::vector<int>& queue);
+void yield();
+
+// Something that the machine does by itself: at once (EARLY), or when no thread can go on, in any order.
+void by_engine(std::function<void()> work);
 
 // Raises unless these bytes are shared memory, aligned; or global memory that the kernel may read.
 void check_shared(u32 at, u32 bytes, u32 alignment, const char* what);

@@ -12,6 +12,7 @@
 #define __forceinline__ inline
 #define DEVICE static inline
 #define KERNEL(name, threads, blocks) static void kernel_entry(const Params p)
+#define CALL_KERNEL(p, maps) kernel_entry(p)
 
 template <class T> DEVICE T min(T a, T b) { return b < a ? b : a; }
 template <class T> DEVICE T max(T a, T b) { return a < b ? b : a; }
