@@ -97,3 +97,87 @@ def _mma(arch, D, qk, v, out, flags, busy):
     if qk == "int8":
         shared_bytes += 2 * Bc * 4 + (Bc * 4 if v == "int8" else 0)
     return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts)
+
+
+# Few query rows: keys are cut into chunks, one kernel takes them, a second one joins what they leave.
+
+FEW_ROWS = 16  # up to here; then no kernel reads keys less often than this one, once for 16 rows of all heads that share them
+MOST_RING_BYTES = 64 * 1024
+
+
+class Decode(NamedTuple):
+    """Two launches, one after the other, and what `Params` has for both besides what every kernel is told."""
+
+    split: Variant         # first, with split_blocks blocks
+    merge: Variant         # then, with merge_blocks blocks
+    chunk: int             # keys of a chunk: Params.chunk
+    chunks: int            # Params.chunks
+    split_blocks: int
+    merge_blocks: int
+    workspace_floats: int  # Params.workspace: float32, at a multiple of 16 bytes, with any content
+
+
+def choose_decode(arch, B, H, Hk, Lq, Lk, D, qk, v=None, out=None, *, aligned=True, options=()):
+    """What to launch for few query rows, or None where `choose` has the kernel.
+
+    The bits of a row's result depend on Lq, Lk, D, H / Hk, data types and options; not on B, H or the device.
+
+    Parameters
+    ----------
+    arch, D, qk, v, out, aligned, options
+        As of `choose`.
+    B, H, Hk, Lq, Lk : int
+        Lengths of the axes of q (B, H, Lq, D) and k (B, Hk, Lk, D).
+
+    Returns
+    -------
+    Decode or None
+        None for more than `FEW_ROWS` query rows, and for float32.
+
+    Raises
+    ------
+    ValueError
+        For a combination that no kernel takes.
+    """
+    choose(arch, D, qk, v, out, aligned=aligned, options=options)
+    v, out = v or qk, out or qk
+    if Lq > FEW_ROWS or qk == "float32":
+        return None
+    flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
+    rounded = round_up(D, 32 if qk == "int8" else 16)
+    chunk = keys_of_chunk(Lk, D)
+    chunks = max(-(-Lk // chunk), 1)
+    merged = ("HEAD_DIM", rounded), ("QK_TYPE", TYPES[qk]), ("OUT_TYPE", TYPES[out]), *flags[:-1]
+    tiles = -(-(H // Hk * Lq) // 16)
+    return Decode(
+        _split(arch, rounded, qk, v, flags), Variant("merge.cu", "cyflash_merge", merged, arch, 128, 128 * 16 + 160, 1),
+        chunk, chunks, B * Hk * chunks * tiles, B * H * Lq, B * H * Lq * chunks * (rounded + 2),
+    )
+
+
+def keys_of_chunk(Lk, D):
+    """How many keys a block reads: 64 chunks if they are not too small or too large.
+
+    At least 64 KB of K and V in 16 bits, which take 6 us where a block has its share of 4.3 TB/s, one of 3 * 132; what
+    it leaves, 8 rows of float32 written and read, is then an eighth of that. At most 16 times as much, so that
+    multiprocessors have many chunks each and end at nearly the same time."""
+    least = 128
+    while least * 4 * D < 64 * 1024 and least < 1024:
+        least *= 2
+    chunk = least
+    while chunk * 64 < Lk and chunk < 16 * least:
+        chunk *= 2
+    return chunk
+
+
+def _split(arch, D, qk, v, flags):
+    """Warps of a block have a ring each, of as many stages of 32 keys as fit into 64 KB together, 4 at most; so three
+    blocks share the 227 KB of a multiprocessor of sm_90, and one fits into the 99 KB of sm_86. Beyond D = 128 a thread
+    needs 255 registers: two warps."""
+    warps = 4 if D <= 128 else 2
+    stage = 32 * D * (SIZES[qk] + SIZES[v]) + 32 * 4 * ((qk == "int8") + (v == "int8"))
+    stages = min(max(MOST_RING_BYTES // (warps * stage), 1), 4)
+    macros = (("HEAD_DIM", D), ("WARPS", warps), ("STAGES", stages), ("BLOCKS", 3), ("QK_TYPE", TYPES[qk]),
+              ("V_TYPE", TYPES[v]), *flags)
+    shared_bytes = 16 * D * SIZES[qk] + warps * (16 * 8 + stages * stage)
+    return Variant("decode.cu", "cyflash_decode", macros, arch, 32 * warps, shared_bytes, 16)
