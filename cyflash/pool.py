@@ -15,7 +15,6 @@ import math
 
 import numpy as np
 
-
 CACHE_LINE = 64  # bytes. A load of 64 that begins between two lines reads both
 
 

@@ -18,6 +18,8 @@ SHIM = Path(__file__).parent / "gpu_shim"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
 EARLY, LATE = True, False
 UNBOUNDED = 1 << 62
+POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift",
+            "workspace")
 GUARD = 64  # elements beside an output that must stay as they are
 
 
@@ -29,15 +31,17 @@ class Params(ctypes.Structure):
     """struct Params of params.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "q k v out lse bias mask slopes sinks q_scale k_scale v_scale shift".split()),
-        *((f"{name}_stride", ctypes.c_longlong * 3) for name in "q k v out".split()),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((f"{name}_stride", ctypes.c_longlong * 3) for name in ["q", "k", "v", "out"]),
         *((f"{name}_stride", ctypes.c_longlong * 4) for name in ("bias", "mask")),
         *((f"{name}_scale_stride", ctypes.c_longlong * 3) for name in "qkv"),
         ("slopes_stride", ctypes.c_longlong * 2),
         *((name, ctypes.c_longlong) for name in ("offset", "left", "right")),
-        *((name, ctypes.c_int) for name in "B H Hk Lq Lk D".split()),
+        *((name, ctypes.c_int) for name in ["B", "H", "Hk", "Lq", "Lk", "D"]),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("chunk", ctypes.c_int),
+        ("chunks", ctypes.c_int),
     ]
 
 
@@ -51,7 +55,8 @@ def folder():
 
 def command(*arguments):
     done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise RuntimeError(done.stderr)
 
 
 @functools.cache
@@ -72,7 +77,8 @@ def library(source, macros, changes=()):
             text = path.read_text()
             for file, old, new in changes:
                 if file == path.name:
-                    assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+                    if text.count(old) != 1:
+                        raise ValueError(f"{file} has {text.count(old)} times: {old}")
                     text = text.replace(old, new)
             (place / path.name).write_text(text)
     flags = [f"-D{name}={value}" for name, value in macros]
@@ -84,20 +90,27 @@ def library(source, macros, changes=()):
     return loaded
 
 
+def of_kernel(change, variant):
+    """Whether a change of text is one of this kernel's source, or of a file that kernels share."""
+    return change[0] == variant.source or not change[0].endswith(".cu")
+
+
 class Result:
     """out and lse of a run, and what the machine counted."""
 
-    def __init__(self, out, lse, counts):
+    def __init__(self, out, lse, variant, counts):
         self.out, self.lse = out, lse
+        self.Bc = dict(variant.macros).get("BLOCK_K", 32)  # decode.cu: KEYS
         self.matrix_reads, self.conflicts, self.products = counts
 
 
 def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
         mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
-        schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=()):
+        schedule=EARLY, seed=1, changes=(), arch="sm_80", ignored=(), decode=False):
     """Attention of (B, H, L, D) arrays by the kernel that `variants.choose` names. Scales: (B, H, L) by strides.
 
-    ignored: names of flags that the variant is compiled without, although the options need them.
+    ignored: names of flags that the variant is compiled without, although the options need them. decode: by the kernels
+    of few rows instead, which `variants.choose_decode` names.
     """
     (B, H, Lq, D), (_, Hk, Lk, _) = q.shape, k.shape
     on = {
@@ -106,8 +119,10 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     }
     aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
     out_dtype = np.dtype(out_dtype or q.dtype)
-    variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
-                              options={name for name in on if on[name] and name not in ignored})
+    kernel = dict(aligned=aligned, options={name for name in on if on[name] and name not in ignored})
+    names = D, q.dtype.name, v.dtype.name, out_dtype.name
+    few = variants.choose_decode(arch, B, H, Hk, Lq, Lk, *names, **kernel) if decode else None
+    variant = few.split if decode else variants.choose(arch, *names, **kernel)
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
@@ -130,20 +145,33 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
         if x is None:
             continue
         setattr(params, name, x.ctypes.data)
-        getattr(params, f"{name}_stride")[:] = [s // x.itemsize for s in x.strides[:len(getattr(params, f"{name}_stride"))]]
+        strides = getattr(params, f"{name}_stride")
+        strides[:] = [s // x.itemsize for s in x.strides[: len(strides)]]
         if x.size:
             readable += np.lib.array_utils.byte_bounds(x)
     for name, x in dict(sinks=sinks, shift=shift).items():
         setattr(params, name, None if x is None else x.ctypes.data)
 
-    loaded = library(variant.source, variant.macros, tuple(changes))
+    launches = [(variant, variant.blocks(B, H, Lq))]
+    if few:
+        space = np.full(few.workspace_floats + 2 * GUARD, np.nan, np.float32)
+        params.chunk, params.chunks = few.chunk, few.chunks
+        params.workspace = space[GUARD:].ctypes.data
+        readable += np.lib.array_utils.byte_bounds(space[GUARD:-GUARD])
+        launches = [(few.split, few.split_blocks), (few.merge, few.merge_blocks)]
     ranges = (ctypes.c_void_p * len(readable))(*readable)
-    error = loaded.run(ctypes.byref(params), variant.blocks(B, H, Lq), variant.threads, variant.shared_bytes,
-                       int(schedule), seed, ranges, len(readable) // 2)
-    if error:
-        raise KernelError(error.decode())
+    counts = np.zeros(3, int)
+    for one, blocks in launches:
+        loaded = library(one.source, one.macros, tuple(change for change in changes if of_kernel(change, one)))
+        error = loaded.run(ctypes.byref(params), blocks, one.threads, one.shared_bytes, int(schedule), seed, ranges,
+                           len(readable) // 2)
+        if error:
+            raise KernelError(error.decode())
+        more = (ctypes.c_long * 3)()
+        loaded.counts(more)
+        counts += more
+    if few:
+        assert np.isnan(space[:GUARD]).all() and np.isnan(space[-GUARD:]).all(), "wrote outside the workspace"
     beside = np.concatenate([guarded[:GUARD], guarded[-GUARD:]])
     assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
-    counts = (ctypes.c_long * 3)()
-    loaded.counts(counts)
-    return Result(out, lse, tuple(counts))
+    return Result(out, lse, variant, counts)

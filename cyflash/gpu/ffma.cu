@@ -17,7 +17,9 @@ constexpr int W = TD % 4 == 0 ? 4 : TD % 2 == 0 ? 2 : 1;   // channels side by s
 constexpr u32 K_BYTES = Bc * PITCH, AT_K = Br * PITCH, AT_V = AT_K + 2 * K_BYTES, AT_P = AT_V + K_BYTES;
 static_assert(D % 16 == 0 && Br % 8 == 0 && Bc % 16 == 0, "tiles");
 
-template <int ROWS> DEVICE void copy(u32 to, const void* x, const long long* stride, int b, int h, int row, int rows, int columns) {
+template <int ROWS> DEVICE void copy(
+    u32 to, const void* x, const long long* stride, int b, int h, int row, int rows, int columns
+) {
     const float* from = (const float*)x + b * stride[0] + h * stride[1];
     copy_tile<ROWS, PITCH, 4, THREADS, ALIGNED>(to, from, stride[2], row, rows, columns, thread_index());
 }
@@ -62,7 +64,8 @@ DEVICE void multiply_pv(float (&o)[TM][TD], bool hiding, int ty, int tx) {
                 for (int m = 0; m < TM; m++)
 #pragma unroll
                     for (int w = 0; w < W; w++)
-                        if (!(HIDING && hiding) || p[m][e] != 0.f) o[m][g * W + w] = fmaf(p[m][e], v[w], o[m][g * W + w]);
+                        if (!(HIDING && hiding) || p[m][e] != 0.f)
+                            o[m][g * W + w] = fmaf(p[m][e], v[w], o[m][g * W + w]);
             }
     }
 }
@@ -130,7 +133,7 @@ KERNEL(cyflash_ffma, THREADS, 2) {
         for (int lanes = 1; lanes < 16; lanes *= 2) l[r] += shuffle_xor(l[r], lanes);
         const int i = work.row + ty + 8 * r;
         if (i >= p.Lq) continue;
-        const Finish end = finish(m[r], l[r], unit, 0.f, p.sinks ? p.sinks + work.h : 0);
+        const Finish end = finish(natural(m[r], unit, 0.f), l[r], p.sinks ? p.sinks + work.h : 0);
         float* out = (float*)p.out + (work.b * p.out_stride[0] + work.h * p.out_stride[1] + i * p.out_stride[2]);
 #pragma unroll
         for (int g = 0; g < TD / W; g++)

@@ -17,6 +17,7 @@ constexpr int D = HEAD_DIM, DV = CHANNELS, PARTS = D / DV;        // a block com
 constexpr int Br = BLOCK_Q, Bc = BLOCK_K, WARPS = 4, THREADS = WARPS * 32;
 constexpr int MT = Br / (WARPS * 16);                            // tiles of 16 rows of a warp
 constexpr bool CODES = QK_TYPE == I8, CODED_P = V_TYPE == I8;
+constexpr bool EXACT = CODES || !FOLDED;
 constexpr int QK_SIZE = size_of(QK_TYPE), V_SIZE = size_of(V_TYPE);
 constexpr int QK_PITCH = D * QK_SIZE, V_PITCH = DV * V_SIZE;
 constexpr u32 K_BYTES = Bc * QK_PITCH, AT_K = Br * QK_PITCH, AT_V = AT_K + 2 * K_BYTES;
@@ -33,10 +34,12 @@ template <int ROWS, int SIZE, int COLUMNS> DEVICE void copy(
     u32 to, const void* x, const long long* stride, int b, int h, int row, int rows, int column, const Params& p
 ) {
     const char* from = (const char*)x + (b * stride[0] + h * stride[1] + column) * SIZE;
-    copy_tile<ROWS, COLUMNS * SIZE, SIZE, THREADS, ALIGNED>(to, from, stride[2], row, rows, p.D - column, thread_index());
+    copy_tile<ROWS, COLUMNS * SIZE, SIZE, THREADS, ALIGNED>(
+        to, from, stride[2], row, rows, p.D - column, thread_index());
 }
 DEVICE void copy_scales(u32 to, const float* x, const long long* stride, const Work& work, int tile, const Params& p) {
-    copy_numbers<Bc, THREADS>(to, x + work.b * stride[0] + work.kv * stride[1], stride[2], tile * Bc, p.Lk, thread_index());
+    const float* from = x + work.b * stride[0] + work.kv * stride[1];
+    copy_numbers<Bc, THREADS>(to, from, stride[2], tile * Bc, p.Lk, thread_index());
 }
 DEVICE void copy_k(const Params& p, const Work& work, int tile, int buffer) {
     copy<Bc, QK_SIZE, D>(AT_K + buffer * K_BYTES, p.k, p.k_stride, work.b, work.kv, tile * Bc, p.Lk, 0, p);
@@ -129,7 +132,8 @@ DEVICE void multiply_pv(float (&o)[MT][DV / 8][4], const float (&w)[MT][Bc / 8][
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             const float(&x)[4] = w[i][2 * step + e / 2];
-                            seen[e] = pack<V_TYPE>(x[e % 2 * 2] != 0.f ? 1.f : 0.f, x[e % 2 * 2 + 1] != 0.f ? 1.f : 0.f);
+                            const float low = x[e % 2 * 2] != 0.f, high = x[e % 2 * 2 + 1] != 0.f;
+                            seen[e] = pack<V_TYPE>(low, high);
                         }
                         add_infinite(o[i][2 * n], seen, b[0], b[1], bad[0], bad[1]);
                         add_infinite(o[i][2 * n + 1], seen, b[2], b[3], bad[2], bad[3]);
@@ -147,9 +151,9 @@ DEVICE void multiply_pv(float (&o)[MT][DV / 8][4], const float (&w)[MT][Bc / 8][
     }
 }
 
-// O += worth P V of codes: exact sums over the tile. Keys come in the order in which lanes have their weights:
-// of 32 keys lane t has 2 t, 2 t + 1 of each eight, and so do the transposed matrices. Two channels lie beside each other
-// in a register: even ones go to o[2 n], odd ones to o[2 n + 1].
+// O += worth P V of codes: exact sums over the tile. Keys come in the order in which lanes have their weights: of 32
+// keys lane t has 2 t, 2 t + 1 of each eight, and so do the transposed matrices. Two channels lie beside each other in
+// a register: even ones go to o[2 n], odd ones to o[2 n + 1].
 DEVICE void multiply_codes(float (&o)[MT][DV / 8][4], const float (&w)[MT][Bc / 8][4], const float (&worth)[MT][2]) {
     const int lane = thread_index() % 32;
     const u32 at = AT_V + place<V_PITCH>(lane, 0);
@@ -274,15 +278,15 @@ KERNEL(cyflash_mma, THREADS, BLOCKS) {
                 top = quad_max(top);
                 const float unit = log2_unit(factor[i][h]), highest = fmaxf(m[i][h], top);
                 const float base = stand_in(CODED_P ? top : highest);
-                alpha[i][h] = rescale<CODES>(m[i][h], stand_in(highest), unit);
-                worth[i][h] = CODED_P ? rescale<CODES>(top, stand_in(highest), unit) : 1.f;
+                alpha[i][h] = rescale<EXACT>(m[i][h], stand_in(highest), unit);
+                worth[i][h] = CODED_P ? rescale<EXACT>(top, stand_in(highest), unit) : 1.f;
                 m[i][h] = highest;
 #pragma unroll
                 for (int n = 0; n < Bc / 8; n++)
 #pragma unroll
                     for (int e = 2 * h; e < 2 * h + 2; e++) {
                         const bool hidden = s[i][n][e] == -INFINITY;
-                        s[i][n][e] = weight<CODES>(s[i][n][e], base, unit);
+                        s[i][n][e] = weight<EXACT>(s[i][n][e], base, unit);
                         sum += s[i][n][e];
                         if (HIDING && !CODED_P && hiding && !hidden) s[i][n][e] = max_nan(s[i][n][e], SMALLEST_WEIGHT);
                     }
@@ -336,7 +340,7 @@ KERNEL(cyflash_mma, THREADS, BLOCKS) {
             const float sum = quad_sum(l[i][h]);
             const int r = row + 16 * i + 8 * h;
             if (r >= p.Lq) continue;
-            const Finish end = finish(m[i][h], sum, log2_unit(factor[i][h]), SOFTCAP ? 0.f : shift[i][h], sink);
+            const Finish end = finish(natural(m[i][h], log2_unit(factor[i][h]), shift[i][h]), sum, sink);
             const long long at = work.b * p.out_stride[0] + work.h * p.out_stride[1] + r * p.out_stride[2];
 #pragma unroll
             for (int n = 0; n < DV / 16; n++)
@@ -345,7 +349,8 @@ KERNEL(cyflash_mma, THREADS, BLOCKS) {
                     const int channel = first + n * 16 + (CODED_P ? 4 * t + 2 * pair : 8 * pair + 2 * t);
                     const float x = CODED_P ? o[i][2 * n][2 * h + pair] : o[i][2 * n + pair][2 * h];
                     const float y = CODED_P ? o[i][2 * n + 1][2 * h + pair] : o[i][2 * n + pair][2 * h + 1];
-                    if (channel < p.D) store_pair<OUT_TYPE>(p.out, at + channel, x * end.factor, y * end.factor, p.D - channel);
+                    if (channel >= p.D) continue;
+                    store_pair<OUT_TYPE>(p.out, at + channel, x * end.factor, y * end.factor, p.D - channel);
                 }
             if (p.lse && t == 0 && first == 0) p.lse[((long long)work.b * p.H + work.h) * p.Lq + r] = end.lse;
         }

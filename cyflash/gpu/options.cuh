@@ -1,7 +1,8 @@
 // Everything that changes a score between the two products, for every kernel, in one order: scale, softcap, ALiBi and
 // bias, masks. A hidden score becomes -inf whatever it was, NaN included.
 //
-// An option that is not in a variant costs nothing: its macro EDGES (causal or window), SOFTCAP, ALIBI, BIAS or MASK is 0.
+// An option that is not in a variant costs nothing: its macro EDGES (causal or window), SOFTCAP, ALIBI, BIAS or MASK is
+// 0.
 #pragma once
 #include "softmax.cuh"
 
@@ -34,6 +35,11 @@ DEVICE Head make_head(const Params& p, int b, int h) {
 // -inf * 0 would be NaN.
 DEVICE float log2_unit(float factor) { return FOLDED ? fmaxf(fabsf(factor) * LOG2E, 1.2e-38f) : LOG2E; }
 
+// A score of this kernel in natural units; shift is what it lacks.
+DEVICE float natural(float m, float unit, float shift) {
+    return FOLDED ? stand_in(m) * unit * LN2 + shift : stand_in(m) + (SOFTCAP ? 0.f : shift);
+}
+
 // tanh(x): 1 - 2 e / (1 + e) with e = e^(-2 |x|) where |x| >= 0.625, and below, where that would cancel, x + x^3 Q(x^2)
 // with the minimax Q of degree 4 (relative error 4.4e-9).
 DEVICE float tanh_accurate(float x) {
@@ -50,7 +56,9 @@ DEVICE float tanh_accurate(float x) {
 //
 // factor: what makes it a score, in natural units. shift: what the score then lacks. partial: causal, the window or the
 // last key hides a part of this tile.
-DEVICE float changed(float s, const Params& p, const Head& head, int i, int key, float factor, float shift, bool partial) {
+DEVICE float changed(
+    float s, const Params& p, const Head& head, int i, int key, float factor, float shift, bool partial
+) {
     if (FOLDED) {
         if (p.scale < 0.f) s = -s;  // the unit has no sign
     } else {

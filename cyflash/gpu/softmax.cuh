@@ -2,8 +2,8 @@
 //
 //     m' = max(m, s_j)   alpha = 2^((m - m') unit)   w_j = 2^((s_j - m') unit)   l' = alpha l + sum_j w_j
 //
-// m = -inf until a row has seen a key; 0 stands in for it, so that its weights are 2^-inf = 0. A NaN score leaves m as it
-// is and makes w, and so l and the output, NaN. unit > 0: -inf * unit must stay -inf.
+// m = -inf until a row has seen a key; 0 stands in for it, so that its weights are 2^-inf = 0. A NaN score leaves m as
+// it is and makes w, and so l and the output, NaN. unit > 0: -inf * unit must stay -inf.
 #pragma once
 #include "primitives.cuh"
 
@@ -12,8 +12,9 @@ constexpr float SMALLEST_WEIGHT = 1e-37f;  // what a visible key weighs at least
 
 DEVICE float stand_in(float m) { return m == -INFINITY ? 0.f : m; }
 
-// EXACT: the greatest score weighs exactly 1, for one more instruction. Otherwise all weights of a row are off by the
-// rounding of m * unit, and so alpha must be taken from the rounded products.
+// EXACT: the greatest score weighs exactly 1, and scores near the largest float do not overflow, for one more
+// instruction. Otherwise all weights of a row are off by the rounding of m * unit, and so alpha must be taken from the
+// rounded products.
 template <bool EXACT> DEVICE float weight(float s, float m, float unit) {
     return exp2_fast(EXACT ? (s - m) * unit : fmaf(s, unit, -(m * unit)));
 }
@@ -22,15 +23,15 @@ template <bool EXACT> DEVICE float rescale(float old, float m, float unit) {
 }
 
 // What a row's sum is divided by, as a factor, and its log-sum-exp in natural units, with the sink if there is one.
-// shift: natural units that every score of the row lacks.
 struct Finish {
     float factor, lse;
 };
 
-DEVICE Finish finish(float m, float l, float unit, float shift, const float* sink) {
+// top: m in natural units, any number where l = 0.
+DEVICE Finish finish(float top, float l, const float* sink) {
     if (l == 0.f) return {0.f, sink ? *sink : -INFINITY};
-    const float top = stand_in(m) * unit * LN2 + shift;
     if (!sink) return {1.f / l, top + logf(l)};
+    if (*sink == INFINITY && l == l) return {0.f, INFINITY};
     const float highest = fmaxf(top, *sink);
     const float a = expf(top - highest), total = l * a + expf(*sink - highest);
     return {a / total, highest + logf(total)};

@@ -15,8 +15,8 @@ template <int PITCH> DEVICE u32 place(int row, int chunk) {
     return row * PITCH + ((chunk ^ ((row >> (3 - S::n)) & S::mask)) << 4);
 }
 
-// place(row, c + chunks) from at = place(row, c), where c and chunks have no bit in common: one operation, or none, and a
-// constant. Tiles begin at multiples of 128 bytes.
+// place(row, c + chunks) from at = place(row, c), where c and chunks have no bit in common: one operation, or none, and
+// a constant. Tiles begin at multiples of 128 bytes.
 template <int PITCH> DEVICE u32 moved(u32 at, int chunks) {
     typedef Swizzle<PITCH> S;
     return (at ^ ((chunks & S::mask) << 4)) + ((chunks & ~S::mask) << 4);
@@ -41,8 +41,8 @@ template <int SIZE, bool WHOLE> DEVICE void copy_chunk(u32 at, const char* sourc
     }
 }
 
-// Starts to copy rows [row, row + ROWS) of a matrix of `rows` rows and `columns` elements of SIZE bytes to shared memory
-// at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are copied at once,
+// Starts to copy rows [row, row + ROWS) of a matrix of `rows` rows and `columns` elements of SIZE bytes to shared
+// memory at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are copied at once,
 // element by element, and are as visible to other threads after the next barrier.
 //
 // A row is copied by LANES threads, which keep their columns: from one row to the next a thread adds a constant to both

@@ -6,7 +6,9 @@ constexpr int F32 = 0, F16 = 1, BF16 = 2, I8 = 3;
 
 DEVICE constexpr int size_of(int type) { return type == F32 ? 4 : type == I8 ? 1 : 2; }
 
-template <int TYPE> DEVICE u32 pack(float low, float high) { return TYPE == BF16 ? pack_bf16(low, high) : pack_f16(low, high); }
+template <int TYPE> DEVICE u32 pack(float low, float high) {
+    return TYPE == BF16 ? pack_bf16(low, high) : pack_f16(low, high);
+}
 
 // d += a b, of floats with 16 bits.
 template <int TYPE> DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -19,8 +21,8 @@ template <int TYPE> DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 // d += a b, of codes.
 template <int TYPE> DEVICE void mma(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_s8(d, a, b0, b1); }
 
-// Sums of codes begin at the bits of 1.5 * 2^23, where a float counts in ones: with the sum in its last bits the float is
-// that much larger. Sums are below 2^22: 127 * 127 * 256 of q and k, 255 * 127 * 64 of weights and v. As fast as an
+// Sums of codes begin at the bits of 1.5 * 2^23, where a float counts in ones: with the sum in its last bits the float
+// is that much larger. Sums are below 2^22: 127 * 127 * 256 of q and k, 255 * 127 * 64 of weights and v. As fast as an
 // addition, where a conversion takes four times as long.
 constexpr int ZERO = 0x4b400000;
 DEVICE float sum_of(int sum) { return float_of((u32)sum) - 12582912.f; }

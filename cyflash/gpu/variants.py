@@ -87,9 +87,10 @@ def _ffma(arch, D, flags, busy):
 def _mma(arch, D, qk, v, out, flags, busy):
     """Tensor cores by mma.sync. A block has 4 warps of 16 rows; two blocks share a multiprocessor, so a thread has 255
     registers: O D / 2, S Bc / 2, Q D / 4 or less, and what makes scores of products. int8 v needs as many again of
-    sums: beyond 128 channels two blocks compute half of them each; so do busy ones beyond 192. Bytes, Bc 64: 64 KB at D = 128 in 16 bits."""
+    sums: beyond 128 channels two blocks compute half of them each; so do busy ones beyond 192. Bytes: 64 KB at D = 128
+    in 16 bits."""
     D = round_up(D, 32 if qk == "int8" or D > 192 else 16)
-    parts = 2 if D > 192 and busy or D > 128 and v == "int8" else 1
+    parts = 2 if (D > 192 and busy) or (D > 128 and v == "int8") else 1
     Br, Bc = 64, 32 if busy or D > 128 else 64
     macros = (("HEAD_DIM", D), ("CHANNELS", D // parts), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2),
               ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)

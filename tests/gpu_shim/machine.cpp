@@ -96,7 +96,9 @@ void barrier(int line) {
 
 void collective(const char* what, void* slot, void (*work)(void**)) {
     Warp& warp = warps[state.thread / 32];
-    if (warp.arrived && strcmp(warp.what, what)) fail("divergence: %s while others of the warp wait in %s", what, warp.what);
+    if (warp.arrived && strcmp(warp.what, what)) {
+        fail("divergence: %s while others of the warp wait in %s", what, warp.what);
+    }
     warp.what = what;
     warp.slots[state.thread % 32] = slot;
     if (++warp.arrived < 32) {
@@ -112,7 +114,9 @@ void collective(const char* what, void* slot, void (*work)(void**)) {
 
 void check_shared(u32 at, u32 bytes, u32 alignment, const char* what) {
     if (at % alignment) fail("%s: shared address %u is not a multiple of %u", what, at, alignment);
-    if (at + bytes > state.shared_bytes) fail("%s: shared address %u lies outside %u bytes", what, at, state.shared_bytes);
+    if (at + bytes > state.shared_bytes) {
+        fail("%s: shared address %u lies outside %u bytes", what, at, state.shared_bytes);
+    }
 }
 
 void check_global(const void* from, int bytes, const char* what) {
@@ -205,14 +209,16 @@ static bool run_block(int n) {
     }
     if (!alive) return true;
     char text[200];
-    snprintf(text, sizeof text, "block %d: deadlock, %d threads wait, %d of them in the barrier of line %d", state.block,
-             alive, (int)at_barrier.size(), barrier_line);
+    snprintf(text, sizeof text, "block %d: deadlock, %d threads wait, %d of them in the barrier of line %d",
+             state.block, alive, (int)at_barrier.size(), barrier_line);
     error = text;
     return false;
 }
 
 // Empty message: all blocks ran. ranges: pairs of addresses of readable global memory.
-const char* launch(void (*entry)(), int blocks, int n, u32 shared_bytes, int early, u32 seed, const void* const* ranges, int count) {
+const char* launch(
+    void (*entry)(), int blocks, int n, u32 shared_bytes, int early, u32 seed, const void* const* ranges, int count
+) {
     error.clear();
     kernel = entry;
     stacks.resize(STACK * n);

@@ -2,7 +2,9 @@
 #include SOURCE
 
 namespace shim {
-const char* launch(void (*)(), int blocks, int threads, u32 shared_bytes, int early, u32 seed, const void* const* ranges, int count);
+const char* launch(
+    void (*)(), int blocks, int threads, u32 shared_bytes, int early, u32 seed, const void* const* ranges, int count
+);
 }
 
 static const Params* params;
@@ -10,7 +12,8 @@ static const Params* params;
 extern "C" int params_size() { return sizeof(Params); }
 
 extern "C" const char* run(
-    const Params* p, int blocks, int threads, u32 shared_bytes, int early, u32 seed, const void* const* ranges, int count
+    const Params* p, int blocks, int threads, u32 shared_bytes, int early, u32 seed, const void* const* ranges,
+    int count
 ) {
     params = p;
     return shim::launch([] { kernel_entry(*params); }, blocks, threads, shared_bytes, early, seed, ranges, count);
