@@ -60,9 +60,13 @@ KERNEL(cyflash_merge, THREADS, 4) {
 #pragma unroll
         for (int e = 0; e < 4; e++) sums[e] += x[e];
     }
-    const Finish end = finish(natural(m, unit, CODES && p.shift ? p.shift[row] : 0.f), total, p.sinks ? p.sinks + h : 0);
+    const float top = natural(m, unit, CODES && p.shift ? p.shift[row] : 0.f);
+    const Finish end = finish(top, total, p.sinks ? p.sinks + h : 0);
     const long long at = b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2] + channel;
-    if (channel < p.D) store_pair<OUT_TYPE>(p.out, at, sums[0] * end.factor, sums[1] * end.factor, p.D - channel);
-    if (channel + 2 < p.D) store_pair<OUT_TYPE>(p.out, at + 2, sums[2] * end.factor, sums[3] * end.factor, p.D - channel - 2);
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+        if (channel + e >= p.D) break;
+        store_pair<OUT_TYPE>(p.out, at + e, sums[e] * end.factor, sums[e + 1] * end.factor, p.D - channel - e);
+    }
     if (p.lse && thread == 0) p.lse[row] = end.lse;
 }

@@ -42,8 +42,8 @@ template <int SIZE, bool WHOLE> DEVICE void copy_chunk(u32 at, const char* sourc
 }
 
 // Starts to copy rows [row, row + ROWS) of a matrix of `rows` rows and `columns` elements of SIZE bytes to shared
-// memory at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are copied at once,
-// element by element, and are as visible to other threads after the next barrier.
+// memory at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are copied at
+// once, element by element, and are as visible to other threads after the next barrier.
 //
 // A row is copied by LANES threads, which keep their columns: from one row to the next a thread adds a constant to both
 // addresses, since STEP is a multiple of 8 and so place() of its rows differs by STEP * PITCH.

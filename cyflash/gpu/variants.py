@@ -102,8 +102,9 @@ def _mma(arch, D, qk, v, out, flags, busy):
 
 # Few query rows: keys are cut into chunks, one kernel takes them, a second one joins what they leave.
 
-FEW_ROWS = 16  # up to here; then no kernel reads keys less often than this one, once for 16 rows of all heads that share them
-MOST_RING_BYTES = 64 * 1024
+# Up to here no kernel reads keys less often than this one does, once for 16 rows of all the heads that share them.
+FEW_ROWS = 16
+MOST_RING_BYTES = 68 * 1024
 
 
 class Decode(NamedTuple):
@@ -145,7 +146,7 @@ def choose_decode(arch, B, H, Hk, Lq, Lk, D, qk, v=None, out=None, *, aligned=Tr
     if Lq > FEW_ROWS or qk == "float32":
         return None
     flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
-    rounded = round_up(D, 32 if qk == "int8" else 16)
+    rounded = round_up(D, 32 if qk == "int8" or D > 128 else 16)
     chunk = keys_of_chunk(Lk, D)
     chunks = max(-(-Lk // chunk), 1)
     merged = ("HEAD_DIM", rounded), ("QK_TYPE", TYPES[qk]), ("OUT_TYPE", TYPES[out]), *flags[:-1]
@@ -157,13 +158,15 @@ def choose_decode(arch, B, H, Hk, Lq, Lk, D, qk, v=None, out=None, *, aligned=Tr
 
 
 def keys_of_chunk(Lk, D):
-    """How many keys a block reads: 64 chunks if they are not too small or too large.
+    """How many keys a block reads: a 64th of them, if that is not too few or too many.
 
-    At least 64 KB of K and V in 16 bits, which take 6 us where a block has its share of 4.3 TB/s, one of 3 * 132; what
-    it leaves, 8 rows of float32 written and read, is then an eighth of that. At most 16 times as much, so that
-    multiprocessors have many chunks each and end at nearly the same time."""
+    At least 128 KB of K and V in 16 bits, 1024 keys at most: they take 8 us where a block has its share of 4.3 TB/s,
+    one of 2 * 132, and its beginning 1 us, in which the others read. What it leaves, 8 rows of float32 written and
+    read, is then a sixteenth of that, of int8 an eighth. At most 16 times as many, so that multiprocessors have many
+    chunks each and end at nearly the same time.
+    """
     least = 128
-    while least * 4 * D < 64 * 1024 and least < 1024:
+    while least * 4 * D < 128 * 1024 and least < 1024:
         least *= 2
     chunk = least
     while chunk * 64 < Lk and chunk < 16 * least:
@@ -172,13 +175,17 @@ def keys_of_chunk(Lk, D):
 
 
 def _split(arch, D, qk, v, flags):
-    """Warps of a block have a ring each, of as many stages of 32 keys as fit into 64 KB together, 4 at most; so three
-    blocks share the 227 KB of a multiprocessor of sm_90, and one fits into the 99 KB of sm_86. Beyond D = 128 a thread
-    needs 255 registers: two warps."""
-    warps = 4 if D <= 128 else 2
+    """Teams of a block have a ring each, of as many stages of 32 keys as fit into 68 KB together, 4 at most; with Q,
+    8 KB at most, that fits into the 99 KB of sm_86, and three times into the 227 KB of sm_90. Up to D = 128 a block has
+    four teams of a warp, beyond one of two. Where O is small and scores take little work three blocks have 168
+    registers a thread; two have 255."""
+    team = 1 if D <= 128 else 2
+    warps, teams = (4, 4) if team == 1 else (2, 1)
+    busy = any(value for name, value in flags if name not in ("EDGES", "ALIGNED"))
     stage = 32 * D * (SIZES[qk] + SIZES[v]) + 32 * 4 * ((qk == "int8") + (v == "int8"))
-    stages = min(max(MOST_RING_BYTES // (warps * stage), 1), 4)
-    macros = (("HEAD_DIM", D), ("WARPS", warps), ("STAGES", stages), ("BLOCKS", 3), ("QK_TYPE", TYPES[qk]),
-              ("V_TYPE", TYPES[v]), *flags)
-    shared_bytes = 16 * D * SIZES[qk] + warps * (16 * 8 + stages * stage)
+    stages = min(max(MOST_RING_BYTES // (teams * stage), 1), 4)
+    macros = (("HEAD_DIM", D), ("WARPS", warps), ("TEAM", team), ("STAGES", stages),
+              ("BLOCKS", 3 if team == 2 or (D <= 64 and not busy) else 2), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]),
+              *flags)
+    shared_bytes = 16 * D * SIZES[qk] + teams * (16 * 8 + stages * stage)
     return Variant("decode.cu", "cyflash_decode", macros, arch, 32 * warps, shared_bytes, 16)

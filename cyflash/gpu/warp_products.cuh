@@ -1,7 +1,7 @@
 // The two products of a warp with 16 query rows and a tile of KEYS keys in shared memory, on tensor cores.
 //
-// Of 16 x 8 sums lane 4 g + t has rows g, g + 8 and columns 2 t, 2 t + 1. The accumulators of S = Q K^T are, packed, the
-// left operand of P V.
+// Of 16 x 8 sums lane 4 g + t has rows g, g + 8 and columns 2 t, 2 t + 1. The accumulators of S = Q K^T are, packed,
+// the left operand of P V.
 #pragma once
 #include "options.cuh"
 #include "tiles.cuh"
@@ -46,7 +46,9 @@ template <int TYPE, int PITCH, int KEYS, bool KEPT> DEVICE void multiply_qk(
 }
 
 // Adds what values that are NaN or infinite give to the rows that see them. seen: 1 for each key that a row sees.
-template <int TYPE> DEVICE void add_not_finite(float (&o)[4], const u32 (&seen)[4], u32 v0, u32 v1, u32 bad0, u32 bad1) {
+template <int TYPE> DEVICE void add_not_finite(
+    float (&o)[4], const u32 (&seen)[4], u32 v0, u32 v1, u32 bad0, u32 bad1
+) {
     float positive[4] = {0, 0, 0, 0}, negative[4] = {0, 0, 0, 0};
     mma<TYPE>(positive, seen, is_infinite<TYPE>(v0, bad0, false), is_infinite<TYPE>(v1, bad1, false));
     mma<TYPE>(negative, seen, is_infinite<TYPE>(v0, bad0, true), is_infinite<TYPE>(v1, bad1, true));
@@ -58,14 +60,19 @@ template <int TYPE> DEVICE void add_not_finite(float (&o)[4], const u32 (&seen)[
 }
 
 // O += P V in 16 bits. hiding: weights of 0 are of hidden keys, whose values may be NaN or infinite.
-template <int TYPE, int D, int KEYS> DEVICE void multiply_pv(float (&o)[D / 8][4], const float (&w)[KEYS / 8][4], u32 v, bool hiding) {
+template <int TYPE, int D, int KEYS> DEVICE void multiply_pv(
+    float (&o)[D / 8][4], const float (&w)[KEYS / 8][4], u32 v, bool hiding
+) {
     const int lane = thread_index() % 32;
     const u32 at = v + place<D * 2>(lane % 16, lane / 16);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) {
         u32 a[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) a[e] = pack<TYPE>(w[2 * step + e / 2][e % 2 * 2], w[2 * step + e / 2][e % 2 * 2 + 1]);
+        for (int e = 0; e < 4; e++) {
+            const float(&x)[4] = w[2 * step + e / 2];
+            a[e] = pack<TYPE>(x[e % 2 * 2], x[e % 2 * 2 + 1]);
+        }
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             u32 b[4];
@@ -93,10 +100,12 @@ template <int TYPE, int D, int KEYS> DEVICE void multiply_pv(float (&o)[D / 8][4
     }
 }
 
-// O += worth P V of codes, 32 keys: exact sums. Keys come in the order in which lanes have their weights: lane t has 2 t,
-// 2 t + 1 of each eight, and so do the transposed matrices. Two channels lie beside each other in a register: even ones
-// go to o[2 n], odd ones to o[2 n + 1].
-template <int D> DEVICE void multiply_codes(float (&o)[D / 8][4], const float (&w)[4][4], const float (&worth)[2], u32 v) {
+// O += worth P V of codes, 32 keys: exact sums. Keys come in the order in which lanes have their weights: lane t has
+// 2 t, 2 t + 1 of each eight, and so do the transposed matrices. Two channels lie beside each other in a register: even
+// ones go to o[2 n], odd ones to o[2 n + 1].
+template <int D> DEVICE void multiply_codes(
+    float (&o)[D / 8][4], const float (&w)[4][4], const float (&worth)[2], u32 v
+) {
     const int lane = thread_index() % 32;
     const u32 at = v + place<D>(lane, 0);
     u32 a[4];
