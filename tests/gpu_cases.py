@@ -56,7 +56,6 @@ class Problem:
     def check(self, schedules=(gpu_running.EARLY, gpu_running.LATE), changes=(), **options):
         """Run under each schedule and judge."""
         results = [self.run(schedule=schedule, changes=changes, **options) for schedule in schedules]
-        options.pop("split", None)
         judge = self.judge(results[0].Bc, **options)
         for result in results:
             judge(result)

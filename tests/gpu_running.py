@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 import cyflash
-from cyflash.gpu import tensor_maps, variants
+from cyflash.gpu import decode, tensor_maps, variants
 
 KERNELS = Path(cyflash.__file__).parent / "gpu"
 SHIM = Path(__file__).parent / "gpu_shim"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
 LATE, EARLY, MIXED = 0, 1, 2  # schedules of machine.h
 UNBOUNDED = 1 << 62
-POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift")
+POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift",
+            "workspace")
 GUARD = 64  # elements beside an output that must stay as they are
 
 
@@ -39,6 +40,8 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ["B", "H", "Hk", "Lq", "Lk", "D"]),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        ("chunk", ctypes.c_int),
+        ("chunks", ctypes.c_int),
     ]
 
 
@@ -102,18 +105,23 @@ def library(source, macros, changes=()):
     return loaded
 
 
+def of_kernel(change, variant):
+    """Whether a change of text is one of this kernel's source, or of a file that kernels share."""
+    return change[0] == variant.source or not change[0].endswith(".cu")
+
+
 class Result:
     """out and lse of a run, and what the machine counted."""
 
     def __init__(self, out, lse, variant, counts):
         self.out, self.lse = out, lse
-        self.variant, self.Bc = variant, dict(variant.macros)["BLOCK_K"]
+        self.variant, self.Bc = variant, dict(variant.macros).get("BLOCK_K", 32)  # decode.cu: KEYS
         self.matrix_reads, self.conflicts, self.products = counts
 
 
 def launch(variant, blocks, params, schedule, seed, readable, changes, boxes=()):
     """Run one kernel; return what the machine counted."""
-    loaded = library(variant.source, variant.macros, changes)
+    loaded = library(variant.source, variant.macros, tuple(one for one in changes if of_kernel(one, variant)))
     ranges = (ctypes.c_void_p * len(readable))(*readable)
     maps = (TensorMap * len(boxes))(*map(TensorMap.of, boxes))
     error = loaded.run(ctypes.byref(params), maps, blocks, variant.threads, variant.shared_bytes, schedule, seed,
@@ -138,10 +146,10 @@ def turned(v, seed, changes=()):
 
 def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
         mask=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, shift=None, out_dtype=None,
-        split=False, schedule=EARLY, seed=1, changes=(), arch="sm_80"):
+        schedule=EARLY, seed=1, changes=(), arch="sm_80", few=False):
     """Attention of (B, H, L, D) arrays by the kernel that `variants.choose` names. Scales: (B, H, L) by strides.
 
-    split: by chunks of keys and their merge.
+    few: by the kernels of few rows instead, which `decode.choose_decode` names.
     """
     (B, H, Lq, D), (_, Hk, Lk, _) = q.shape, k.shape
     on = {
@@ -150,9 +158,11 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     }
     aligned = all(x.ctypes.data % 16 == 0 and all(s % 16 == 0 for s in x.strides[:3]) for x in (q, k, v))
     out_dtype = np.dtype(out_dtype or q.dtype)
-    variant = variants.choose(arch, D, q.dtype.name, v.dtype.name, out_dtype.name, aligned=aligned,
-                              mapped=arch == "sm_90a" and tensor_maps.can_map(q, k, v),
-                              options={name for name in on if on[name]}, split=split)
+    kernel = dict(aligned=aligned, options={name for name in on if on[name]})
+    names = D, q.dtype.name, v.dtype.name, out_dtype.name
+    split = decode.choose_decode(arch, B, H, Hk, Lq, Lk, *names, **kernel) if few else None
+    mapped = arch == "sm_90a" and tensor_maps.can_map(q, k, v)
+    variant = split.split if few else variants.choose(arch, *names, mapped=mapped, **kernel)
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
@@ -182,19 +192,20 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     for name, x in dict(sinks=sinks, shift=shift).items():
         setattr(params, name, None if x is None else x.ctypes.data)
 
-    values = turned(v, seed, tuple(changes)) if variant.boxes and v.dtype == np.int8 else v
+    values = turned(v, seed, changes) if variant.boxes and v.dtype == np.int8 else v
     boxes = tensor_maps.boxes(variant, q, k, values)
-    blocks, how = variant.blocks(B, H, Lq, Hk, Lk), (int(schedule), seed, readable, tuple(changes))
-    if split:
-        parts = (variants.chunks(Lk), B, H, Lq)
-        part_out, part_lse = np.full((*parts, D), 77, np.float32), np.full(parts, 77, np.float32)
-        merge = Params.from_buffer_copy(params)
-        params.out, params.lse, params.sinks = part_out.ctypes.data, part_lse.ctypes.data, None
-        counts = launch(variant, blocks, params, *how, boxes)
-        merge.q, merge.q_scale = part_out.ctypes.data, part_lse.ctypes.data
-        launch(variants.choose_merge(arch, out_dtype.name), -(-B * H * Lq // 4), merge, *how)
-    else:
-        counts = launch(variant, blocks, params, *how, boxes)
+    launches = [(variant, variant.blocks(B, H, Lq))]
+    if few:
+        space = np.full(split.workspace_floats + 2 * GUARD, np.nan, np.float32)
+        params.chunk, params.chunks = split.chunk, split.chunks
+        params.workspace = space[GUARD:].ctypes.data
+        readable += np.lib.array_utils.byte_bounds(space[GUARD:-GUARD])
+        launches = [(split.split, split.split_blocks), (split.merge, split.merge_blocks)]
+    counts = np.zeros(3, int)
+    for one, blocks in launches:
+        counts += launch(one, blocks, params, int(schedule), seed, readable, changes, boxes)
+    if few:
+        assert np.isnan(space[:GUARD]).all() and np.isnan(space[-GUARD:]).all(), "wrote outside the workspace"
     beside = np.concatenate([guarded[:GUARD], guarded[-GUARD:]])
     assert (beside == guarded.dtype.type(77)).all(), "wrote outside the output"
     return Result(out, lse, variant, counts)

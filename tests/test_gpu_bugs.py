@@ -38,11 +38,6 @@ BUGS = {  # name: (kind, shape, options, (file, old, new)...)
         "int8", SHAPE, {}, ("mma.cu", "choose_bytes(v[0], v[1], 0x6420)", "choose_bytes(v[0], v[1], 0x6240)")),
     "weights of a block in units of the row": ("int8", SHAPE, {}, ("mma.cu", "CODED_P ? top : highest", "highest")),
     "the wrong head's K": ("float16", {**SHAPE, "Hk": 2}, {}, ("options.cuh", "work.h / (p.H / p.Hk)", "0")),
-    "chunks of keys overlap": (
-        "float16", {**SHAPE, "Lq": 2, "Lk": 600}, dict(split=True),
-        ("options.cuh", "(work.chunk + 1) * keys - 1", "(work.chunk + 1) * keys")),
-    "queries of another head": (
-        "float16", {**SHAPE, "Lq": 2, "Lk": 600}, dict(split=True), ("mma.cu", "work.h + r / p.Lq", "work.h")),
     "float32: no barrier after K": ("float32", SHAPE, {}, ("ffma.cu", "barrier();  // K is there", "// K is there")),
     "float32: no barrier after V": ("float32", SHAPE, {}, ("ffma.cu", "barrier();  // V is there", "// V is there")),
     "float32: V is not waited for": ("float32", SHAPE, {}, ("ffma.cu", "copy_wait<1>();", "copy_wait<2>();")),

@@ -216,36 +216,3 @@ def test_params_size():
     """The struct of the tests is the kernels' struct."""
     variant = gpu_running.variants.choose("sm_80", 64, "float32")
     gpu_running.library(variant.source, variant.macros, ())
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float32"])
-class TestSplit:
-    """Few query rows: chunks of keys, each for all query heads that read it, and their merge."""
-
-    @pytest.mark.parametrize("Lq, Lk", [(1, 700), (1, 5), (3, 257), (40, 300)])
-    def test_sizes(self, kind, Lq, Lk):
-        Problem(kind, H=8, Hk=2, Lq=Lq, Lk=Lk, D=32).check(split=True, causal=True)
-
-    @pytest.mark.parametrize("D", [40, 128, 256])
-    def test_head_dim(self, kind, D):
-        Problem(kind, H=4, Hk=2, Lq=2, Lk=300, D=D).check(split=True)
-
-    def test_options(self, kind):
-        """Those of a head count for its rows, although a block has rows of several."""
-        everything = {**EVERYTHING, "window": (100, 0), "bias": None}
-        everything["bias"] = np.random.default_rng(1).standard_normal((2, 4, 7, 600)).astype(np.float32)
-        everything["mask"] = np.random.default_rng(2).random((2, 4, 7, 600)) < 0.7
-        problem = Problem(kind, **{**SIZES, "Lq": 7, "Lk": 600})
-        result = problem.check(split=True, **everything)
-        for option in everything:
-            if option != "causal":  # the window's right side, with it
-                with pytest.raises(AssertionError):
-                    problem.judge(result.Bc, **{**everything, option: PLAIN.get(option)})(result)
-
-    def test_chunks_without_keys(self, kind):
-        Problem(kind, H=2, Lq=3, Lk=700, D=32).check(split=True, causal=True, window=(50, 0))
-        mask = np.zeros((3, 700), bool)
-        mask[1, 3] = True
-        Problem(kind, H=2, Lq=3, Lk=700, D=32).check(split=True, mask=mask)
-        result = Problem(kind, H=2, Lq=3, Lk=0, D=32).run(split=True, sinks=np.float32([1, 2]))
-        assert (result.out == 0).all() and (result.lse == np.float32([[[1], [2]]])).all()

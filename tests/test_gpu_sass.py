@@ -5,7 +5,7 @@ import pytest
 from gpu_cases import KINDS
 from gpu_compiling import compiled, opcodes
 
-from cyflash.gpu.variants import FLAGS, choose, choose_merge
+from cyflash.gpu.variants import FLAGS, choose
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 OPTION_SETS = ((), ("EDGES",), FLAGS)
@@ -43,8 +43,6 @@ def test_no_spills(arch, kind):
 def test_no_spills_at_all(arch, kind, options):
     for D in HEAD_DIMS:
         check(arch, kind, D, options)
-        if kind != "float32":
-            check(arch, kind, D, options, split=True)
     check(arch, kind, 128, options, aligned=False)
 
 
@@ -63,9 +61,5 @@ def test_opcodes(arch, kind):
 
 def test_other_variants_compile():
     check("sm_80", "float16", 64, (), aligned=False)
-    for kind in ("float16", "int8"):
-        check("sm_90a", kind, 128, ("EDGES",), split=True)
-    merge = compiled(choose_merge("sm_90a", "float16"))
-    assert merge.spilled == 0
     for flag in FLAGS:
         check("sm_90a", "float16", 64, (flag,))

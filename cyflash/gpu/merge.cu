@@ -1,34 +1,72 @@
-// Puts together what chunks of keys left: out = sum_c e^(lse_c - lse) out_c, with e^lse = sum_c e^lse_c + e^sink, the
-// sink being in no chunk.
+// Joins what decode.cu leaves of each chunk of keys, for one query row a block:
 //
-// Params of this kernel: q is the chunks' outputs, (chunks, B, H, Lq, D) of float32, q_scale their log-sum-exp, both
-// contiguous; Lk is that of the call, which says how many chunks there are; out, lse, sinks, B, H, Lq, D as in every
-// kernel. A warp takes a row.
+//     m = max_c m_c     f_c = 2^((m_c - m) unit)     O = sum_c f_c O_c / (sum_c f_c l_c + the sink's weight)
+//
+// A thread has four channels and one of PARTS runs of neighbouring chunks; the runs' sums are added in their order. So
+// the order of every sum depends on the number of chunks and D only.
 #include "options.cuh"
 #include "types.cuh"
 
-constexpr int THREADS = 128;
+constexpr int D = HEAD_DIM, THREADS = 128, GROUPS = D / 4, PARTS = THREADS / GROUPS;
+constexpr bool CODES = QK_TYPE == I8, EXACT = CODES || !FOLDED;
+constexpr u32 AT_TOP = THREADS * 16, AT_TOTAL = AT_TOP + THREADS / 32 * 4;  // behind the runs' sums
 
 KERNEL(cyflash_merge, THREADS, 4) {
-    const int chunks = chunks_of(p.Lk), lane = thread_index() % 32;
-    const long long rows = (long long)p.B * p.H * p.Lq, row = block_index() * (THREADS / 32ll) + thread_index() / 32;
-    if (row >= rows) return;
-    const int i = row % p.Lq, h = row / p.Lq % p.H, b = row / p.Lq / p.H;
-    float top = -INFINITY, sum = 0.f;
-    for (int c = 0; c < chunks; c++) top = fmaxf(top, p.q_scale[c * rows + row]);
-    const float base = stand_in(top);
-    for (int c = 0; c < chunks; c++) sum += expf(p.q_scale[c * rows + row] - base);
-    const Finish end = finish(base, sum, p.sinks ? p.sinks + h : 0);
-    const long long to = b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2];
-    for (int channel = lane * 2; channel < p.D; channel += 64) {
-        float x = 0.f, y = 0.f;
-        for (int c = 0; c < chunks; c++) {
-            const float weight = expf(p.q_scale[c * rows + row] - base);
-            const float* from = (const float*)p.q + (c * rows + row) * p.D + channel;
-            x = fmaf(weight, from[0], x);
-            if (channel + 1 < p.D) y = fmaf(weight, from[1], y);
+    const int thread = thread_index(), part = thread / GROUPS, channel = thread % GROUPS * 4;
+    const long long row = block_index(), rows = (long long)p.B * p.H * p.Lq;
+    const int i = (int)(row % p.Lq), h = (int)(row / p.Lq % p.H), b = (int)(row / p.Lq / p.H);
+    const float* o = p.workspace + row * p.chunks * D + channel;
+    const float* state = p.workspace + rows * p.chunks * D + row * p.chunks * 2;
+    const long long scale_at = b * p.q_scale_stride[0] + h * p.q_scale_stride[1] + i * p.q_scale_stride[2];
+    const float unit = log2_unit(CODES ? p.scale * p.q_scale[scale_at] : p.scale);
+
+    float m = -INFINITY;
+    for (int c = thread; c < p.chunks; c += THREADS) m = fmaxf(m, state[2 * c]);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) m = fmaxf(m, shuffle_xor(m, lanes));
+    if (thread % 32 == 0) shared_store(AT_TOP + thread / 32 * 4, m);
+    barrier();  // the warps' maxima are there
+    float tops[4];
+    shared_load(tops, AT_TOP);
+    m = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+
+    if (part < PARTS) {
+        float sums[4] = {0, 0, 0, 0}, total = 0.f;
+        const int end = (int)((part + 1ll) * p.chunks / PARTS);
+#pragma unroll 4
+        for (int c = (int)((long long)part * p.chunks / PARTS); c < end; c++) {
+            const float l = state[2 * c + 1];
+            if (l == 0.f) continue;  // no visible key: O was not written
+            float x[4];
+            load4(x, o + (long long)c * D);
+            const float share = rescale<EXACT>(state[2 * c], stand_in(m), unit);
+            total = fmaf(l, share, total);
+#pragma unroll
+            for (int e = 0; e < 4; e++) sums[e] = fmaf(x[e], share, sums[e]);
         }
-        store_pair<OUT_TYPE>(p.out, to + channel, x * end.factor, y * end.factor, p.D - channel);
+        const u32 bits[4] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
+        shared_store4(thread * 16, bits);
+        if (channel == 0) shared_store(AT_TOTAL + part * 4, total);
     }
-    if (p.lse && lane == 0) p.lse[row] = end.lse;
+    barrier();  // the runs' sums are there
+    if (part) return;
+    float sums[4] = {0, 0, 0, 0}, total = 0.f;
+#pragma unroll
+    for (int run = 0; run < PARTS; run++) {
+        float x[4], l[1];
+        shared_load(x, (run * GROUPS + thread) * 16);
+        shared_load(l, AT_TOTAL + run * 4);
+        total += l[0];
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[e] += x[e];
+    }
+    const float top = natural(m, unit, CODES && p.shift ? p.shift[row] : 0.f);
+    const Finish end = finish(top, total, p.sinks ? p.sinks + h : 0);
+    const long long at = b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2] + channel;
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+        if (channel + e >= p.D) break;
+        store_pair<OUT_TYPE>(p.out, at + e, sums[e] * end.factor, sums[e + 1] * end.factor, p.D - channel - e);
+    }
+    if (p.lse && thread == 0) p.lse[row] = end.lse;
 }

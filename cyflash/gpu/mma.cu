@@ -8,9 +8,6 @@
 // Of int8 v the weights are codes as well, of each tile of Bc = 64 keys by itself (block-local):
 //     t = max_j s_j   e_j = 2^(s_j - t)   w_j = 255 e_j s_v[j]   omega = max_j w_j   p_j = rint(255 w_j / omega)
 //     O = alpha O + 2^(t - m') omega / 255^2 sum_j p_j v_j
-// SPLIT is for few query rows: a block takes a chunk of the keys, for all query heads that read them, and leaves the
-// output of these keys and its log-sum-exp, out (chunks, B, H, Lq, D) and lse (chunks, B, H, Lq) of float32, both
-// contiguous, which merge.cu puts together. A warp without rows only copies.
 // Registers of a lane: O MT DV / 2, S MT Bc / 2, Q MT D / 2 (a quarter as much of int8) where it stays in registers.
 #include "options.cuh"
 #include "tiles.cuh"
@@ -209,60 +206,27 @@ DEVICE float quad_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
-// A query row: its head, and its number there, which lies after the last one where there is no such row.
-struct Place {
-    int h, i;
-};
-DEVICE Place place_of(const Params& p, const Work& work, int row) {
-    if (!SPLIT) return {work.h, row};
-    const int r = min(row, p.H / p.Hk * p.Lq - 1);
-    return {work.h + r / p.Lq, r % p.Lq};
-}
-
-DEVICE void copy_q(const Params& p, const Work& work, int rows) {
-    if (!SPLIT) {
-        copy<Br, QK_SIZE, D>(0, p.q, p.q_stride, work.b, work.h, work.row, rows, 0, p);
-        return;
-    }
-    constexpr int CHUNKS = QK_PITCH / 16, EACH = 16 / QK_SIZE;
-    for (int x = thread_index(); x < Br * CHUNKS; x += THREADS) {
-        const int r = x / CHUNKS, c = x % CHUNKS;
-        const Place at = place_of(p, work, work.row + r);
-        const long long from = work.b * p.q_stride[0] + at.h * p.q_stride[1] + at.i * p.q_stride[2] + c * EACH;
-        const int n = work.row + r < rows ? min(max(p.D - c * EACH, 0), EACH) : 0;
-        copy_chunk<QK_SIZE, ALIGNED>(place<QK_PITCH>(r, c), (const char*)p.q + from * QK_SIZE, n);
-    }
-}
-
 KERNEL(cyflash_mma, THREADS, BLOCKS) {
     const int warp = thread_index() / 32, lane = thread_index() % 32, g = lane / 4, t = lane % 4;
-    const int block = block_index() / PARTS;
-    const Work work = SPLIT ? make_split_work<Br, Bc>(p, block) : make_work<Br, Bc>(p, block);
-    const int rows = SPLIT ? p.H / p.Hk * p.Lq : p.Lq;
+    const Work work = make_work<Br, Bc>(p, block_index() / PARTS);
     const int first = block_index() % PARTS * DV;   // channel
+    const Head head = make_head(p, work.b, work.h);
     const int row = work.row + warp * MT * 16 + g;  // of this lane: row + 16 i + 8 h
     if (work.begin < work.end) {
-        copy_q(p, work, rows);
+        copy<Br, QK_SIZE, D>(0, p.q, p.q_stride, work.b, work.h, work.row, p.Lq, 0, p);
         copy_k(p, work, work.begin, 0);
     }
     copy_commit();
 
-    const bool idle = SPLIT && work.row + warp * MT * 16 >= rows;
-    Place at[MT][2];
-    Head head[SPLIT ? MT : 1][SPLIT ? 2 : 1];
-    if (!SPLIT) head[0][0] = make_head(p, work.b, work.h);
     float factor[MT][2], shift[MT][2], m[MT][2], l[MT][2], o[MT][DV / 8][4];
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            at[i][h] = place_of(p, work, row + 16 * i + 8 * h);
-            if (SPLIT) head[SPLIT ? i : 0][SPLIT ? h : 0] = make_head(p, work.b, at[i][h].h);
-            const long long hq = at[i][h].h, r = min(at[i][h].i, p.Lq - 1);
-            factor[i][h] = p.scale;
-            const long long* stride = p.q_scale_stride;
-            if (CODES) factor[i][h] *= p.q_scale[work.b * stride[0] + hq * stride[1] + r * stride[2]];
-            shift[i][h] = CODES && p.shift ? p.shift[(work.b * p.H + hq) * p.Lq + r] : 0.f;
+            const long long r = min(row + 16 * i + 8 * h, p.Lq - 1);
+            const long long at = work.b * p.q_scale_stride[0] + work.h * p.q_scale_stride[1] + r * p.q_scale_stride[2];
+            factor[i][h] = CODES ? p.scale * p.q_scale[at] : p.scale;
+            shift[i][h] = CODES && p.shift ? p.shift[((long long)work.b * p.H + work.h) * p.Lq + r] : 0.f;
             m[i][h] = -INFINITY;
             l[i][h] = 0.f;
         }
@@ -281,68 +245,62 @@ KERNEL(cyflash_mma, THREADS, BLOCKS) {
         copy_commit();
         if (j + 1 < work.end) copy_k(p, work, j + 1, 1 - buffer);
         copy_commit();
+        if (Q_STAYS && j == work.begin) {
+#pragma unroll
+            for (int step = 0; step < (Q_STAYS ? STEPS : 0); step++) load_q(q[step], step);
+        }
+
+        Sum sums[MT][Bc / 8][4];
+        multiply_qk(sums, q, AT_K + buffer * K_BYTES);
+
         float s[MT][Bc / 8][4], alpha[MT][2], worth[MT][2];
         const bool partial = is_partial<Bc>(work, j), hiding = BIAS || MASK || partial;
-        if (!idle) {
-            if (Q_STAYS && j == work.begin) {
 #pragma unroll
-                for (int step = 0; step < (Q_STAYS ? STEPS : 0); step++) load_q(q[step], step);
-            }
-
-            Sum sums[MT][Bc / 8][4];
-            multiply_qk(sums, q, AT_K + buffer * K_BYTES);
-
-#pragma unroll
-            for (int n = 0; n < Bc / 8; n++) {
-                float k_scale[2] = {1.f, 1.f};
-                if (CODES) shared_load(k_scale, AT_K_SCALE + (buffer * Bc + n * 8 + 2 * t) * 4);
-#pragma unroll
-                for (int i = 0; i < MT; i++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const float x = CODES ? sum_of(sums[i][n][e]) * k_scale[e % 2] : sums[i][n][e];
-                        const int h = e / 2, key = j * Bc + n * 8 + 2 * t + e % 2;
-                        s[i][n][e] = changed(x, p, head[SPLIT ? i : 0][SPLIT ? h : 0], at[i][h].i, key, factor[i][h],
-                                             shift[i][h], partial);
-                    }
-            }
+        for (int n = 0; n < Bc / 8; n++) {
+            float k_scale[2] = {1.f, 1.f};
+            if (CODES) shared_load(k_scale, AT_K_SCALE + (buffer * Bc + n * 8 + 2 * t) * 4);
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float top = -INFINITY, sum = 0.f;
-#pragma unroll
-                    for (int n = 0; n < Bc / 8; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
-                    top = quad_max(top);
-                    const float unit = log2_unit(factor[i][h]), highest = fmaxf(m[i][h], top);
-                    const float base = stand_in(CODED_P ? top : highest);
-                    alpha[i][h] = rescale<EXACT>(m[i][h], stand_in(highest), unit);
-                    worth[i][h] = CODED_P ? rescale<EXACT>(top, stand_in(highest), unit) : 1.f;
-                    m[i][h] = highest;
-#pragma unroll
-                    for (int n = 0; n < Bc / 8; n++)
-#pragma unroll
-                        for (int e = 2 * h; e < 2 * h + 2; e++) {
-                            const bool hidden = s[i][n][e] == -INFINITY;
-                            s[i][n][e] = weight<EXACT>(s[i][n][e], base, unit);
-                            sum += s[i][n][e];
-                            if (HIDING && !CODED_P && hiding && !hidden) {
-                                s[i][n][e] = max_nan(s[i][n][e], SMALLEST_WEIGHT);
-                            }
-                        }
-                    l[i][h] = fmaf(l[i][h], alpha[i][h], sum * worth[i][h]);
+                for (int e = 0; e < 4; e++) {
+                    const float x = CODES ? sum_of(sums[i][n][e]) * k_scale[e % 2] : sums[i][n][e];
+                    s[i][n][e] = changed(x, p, head, row + 16 * i + e / 2 * 8, j * Bc + n * 8 + 2 * t + e % 2,
+                                         factor[i][e / 2], shift[i][e / 2], partial);
                 }
-#pragma unroll
-            for (int i = 0; i < MT; i++)
-#pragma unroll
-                for (int n = 0; n < DV / 8; n++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) o[i][n][e] *= alpha[i][e / 2];
         }
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float top = -INFINITY, sum = 0.f;
+#pragma unroll
+                for (int n = 0; n < Bc / 8; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+                top = quad_max(top);
+                const float unit = log2_unit(factor[i][h]), highest = fmaxf(m[i][h], top);
+                const float base = stand_in(CODED_P ? top : highest);
+                alpha[i][h] = rescale<EXACT>(m[i][h], stand_in(highest), unit);
+                worth[i][h] = CODED_P ? rescale<EXACT>(top, stand_in(highest), unit) : 1.f;
+                m[i][h] = highest;
+#pragma unroll
+                for (int n = 0; n < Bc / 8; n++)
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; e++) {
+                        const bool hidden = s[i][n][e] == -INFINITY;
+                        s[i][n][e] = weight<EXACT>(s[i][n][e], base, unit);
+                        sum += s[i][n][e];
+                        if (HIDING && !CODED_P && hiding && !hidden) s[i][n][e] = max_nan(s[i][n][e], SMALLEST_WEIGHT);
+                    }
+                l[i][h] = fmaf(l[i][h], alpha[i][h], sum * worth[i][h]);
+            }
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int n = 0; n < DV / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) o[i][n][e] *= alpha[i][e / 2];
 
         copy_wait<1>();
         barrier();  // V is there
-        if (idle) continue;
         if constexpr (CODED_P) {
 #pragma unroll
             for (int n = 0; n < Bc / 8; n++) {
@@ -374,19 +332,16 @@ KERNEL(cyflash_mma, THREADS, BLOCKS) {
         }
     }
 
-    if (idle) return;
-    const float* sink = p.sinks && !SPLIT ? p.sinks + work.h : 0;
+    const float* sink = p.sinks ? p.sinks + work.h : 0;
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float sum = quad_sum(l[i][h]);
-            if (row + 16 * i + 8 * h >= rows) continue;
-            const long long r = at[i][h].i, hq = at[i][h].h;
-            const long long index = ((work.chunk * (long long)p.B + work.b) * p.H + hq) * p.Lq + r;
+            const int r = row + 16 * i + 8 * h;
+            if (r >= p.Lq) continue;
             const Finish end = finish(natural(m[i][h], log2_unit(factor[i][h]), shift[i][h]), sum, sink);
-            const long long* stride = p.out_stride;
-            const long long to = SPLIT ? index * p.D : work.b * stride[0] + hq * stride[1] + r * stride[2];
+            const long long at = work.b * p.out_stride[0] + work.h * p.out_stride[1] + r * p.out_stride[2];
 #pragma unroll
             for (int n = 0; n < DV / 16; n++)
 #pragma unroll
@@ -395,8 +350,8 @@ KERNEL(cyflash_mma, THREADS, BLOCKS) {
                     const float x = CODED_P ? o[i][2 * n][2 * h + pair] : o[i][2 * n + pair][2 * h];
                     const float y = CODED_P ? o[i][2 * n + 1][2 * h + pair] : o[i][2 * n + pair][2 * h + 1];
                     if (channel >= p.D) continue;
-                    store_pair<OUT_TYPE>(p.out, to + channel, x * end.factor, y * end.factor, p.D - channel);
+                    store_pair<OUT_TYPE>(p.out, at + channel, x * end.factor, y * end.factor, p.D - channel);
                 }
-            if (p.lse && t == 0 && first == 0) p.lse[index] = end.lse;
+            if (p.lse && t == 0 && first == 0) p.lse[((long long)work.b * p.H + work.h) * p.Lq + r] = end.lse;
         }
 }

@@ -87,7 +87,6 @@ DEVICE int last_key(const Params& p, int i) {
 struct Work {
     int b, h, kv;     // sequence, query head, key and value head
     int row;          // first query row
-    int chunk;        // of keys, where they are split
     int begin, end;   // tiles begin <= j < end
     int whole_from;   // first key that every row sees, by causal and window,
     int whole_to;     // and the last one
@@ -96,7 +95,6 @@ struct Work {
 // Blocks of a head lie beside each other and read the same keys; with EDGES those that see most come first.
 template <int Br, int Bc> DEVICE Work make_work(const Params& p, int block) {
     Work work;
-    work.chunk = 0;
     const int blocks = (p.Lq + Br - 1) / Br, head = block / blocks, place = block % blocks;
     work.b = head / p.H;
     work.h = head % p.H;
@@ -108,31 +106,6 @@ template <int Br, int Bc> DEVICE Work make_work(const Params& p, int block) {
     work.end = low <= high ? high / Bc + 1 : work.begin;
     work.whole_from = first_key(p, last_row);
     work.whole_to = last_key(p, work.row);
-    return work;
-}
-
-// Keys of a chunk, where few query rows make a block of each: by the number of keys alone, so that neither the batch
-// nor the number of heads changes a result.
-DEVICE int chunk_keys(int Lk) { return Lk <= 16384 ? 256 : Lk <= 65536 ? 512 : 1024; }
-DEVICE int chunks_of(int Lk) { return max((Lk + chunk_keys(Lk) - 1) / chunk_keys(Lk), 1); }
-
-// The same for a chunk of keys and all query heads that read them: row r is query r % Lq of head h + r / Lq.
-template <int Br, int Bc> DEVICE Work make_split_work(const Params& p, int block) {
-    Work work;
-    const int chunks = chunks_of(p.Lk), keys = chunk_keys(p.Lk);
-    const int rows = p.H / p.Hk * p.Lq, blocks = (rows + Br - 1) / Br;
-    const int head = block / chunks / blocks;
-    work.chunk = block % chunks;
-    work.row = block / chunks % blocks * Br;
-    work.b = head / p.Hk;
-    work.kv = head % p.Hk;
-    work.h = work.kv * (p.H / p.Hk);
-    const int low = max(first_key(p, 0), work.chunk * keys);
-    const int high = min(last_key(p, p.Lq - 1), (work.chunk + 1) * keys - 1);
-    work.begin = low / Bc;
-    work.end = low <= high ? high / Bc + 1 : work.begin;
-    work.whole_from = first_key(p, p.Lq - 1);
-    work.whole_to = last_key(p, 0);
     return work;
 }
 template <int Bc> DEVICE bool is_partial(const Work& work, int tile) {

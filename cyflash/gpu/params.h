@@ -18,6 +18,7 @@ struct Params {
     const float* k_scale;       // (B, Hk, Lk) by strides
     const float* v_scale;       // (B, Hk, Lk) by strides; read for int8 v only
     const float* shift;         // (B, H, Lq), contiguous: scale * q_i . mean, which smoothing took from K; or 0
+    float* workspace;           // few rows: what chunks of keys leave, see decode.cu
     long long q_stride[3];      // batch, head, row
     long long k_stride[3];
     long long v_stride[3];
@@ -34,4 +35,5 @@ struct Params {
     int B, H, Hk, Lq, Lk, D;
     float scale;
     float softcap;              // read with SOFTCAP only
+    int chunk, chunks;          // few rows: keys of a chunk, and how many chunks there are
 };

@@ -7,6 +7,7 @@ UNBOUNDED = 1 << 62  # of a window, in kernels
 
 POINTERS = (
     "q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift",
+    "workspace",
 )  # fmt: skip
 # Each array's strides, in elements, and how many there are.
 STRIDES = {
@@ -20,6 +21,7 @@ PARAMS = np.dtype(
         *((name, np.int64) for name in ("offset", "left", "right")),
         *((name, np.int32) for name in ("B", "H", "Hk", "Lq", "Lk", "D")),
         *((name, np.float32) for name in ("scale", "softcap")),
+        *((name, np.int32) for name in ("chunk", "chunks")),
     ],
     align=True,
 )

@@ -85,6 +85,10 @@ template <int SIZE> DEVICE u32 load_bits(const char* from) {
     return SIZE == 4 ? *(const u32*)from : SIZE == 2 ? *(const u16*)from : *(const u8*)from;
 }
 DEVICE void store2(void* to, u32 x) { *(u32*)to = x; }
+DEVICE void load4(float (&x)[4], const float* from) {
+    const float4 y = *(const float4*)from;
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+}
 DEVICE void store4(float* to, const float (&x)[4]) { *(float4*)to = make_float4(x[0], x[1], x[2], x[3]); }
 
 // ---- shared memory

@@ -27,30 +27,30 @@ template <int N> struct PowerIn {
     static constexpr int value = N % 16 == 0 ? 16 : N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
 };
 
-// Starts to copy a chunk, of which n elements are read and the others become 0. Without WHOLE_CHUNKS at once, element
-// by element.
-template <int SIZE, bool WHOLE_CHUNKS> DEVICE void copy_chunk(u32 to, const char* from, int n) {
-    if (WHOLE_CHUNKS) {
-        copy16(to, from, n * SIZE);
-        return;
-    }
-    u32 word[4] = {0, 0, 0, 0};
+// Starts to copy n elements of SIZE bytes to a chunk, whose others become 0. WHOLE: `source` is a multiple of 16.
+template <int SIZE, bool WHOLE> DEVICE void copy_chunk(u32 at, const char* source, int n) {
+    if (WHOLE) {
+        copy16(at, source, n * SIZE);
+    } else {
+        u32 word[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int e = 0; e < 16 / SIZE; e++) {
-        if (e < n) word[e * SIZE / 4] |= load_bits<SIZE>(from + e * SIZE) << (e * SIZE % 4 * 8);
+        for (int e = 0; e < 16 / SIZE; e++) {
+            if (e < n) word[e * SIZE / 4] |= load_bits<SIZE>(source + e * SIZE) << (e * SIZE % 4 * 8);
+        }
+        shared_store4(at, word);
     }
-    shared_store4(to, word);
 }
 
 // Starts to copy rows [row, row + ROWS) of a matrix of `rows` rows and `columns` elements of SIZE bytes to shared
-// memory at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are as
-// visible to other threads after the next barrier.
+// memory at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are copied at
+// once, element by element, and are as visible to other threads after the next barrier.
 //
 // A row is copied by LANES threads, which keep their columns: from one row to the next a thread adds a constant to both
 // addresses, since STEP is a multiple of 8 and so place() of its rows differs by STEP * PITCH.
 template <int ROWS, int PITCH, int SIZE, int THREADS, bool WHOLE_CHUNKS>
 DEVICE void copy_tile(u32 to, const void* from, long long stride, int row, int rows, int columns, int thread) {
-    constexpr int CHUNKS = PITCH / 16, EACH = 16 / SIZE, LANES = PowerIn<CHUNKS>::value, STEP = THREADS / LANES;
+    constexpr int CHUNKS = PITCH / 16, EACH = 16 / SIZE, MOST = THREADS / 8;
+    constexpr int LANES = PowerIn<CHUNKS>::value < MOST ? PowerIn<CHUNKS>::value : MOST, STEP = THREADS / LANES;
     static_assert(STEP % 8 == 0, "copy_tile");
     const int first = thread / LANES, chunk = thread % LANES;
     const char* source = (const char*)from + ((row + first) * stride + chunk * EACH) * SIZE;
@@ -60,8 +60,7 @@ DEVICE void copy_tile(u32 to, const void* from, long long stride, int row, int r
 #pragma unroll
         for (int c = 0; c < CHUNKS; c += LANES) {
             const int n = first + i < rows - row ? min(max(columns - (chunk + c) * EACH, 0), EACH) : 0;
-            const u32 at = to + place<PITCH>(first + i, chunk + c);
-            copy_chunk<SIZE, WHOLE_CHUNKS>(at, source + c * 16, n);
+            copy_chunk<SIZE, WHOLE_CHUNKS>(to + place<PITCH>(first + i, chunk + c), source + c * 16, n);
         }
         source += STEP * stride * SIZE;
     }

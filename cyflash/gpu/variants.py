@@ -22,22 +22,14 @@ class Variant(NamedTuple):
     shared_bytes: int  # dynamic shared memory of a block
     rows: int          # query rows of a block
     parts: int = 1     # blocks that share query rows
-    split: bool = False  # a block takes a chunk of keys, and the query heads that share them
     boxes: tuple = ()  # of kernels that take struct Maps: rows, bytes of a row of the copies of q, k and v
 
-    def blocks(self, B, H, Lq, Hk=None, Lk=None):
-        """The grid, which has one axis. Hk and Lk count where keys are split."""
-        if self.split:
-            return B * Hk * -(-(H // Hk * Lq) // self.rows) * self.parts * chunks(Lk)
+    def blocks(self, B, H, Lq):
+        """The grid, which has one axis."""
         return B * H * -(-Lq // self.rows) * self.parts
 
 
-def chunks(Lk):
-    """How many chunks of keys there are where they are split: chunks_of() of options.cuh."""
-    return max(-(-Lk // (256 if Lk <= 16384 else 512 if Lk <= 65536 else 1024)), 1)
-
-
-def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options=(), split=False):
+def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options=()):
     """The variant for arrays of these data types.
 
     Parameters
@@ -56,8 +48,6 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options
         take mma.cu, as on other devices.
     options : set of str
         Which of `FLAGS` are on.
-    split : bool
-        For few query rows, not of float32: its results are those of chunks of keys, for `choose_merge`.
 
     Returns
     -------
@@ -73,22 +63,16 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options
         raise ValueError(f"D: expected 1 to {LARGEST_HEAD_DIM}, got {D}")
     if not set(options) <= set(FLAGS):
         raise ValueError(f"options: expected some of {', '.join(FLAGS)}, got {', '.join(map(str, options))}")
-    busy = bool(set(options) - {"EDGES"}) or not aligned or split
+    busy = bool(set(options) - {"EDGES"}) or not aligned
     flags = (*((name, int(name in options)) for name in FLAGS), ("ALIGNED", int(aligned)))
-    if (qk, v, out) == ("float32",) * 3 and not split:
+    if (qk, v, out) == ("float32",) * 3:
         return _ffma(arch, D, flags, busy)
     halves = ("float16", "bfloat16")
     if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
-        if arch == "sm_90a" and mapped and not split and _hopper_takes(D, qk, v, options):
+        if arch == "sm_90a" and mapped and _hopper_takes(D, qk, v, options):
             return _hopper(D, qk, v, out, flags, options)
-        return _mma(arch, D, qk, v, "float32" if split else out, flags, busy, split)
+        return _mma(arch, D, qk, v, out, flags, busy)
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
-
-
-def choose_merge(arch, out):
-    """The kernel that puts chunks of keys together, for results of this dtype. Its blocks take 4 rows of the output."""
-    macros = (("OUT_TYPE", TYPES[out]), *((name, 0) for name in FLAGS))
-    return Variant("merge.cu", "cyflash_merge", macros, arch, 128, 0, 4)
 
 
 def round_up(D, unit):
@@ -107,7 +91,7 @@ def _ffma(arch, D, flags, busy):
     return Variant("ffma.cu", "cyflash_ffma", macros, arch, 128, shared_bytes, Br)
 
 
-def _mma(arch, D, qk, v, out, flags, busy, split):
+def _mma(arch, D, qk, v, out, flags, busy):
     """Tensor cores by mma.sync. A block has 4 warps of 16 rows; two blocks share a multiprocessor, so a thread has 255
     registers: O D / 2, S Bc / 2, Q D / 4 or less, and what makes scores of products. int8 v needs as many again of
     sums, and busy threads need more: beyond 128 channels two blocks compute half of them each. Bytes: 64 KB at D = 128
@@ -116,11 +100,11 @@ def _mma(arch, D, qk, v, out, flags, busy, split):
     parts = 2 if D > 128 and (busy or v == "int8") else 1
     Br, Bc = 64, 32 if busy or D > 128 else 64
     macros = (("HEAD_DIM", D), ("CHANNELS", D // parts), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2),
-              ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), ("SPLIT", int(split)), *flags)
+              ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
     shared_bytes = (Br + 2 * Bc) * D * SIZES[qk] + Bc * (D // parts) * SIZES[v]
     if qk == "int8":
         shared_bytes += 2 * Bc * 4 + (Bc * 4 if v == "int8" else 0)
-    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts, split)
+    return Variant("mma.cu", "cyflash_mma", macros, arch, 128, shared_bytes, Br, parts)
 
 
 def _hopper_takes(D, qk, v, options):

@@ -81,6 +81,11 @@ DEVICE void store2(void* to, u32 x) {
     if ((size_t)to % 4) shim::fail("store2: misaligned");
     memcpy(to, &x, 4);
 }
+DEVICE void load4(float (&x)[4], const float* from) {
+    if ((size_t)from % 16) shim::fail("load4: misaligned");
+    shim::check_global(from, 16, "load4");
+    memcpy(x, from, 16);
+}
 DEVICE void store4(float* to, const float (&x)[4]) {
     if ((size_t)to % 16) shim::fail("store4: misaligned");
     memcpy(to, x, 16);

@@ -1,0 +1,296 @@
+"""The kernels of few query rows, keys in chunks and their merge: on the machine of gpu_shim/, and compiled by NVRTC."""
+import gpu_cases
+import numpy as np
+import pytest
+from gpu_compiling import compiled, opcodes
+from gpu_running import EARLY, LATE
+
+from cyflash.gpu.decode import choose_decode, keys_of_chunk
+from cyflash.gpu.variants import FLAGS
+
+KINDS = [kind for kind in gpu_cases.KINDS if kind != "float32"]
+SIZES = dict(B=2, H=6, Hk=2, Lq=2, Lk=700, D=64)  # 6 rows of a tile of 16; 2 chunks, the second with 188 keys
+SHORT = keys_of_chunk(700, 64)
+rng = np.random.default_rng(11)
+SLOPES = rng.uniform(0.01, 0.3, (2, 6)).astype(np.float32)
+BIAS = np.where(rng.random((2, 6, 2, 700)) < 0.4, -np.inf, rng.standard_normal((2, 6, 2, 700))).astype(np.float32)
+OPTIONS = {  # name: (arguments, the same without the option)
+    "causal": (dict(causal=True, causal_align="top-left"), dict(causal_align="top-left")),
+    "window": (dict(window=(600, -1)), {}),
+    "window of two chunks": (dict(window=(250, -1)), {}),
+    "window right": (dict(window=(-1, 30), causal_align="top-left"), dict(causal_align="top-left")),
+    "softcap": (dict(softcap=1.5), {}),
+    "alibi": (dict(alibi_slopes=SLOPES), {}),
+    "bias": (dict(bias=BIAS), {}),
+    "bias of heads": (dict(bias=rng.standard_normal((6, 1, 700)).astype(np.float32)), {}),
+    "mask": (dict(mask=rng.random((2, 6, 2, 700)) < 0.6), {}),
+    "mask of keys": (dict(mask=rng.random((2, 1, 1, 700)) < 0.6), {}),
+    "sinks": (dict(sinks=np.float32([0.5, 3, -2, 9, 4, 1])), {}),
+    "scale": (dict(scale=0.4), {}),
+    "scale negative": (dict(scale=-0.3), {}),
+}
+EVERYTHING = dict(causal=True, window=(600, 0), softcap=2.0, alibi_slopes=SLOPES, bias=BIAS, scale=0.3,
+                  mask=OPTIONS["mask of keys"][0]["mask"], sinks=OPTIONS["sinks"][0]["sinks"])
+
+
+class Few(gpu_cases.Problem):
+    """A problem that these kernels solve."""
+
+    def run(self, **arguments):
+        return super().run(few=True, **arguments)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(kind, option):
+    """Each option alone; and kernels that ignored it would be found out."""
+    problem = Few(kind, **SIZES)
+    arguments, without = OPTIONS[option]
+    result = problem.check(**arguments)
+    with pytest.raises(AssertionError):
+        problem.judge(result.Bc, **without)(result)
+
+
+def test_all_options_together(kind):
+    Few(kind, **SIZES).check(**EVERYTHING)
+
+
+@pytest.mark.parametrize("Lk", [1, 2, 31, 32, 33, 127, 129, SHORT - 1, SHORT, SHORT + 1, 1025, 3000])
+def test_keys(kind, Lk):
+    problem = Few(kind, H=2, Lq=1, Lk=Lk, D=64)
+    problem.check()
+    problem.check(causal=True, window=(Lk // 2, 0))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16, 20])
+def test_heads_of_a_group_are_rows(group):
+    """More than 16 rows are two tiles."""
+    Few("float16", B=2, H=2 * group, Hk=2, Lq=1, Lk=300, D=32).check()
+    Few("int8", H=2 * group, Hk=2, Lq=3, Lk=300, D=32).check(causal=True)
+
+
+@pytest.mark.parametrize("Lq", [1, 7, 16])
+def test_rows(kind, Lq):
+    Few(kind, H=2, Hk=2, Lq=Lq, Lk=600, D=64).check(causal=True)
+
+
+@pytest.mark.parametrize("kind, D", [
+    *((kind, D) for kind in ("float16", "int8") for D in (1, 20, 40, 96, 128, 144, 256)),
+    *((kind, D) for kind in ("bfloat16", "int8-float16", "int8-bfloat16") for D in (72, 192)),
+])  # fmt: skip
+def test_head_dim(kind, D):
+    """Beyond 128 two warps share the keys."""
+    Few(kind, H=4, Lq=1, Lk=600, D=D).check(window=(350, -1))
+
+
+def test_rings_are_used_more_than_once(kind):
+    """Eight tiles a warp, four stages."""
+    Few(kind, H=2, Lq=1, Lk=1100, D=16).check()
+
+
+def test_rows_not_at_multiples_of_16_bytes(kind):
+    problem = Few(kind, H=2, Lq=2, Lk=600, D=40)
+    for n, x in enumerate(problem.arrays):
+        wide = np.zeros((*x.shape[:3], 43), x.dtype)
+        wide[..., 3:] = x
+        problem.arrays[n] = wide[..., 3:]
+    problem.check(causal=True)
+
+
+def test_no_keys(kind):
+    result = Few(kind, H=2, Lq=2, Lk=0, D=32).run()
+    assert (result.out == 0).all() and (result.lse == -np.inf).all()
+    result = Few(kind, H=2, Lq=2, Lk=0, D=32).run(sinks=np.float32([1, -3]))
+    assert (result.out == 0).all() and (result.lse == np.float32([[[1], [-3]]])).all()
+
+
+def test_rows_that_see_nothing(kind):
+    mask = np.zeros((2, 700), bool)
+    mask[1, 600:640] = True  # nothing of the first chunk
+    Few(kind, **SIZES).check(mask=mask)
+    Few(kind, **SIZES).check(mask=mask, sinks=np.float32([0, 1, 2, 3, 4, 5]))
+    Few(kind, H=2, Lq=9, Lk=5, D=32).check(causal=True)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+@pytest.mark.parametrize("name", ["int8", "int8-float16"])
+def test_scales_by_strides(name, granularity):
+    problem = Few(name, **SIZES, granularity=granularity)
+    assert problem.scales["q_scale"].strides[2] == 0
+    problem.check()
+
+
+def test_shift():
+    """What smoothing takes from K is given back as one number of each row: in the LSE, against sinks, under softcap."""
+    import bounds_gpu
+
+    problem = Few("int8-bfloat16", **SIZES)
+    q, k, v = problem.floats()
+    mean = np.random.default_rng(1).standard_normal((2, 2, 1, 64))
+    shift = (0.2 * q @ np.repeat(mean, 3, axis=1).swapaxes(2, 3)).astype(np.float32)[..., 0]
+    for options in ({}, dict(sinks=np.float32([0, 1, 2, 3, 4, 5])), dict(softcap=2.0)):
+        result = problem.run(scale=0.2, shift=np.ascontiguousarray(shift), **options)
+        case = bounds_gpu.Case(q, k + mean, v, "bfloat16", scale=0.2, **options)
+        out, lse = case.bounds
+        case.bounds = out + 1e-5, lse + 1e-5  # shift itself is rounded to float32
+        case.check(result.out, result.lse)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("schedule", [EARLY, LATE])
+def test_hidden_values_do_not_leak(name, schedule):
+    """NaN and infinity in keys and values reach the rows that see them, and no other."""
+    problem = Few(name, **SIZES)
+    _, k, v = problem.arrays
+    k[0, 0, 100], k[1, 1, 540, 3] = np.nan, np.nan
+    v[0, 0, 120, 5], v[0, 1, 690, :4], v[1, 0, 64, 31] = np.nan, np.inf, -np.inf
+    v[1, 1, 60, 2], v[1, 1, 70, 2] = np.inf, -np.inf
+    mask = np.random.default_rng(3).random((2, 6, 2, 700)) < 0.5
+    for options in (dict(causal=True), dict(causal=True, window=(45, 0)), dict(mask=mask), {},
+                    dict(bias=np.where(mask, 0, -np.inf).astype(np.float32))):
+        problem.judge(**options)(problem.run(schedule=schedule, **options))
+
+
+def test_chunks_out_of_sight_are_not_read():
+    """The machine raises where a kernel reads outside the arrays; hidden chunks are NaN in K and V here."""
+    problem = Few("float16", H=2, Lq=1, Lk=3000, D=64)
+    problem.arrays[1][:, :, :2000] = problem.arrays[2][:, :, :2000] = np.nan
+    result = problem.run(window=(100, 0), causal=True)
+    assert np.isfinite(result.out).all()
+    assert result.products < 200, "a product of a tile that no row sees"
+
+
+def test_same_bits(kind):
+    """A sequence, a head and a schedule change no bit."""
+    problem = Few(kind, **SIZES)
+    whole = problem.run(causal=True)
+    again = problem.run(causal=True, schedule=LATE)
+    assert (whole.out == again.out).all() and (whole.lse == again.lse).all()
+    one = Few(kind, **SIZES)
+    one.arrays = [x[1:, h] for x, h in zip(problem.arrays, (slice(3, 6), slice(1, 2), slice(1, 2)), strict=True)]
+    heads = dict(q_scale=slice(3, 6), k_scale=slice(1, 2), v_scale=slice(1, 2))
+    one.scales = {name: x[1:, heads[name]] for name, x in problem.scales.items()}
+    part = one.run(causal=True)
+    assert (part.out[0] == whole.out[1, 3:]).all() and (part.lse[0] == whole.lse[1, 3:]).all()
+
+
+def test_chunks_depend_on_keys_and_head_dim_only():
+    chosen = [choose_decode(arch, B, 8 * B, Hk, 1, 9000, 128, "float16")
+              for arch in ("sm_80", "sm_90a") for B in (1, 7) for Hk in (1, 8)]
+    assert {(one.chunk, one.chunks) for one in chosen} == {(256, 36)}
+    for D in (1, 64, 128, 256):
+        for Lk in (1, 1000, 10**5, 2**30 - 1):
+            assert keys_of_chunk(Lk, D) % 128 == 0
+    one = choose_decode("sm_80", 2, 24, 2, 3, 1100, 40, "int8", "float16", "float32")
+    assert (one.chunk, one.chunks, one.split_blocks, one.merge_blocks) == (1024, 2, 2 * 2 * 2 * 3, 2 * 24 * 3)
+    assert one.workspace_floats == 2 * 24 * 3 * 2 * (64 + 2)
+
+
+def test_not_chosen():
+    assert choose_decode("sm_80", 1, 8, 8, 17, 600, 64, "float16") is None
+    assert choose_decode("sm_80", 1, 8, 8, 1, 600, 64, "float32") is None
+    with pytest.raises(ValueError, match="D: expected 1 to 256, got 257"):
+        choose_decode("sm_80", 1, 8, 8, 1, 600, 257, "float16")
+
+
+SHAPE = dict(H=2, Lq=2, Lk=1200, D=64)  # 3 chunks; a warp has 4, 4 and 1 or 2 tiles
+LARGE = dict(H=2, Lq=2, Lk=500, D=192)
+WAIT = "copy_wait<2 * STAGES - 1>();\n        team_barrier();  // "
+LATER = "copy_wait<2 * STAGES>();\n        team_barrier();  // "
+COMMIT = "    }\n    copy_commit();\n}\nDEVICE void copy_v", "        copy_commit();\n    }\n}\nDEVICE void copy_v"
+STEEP = dict(alibi_slopes=np.float32([0.3, 0.01]))
+BUGS = {  # name: (kind, shape, options, (file, old, new))
+    "K is not waited for": ("float16", SHAPE, {}, ("decode.cu", WAIT + "K", LATER + "K")),
+    "V is not waited for": ("bfloat16", SHAPE, {}, ("decode.cu", WAIT + "V", LATER + "V")),
+    "Q is not waited for": ("float16", SHAPE, {}, ("decode.cu", "wait<2 * STAGES>()", "wait<2 * STAGES + 1>()")),
+    "an empty group is left out": ("float16", SHAPE, {}, ("decode.cu", *COMMIT)),
+    "no barrier after Q": ("float16", SHAPE, {}, ("decode.cu", "barrier();  // Q", "// Q")),
+    # legal as long as there is the barrier: one warp is a little late
+    "no barrier after K": (
+        "float16", LARGE, {}, ("decode.cu", WAIT + "K", "if (member) warp_barrier();\n" + WAIT[:28] + "// ")),
+    "no barrier after V": ("int8", SHAPE, {}, ("decode.cu", "team_barrier();  // V", "// V")),
+    "K is overwritten": ("float16", LARGE, {}, ("decode.cu", "team_barrier();  // all have done with K", "")),
+    "V is overwritten": ("float16", LARGE, {}, ("decode.cu", "team_barrier();  // all have done with V", "")),
+    "a warp for a team": ("float16", LARGE, {}, ("decode.cu", "if (TEAM == 1) {", "if (true) {")),
+    "no barrier before the join": ("float16", SHAPE, {}, ("decode.cu", "barrier();  // the teams'", "// the teams'")),
+    "a ring is never closed": ("float16", SHAPE, {}, ("decode.cu", "ring + RING ? ring :", "ring + RING ? stage :")),
+    "a chunk a key too long": ("float16", SHAPE, {}, ("decode.cu", "p.chunk - 1);", "p.chunk);")),
+    "a chunk a tile too short": ("float16", SHAPE, {}, ("decode.cu", "p.chunk - 1);", "p.chunk - 33);")),
+    "chunks begin a tile late": ("float16", SHAPE, {}, ("decode.cu", "p, 0), first);", "p, 0), first + 32);")),
+    "the last chunk is left out": (
+        "float16", SHAPE, {}, ("merge.cu", "(part + 1ll) * p.chunks / PARTS", "(part + 1ll) * (p.chunks - 1) / PARTS")),
+    "a run begins a chunk late": (
+        "float16", SHAPE, {}, ("merge.cu", "long)part * p.chunks / PARTS", "long)part * p.chunks / PARTS + 1")),
+    "O of one chunk, state of another": (
+        "float16", SHAPE, {}, ("merge.cu", "o + (long long)c * D", "o + (p.chunks - 1ll - c) * D")),
+    "chunks are not weighted": (
+        "float16", SHAPE, dict(scale=2.0), ("merge.cu", "rescale<EXACT>(state[2 * c], stand_in(m), unit)", "1.f")),
+    "teams are not weighted": (
+        "float16", SHAPE, dict(scale=2.0), ("decode.cu", "rescale<EXACT>(state[0], stand_in(highest), unit)", "1.f")),
+    "O of chunks that nobody sees": (
+        "float16", SHAPE, dict(window=(80, -1)), ("merge.cu", "if (l == 0.f) continue;", "")),
+    "no barrier before the sum": ("float16", SHAPE, {}, ("merge.cu", "barrier();  // the runs'", "// the runs'")),
+    "no barrier after the maxima": ("float16", SHAPE, {}, ("merge.cu", "barrier();  // the warps'", "// the warps'")),
+    "O is never rescaled": ("float16", SHAPE, dict(scale=1.0), ("decode.cu", "o[n][e] *= alpha[e / 2];", ";")),
+    "all rows are of one head": (
+        "float16", SHAPE, STEEP, ("decode.cu", "make_head(p, part.b, row.h)", "make_head(p, part.b, 0)")),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug):
+    kind, shape, options, *changes = BUGS[bug]
+    with pytest.raises(AssertionError):
+        Few(kind, **shape).check(changes=tuple(changes), **options)
+
+
+# Machine code
+
+PRODUCTS = {"float16": ("HMMA.16816.F32",), "bfloat16": ("HMMA.16816.F32.BF16",),
+            "int8": ("IMMA.16832.S8.S8", "IMMA.16832.U8.S8"), "int8-float16": ("IMMA.16832.S8.S8", "HMMA.16816.F32"),
+            "int8-bfloat16": ("IMMA.16832.S8.S8", "HMMA.16816.F32.BF16")}
+ARCHS = ("sm_80", "sm_90a", "sm_120")
+
+
+def check(arch, kind, D, options, aligned=True):
+    """Compile both kernels; no spills, and as many registers and bytes as leave room for BLOCKS blocks."""
+    qk, v, out = gpu_cases.KINDS[kind]
+    chosen = choose_decode(arch, 1, 8, 1, 1, 1000, D, qk, v, out, options=options, aligned=aligned)
+    split, merge = compiled(chosen.split), compiled(chosen.merge)
+    assert split.spilled == merge.spilled == 0, f"{chosen.split}: {split.log} {merge.log}"
+    blocks = dict(chosen.split.macros)["BLOCKS"]
+    assert split.registers <= min(65536 // (chosen.split.threads * blocks), 255)
+    assert merge.registers <= 65536 // (128 * 4)
+    assert chosen.split.shared_bytes <= 99 * 1024
+    assert blocks * (chosen.split.shared_bytes + 1024) <= 227 * 1024
+    return split
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills(arch, kind):
+    number = ARCHS.index(arch) + KINDS.index(kind)
+    check(arch, kind, (128, 256, 64)[number % 3], (FLAGS, ("EDGES",))[number // 3 % 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("EDGES",), FLAGS], ids=len)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_spills_at_all(arch, kind, options):
+    for D in range(16, 257, 16):
+        check(arch, kind, D, options)
+    check(arch, kind, 128, options, aligned=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_opcodes(arch, kind):
+    found = opcodes(check(arch, kind, 128, ()).cubin)
+    for name in (*PRODUCTS[kind], "LDGSTS.E.BYPASS.LTC128B.128", "LDSM", "MUFU.EX2"):
+        assert any(opcode.startswith(name) for opcode in found), f"no {name} in {sorted(found)}"
+    assert not any(opcode.startswith(("LDL", "STL")) for opcode in found)
