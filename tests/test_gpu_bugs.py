@@ -11,8 +11,10 @@ BUGS = {  # name: (kind, shape, options, (file, old, new)...)
     "K is not waited for": ("float16", SHAPE, {}, ("mma.cu", "copy_wait<0>();", "copy_wait<1>();")),
     "V is not waited for": ("bfloat16", SHAPE, {}, ("mma.cu", "copy_wait<1>();", "copy_wait<2>();")),
     "K goes to the buffer in use": ("float16", SHAPE, {}, ("mma.cu", "j + 1, 1 - buffer", "j + 1, buffer")),
-    "K is read from the other buffer": ("int8", SHAPE, {}, ("mma.cu", "q, AT_K + buffer", "q, AT_K + (1 - buffer)")),
-    "scales go to one buffer": ("int8", SHAPE, {}, ("mma.cu", "AT_K_SCALE + buffer * Bc * 4", "AT_K_SCALE")),
+    "K is read from the other buffer": (
+        "int8", SHAPE, {}, ("mma.cu", "q_at, AT_K + buffer", "q_at, AT_K + (1 - buffer)")),
+    "scales go to one buffer": (
+        "int8", SHAPE, {}, ("mma.cu", "copy_scales(AT_K_SCALE + buffer * Bc * 4", "copy_scales(AT_K_SCALE")),
     "no swizzle": ("float16", SHAPE, {}, ("tiles.cuh", "mask = (1 << n) - 1", "mask = 0")),
     "weak swizzle": ("float16", SHAPE, {}, ("tiles.cuh", "PITCH % 128 == 0 ? 3 :", "PITCH % 128 == 0 ? 2 :")),
     "address moved by a sum": ("float16", SHAPE, {}, ("tiles.cuh", "(at ^ ((chunks", "(at + ((chunks")),
@@ -29,14 +31,15 @@ BUGS = {  # name: (kind, shape, options, (file, old, new)...)
     "a tile beyond shared memory": (
         "float16", SHAPE, {}, ("mma.cu", "AT_V = AT_K + 2 * K_BYTES", "AT_V = AT_K + 3 * K_BYTES")),
     "half of a row's maximum": (
-        "float16", SHAPE, dict(scale=3.0), ("mma.cu", "return fmaxf(x, shuffle_xor(x, 2))", "return x")),
-    "half of a row's sum": ("float16", SHAPE, {}, ("mma.cu", "return x + shuffle_xor(x, 2)", "return x")),
+        "float16", SHAPE, dict(scale=3.0), ("weights.cuh", "return fmaxf(x, shuffle_xor(x, 2))", "return x")),
+    "half of a row's sum": ("float16", SHAPE, {}, ("weights.cuh", "return x + shuffle_xor(x, 2)", "return x")),
     "a shuffle without some lanes": (
-        "float16", SHAPE, {}, ("mma.cu", "top = quad_max(top);", "if (t) top = quad_max(top);")),
-    "no rescaling": ("float16", SHAPE, {}, ("mma.cu", "o[i][n][e] *= alpha[i][e / 2];", ";")),
+        "float16", SHAPE, {}, ("weights.cuh", "top = row_max(top);", "if (t) top = row_max(top);")),
+    "no rescaling": ("float16", SHAPE, {}, ("mma.cu", "o[i] *= rows.alpha[i / 2 % 2];", ";")),
     "codes in another order": (
-        "int8", SHAPE, {}, ("mma.cu", "choose_bytes(v[0], v[1], 0x6420)", "choose_bytes(v[0], v[1], 0x6240)")),
-    "weights of a block in units of the row": ("int8", SHAPE, {}, ("mma.cu", "CODED_P ? top : highest", "highest")),
+        "int8", SHAPE, {}, ("warp_products.cuh", "bytes(b[0], b[1], 0x6420)", "bytes(b[0], b[1], 0x6240)")),
+    "weights of a block in units of the row": (
+        "int8", SHAPE, {}, ("weights.cuh", "CODED_P ? top : highest", "highest")),
     "the wrong head's K": ("float16", {**SHAPE, "Hk": 2}, {}, ("options.cuh", "work.h / (p.H / p.Hk)", "0")),
     "float32: no barrier after K": ("float32", SHAPE, {}, ("ffma.cu", "barrier();  // K is there", "// K is there")),
     "float32: no barrier after V": ("float32", SHAPE, {}, ("ffma.cu", "barrier();  // V is there", "// V is there")),

@@ -20,8 +20,6 @@
 
 constexpr int D = HEAD_DIM, ROWS = 16, KEYS = 32, THREADS = WARPS * 32;
 constexpr int TEAMS = WARPS / TEAM, DV = D / TEAM;  // each warp of a team has DV channels of O
-constexpr bool CODES = QK_TYPE == I8, CODED_P = V_TYPE == I8, EXACT = CODES || !FOLDED;
-constexpr int QK_SIZE = size_of(QK_TYPE), V_SIZE = size_of(V_TYPE);
 constexpr int QK_PITCH = D * QK_SIZE, V_PITCH = DV * V_SIZE;
 constexpr int STEPS = QK_PITCH / 32;
 constexpr bool Q_STAYS = STEPS <= 4;  // 16 registers
@@ -155,22 +153,16 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
     }
 
     Head head[2];
-    int place_in_head[2];
-    float factor[2], shift[2], m[2], l[2], o[DV / 8][4];
+    Rows rows;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const Row row = find_row(p, part, g + 8 * h);
         head[h] = make_head(p, part.b, row.h);
-        place_in_head[h] = row.i;
-        factor[h] = score_factor(p, part.b, row.h, row.i);
-        shift[h] = CODES && SOFTCAP && p.shift ? p.shift[row.index] : 0.f;
-        m[h] = -INFINITY;
-        l[h] = 0.f;
+        begin_row(rows, h, p, part.b, row.h, row.i);
     }
+    float o[DV / 2];
 #pragma unroll
-    for (int n = 0; n < DV / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) o[n][e] = 0.f;
+    for (int i = 0; i < DV / 2; i++) o[i] = 0.f;
 
     copy_wait<2 * STAGES>();
     barrier();  // Q is there
@@ -183,81 +175,27 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
     for (int j = part.begin + team; j < part.end; j += TEAMS) {
         copy_wait<2 * STAGES - 1>();
         team_barrier();  // K is there
-        typename SumOf<QK_TYPE>::type sums[KEYS / 8][4];
-        multiply_qk<QK_TYPE, QK_PITCH, KEYS, Q_STAYS>(sums, q, 0, stage);
-
-        float s[KEYS / 8][4], alpha[2], worth[2];
+        Sum sums[KEYS / 2];
+        float s[KEYS / 2];
+        multiply_qk<QK_PITCH, KEYS, Q_STAYS>(sums, q, 0, stage);
         const bool partial = j * KEYS < part.whole_from || j * KEYS + KEYS - 1 > part.whole_to;
-        const bool hiding = BIAS || MASK || partial;
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-            float k_scale[2] = {1.f, 1.f};
-            if (CODES) shared_load(k_scale, stage + AT_K_SCALE + (n * 8 + 2 * t) * 4);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float x = CODES ? sum_of(sums[n][e]) * k_scale[e % 2] : sum_of(sums[n][e]);
-                s[n][e] = changed(x, p, head[e / 2], place_in_head[e / 2], j * KEYS + n * 8 + 2 * t + e % 2,
-                                  factor[e / 2], shift[e / 2], partial);
-            }
-        }
+        const bool hiding = HIDING && (BIAS || MASK || partial);
+        soften<KEYS, ZERO>(s, sums, rows, p, head[0], head[1], j * KEYS, stage + AT_K_SCALE, partial,
+                           hiding && !CODED_P);
         team_barrier();  // all have done with K
         copy_k(p, part, j + STAGES * TEAMS, stage);
-
+        if (warp_any(rows.alpha[0] != 1.f || rows.alpha[1] != 1.f)) {  // seldom after the first tiles
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float top = -INFINITY, sum = 0.f;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-            top = row_max(top);
-            const float unit = log2_unit(factor[h]), highest = fmaxf(m[h], top);
-            const float base = stand_in(CODED_P ? top : highest);
-            alpha[h] = rescale<EXACT>(m[h], stand_in(highest), unit);
-            worth[h] = CODED_P ? rescale<EXACT>(top, stand_in(highest), unit) : 1.f;
-            m[h] = highest;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int e = 2 * h; e < 2 * h + 2; e++) {
-                    const bool hidden = s[n][e] == -INFINITY;
-                    s[n][e] = weight<EXACT>(s[n][e], base, unit);
-                    sum += s[n][e];
-                    if (HIDING && !CODED_P && hiding && !hidden) s[n][e] = max_nan(s[n][e], SMALLEST_WEIGHT);
-                }
-            l[h] = fmaf(l[h], alpha[h], sum * worth[h]);
-        }
-        if (warp_any(alpha[0] != 1.f || alpha[1] != 1.f)) {  // seldom after the first tiles
-#pragma unroll
-            for (int n = 0; n < DV / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) o[n][e] *= alpha[e / 2];
+            for (int i = 0; i < DV / 2; i++) o[i] *= rows.alpha[i / 2 % 2];
         }
 
         copy_wait<2 * STAGES - 1>();
         team_barrier();  // V is there
         if constexpr (CODED_P) {
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                float v_scale[2];
-                shared_load(v_scale, stage + AT_V_SCALE + (n * 8 + 2 * t) * 4);
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[n][e] *= 255.f * v_scale[e % 2];
-            }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float omega = 256.f * 1.17549435e-38f;  // the least of which 255 / omega is finite
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) omega = fmaxf(omega, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-                omega = row_max(omega);
-                const float code = 255.f * reciprocal(omega);
-                worth[h] *= omega * (1.f / (255.f * 255.f));
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; e++) s[n][e] *= code;
-            }
-            multiply_codes<DV>(o, s, worth, stage + AT_V + member * V_BYTES);
+            scale_to_codes<KEYS>(s, rows, stage + AT_V_SCALE);
+            multiply_codes<DV, KEYS>(o, s, rows.worth, stage + AT_V + member * V_BYTES);
         } else {
-            multiply_pv<V_TYPE, DV, KEYS>(o, s, stage + AT_V + member * V_BYTES, hiding);
+            multiply_pv<DV, KEYS>(o, s, stage + AT_V + member * V_BYTES, hiding);
         }
         team_barrier();  // all have done with V
         copy_v(p, part, j + STAGES * TEAMS, stage);
@@ -267,17 +205,18 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
     // every tile of this team has been used, so its ring is free
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float sum = row_sum(l[h]);
+        const float sum = row_sum(rows.l[h]);
         if (t == 0 && member == 0) {
-            shared_store(AT_STATE + (team * ROWS + g + 8 * h) * 8, m[h]);
+            shared_store(AT_STATE + (team * ROWS + g + 8 * h) * 8, rows.m[h]);
             shared_store(AT_STATE + (team * ROWS + g + 8 * h) * 8 + 4, sum);
         }
 #pragma unroll
-        for (int n = 0; n < DV / 8; n++)
+        for (int n = 0; n < DV / 16; n++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int channel = member * DV + (CODED_P ? n / 2 * 16 + 4 * t + 2 * e + n % 2 : n * 8 + 2 * t + e);
-                shared_store(ring + (g + 8 * h) * O_PITCH + channel * 4, o[n][2 * h + e]);
+            for (int pair = 0; pair < 2; pair++) {
+                const u32 at = ring + (g + 8 * h) * O_PITCH + (member * DV + channel_of(n, pair)) * 4;
+                shared_store(at, o[first_of(n, pair) + 2 * h]);
+                shared_store(at + 4, o[second_of(n, pair) + 2 * h]);
             }
     }
     barrier();  // the teams' results are there

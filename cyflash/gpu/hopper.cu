@@ -2,8 +2,7 @@
 // with v in 16 bits or int8.
 //
 //     warpgroup 0       its first warp brings Q and K to shared memory, with what scales them, its second one V, in
-//     rings
-//                       of STAGES tiles
+//                       rings of STAGES tiles
 //     the other ones    64 query rows each: S = Q K^T and O = O + P V by wgmma, P = softmax between them in registers
 //
 // While P V of one tile is made, so is Q K^T of the next one, and then its softmax; two consumers take turns to start
@@ -18,9 +17,7 @@
 
 constexpr int D = HEAD_DIM, Br = BLOCK_Q, Bc = BLOCK_K;
 constexpr int GROUPS = Br / 64, THREADS = (GROUPS + 1) * 128;  // consumers; and the producer
-constexpr bool CODES = QK_TYPE == I8, CODED_P = V_TYPE == I8, EXACT = CODES || !FOLDED;
 constexpr bool CAREFUL = HIDING && !CODED_P;
-constexpr int QK_SIZE = size_of(QK_TYPE), V_SIZE = size_of(V_TYPE);
 
 // Panels: bytes of a row, how many, elements of a row.
 constexpr int PITCH = D * QK_SIZE < 128 ? 64 : 128, PANELS = D * QK_SIZE / PITCH, COLUMNS = PITCH / QK_SIZE;
@@ -33,10 +30,6 @@ constexpr u32 V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
 constexpr int STEPS = CODED_P ? Bc / 32 : Bc / 16;  // of P, four registers each
 constexpr int TURNS = 1, LOOKS = TURNS + GROUPS;  // first named barriers: whose turn it is; of one group
 static_assert(D % 64 == 0 && Br % 64 == 0 && (Bc == 64 || Bc == 128), "tiles");
-
-template <bool> struct SumOf { typedef float type; };
-template <> struct SumOf<true> { typedef int type; };
-typedef SumOf<CODES>::type Sum;
 
 // Where tile n of a block lies in a ring, and the parity of its phase.
 DEVICE int stage(int n) { return n % STAGES; }
@@ -105,13 +98,6 @@ DEVICE void produce(const Params& p, const Work& work, const Maps& maps) {
 
 // ---- a consumer
 
-// What a lane keeps of its two rows, row and row + 8.
-struct Rows {
-    int row;
-    float factor[2], shift[2];          // of changed()
-    float m[2], l[2], alpha[2];         // alpha: what the last tile made of earlier weights
-    float worth[2];                     // CODED_P: of a code of the last tile
-};
 // This warp has done with a tile.
 DEVICE void release(u32 empty) {
     if (thread_index() % 32 == 0) mbarrier_arrive(empty);
@@ -163,96 +149,16 @@ DEVICE void multiply_codes(float (&o)[D / 2], const u32 (&w)[STEPS][4], const Ro
     }
 }
 
-// The greatest, or the sum, of four lanes that share rows.
-DEVICE float quad_max(float x) {
-    x = fmaxf(x, shuffle_xor(x, 1));
-    return fmaxf(x, shuffle_xor(x, 2));
-}
-DEVICE float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
-}
-
 // Whether rows may not see all keys of a tile.
 DEVICE bool hides(const Work& work, int tile) { return BIAS || MASK || is_partial<Bc>(work, tile); }
 
-// The weights of KEYS keys from their products. seen, of 16 keys: 1 for each that a row sees, packed as weights.
-// scales: where those of the first key lie, of K and Bc numbers further of V.
-template <int KEYS> DEVICE void soften(float (&s)[KEYS / 2], const Sum (&sums)[KEYS / 2], Rows& rows, const Params& p,
-                                       const Head& head, int first_key, u32 scales, bool partial, u32* seen = 0) {
-    const int t = thread_index() % 4;
-#pragma unroll
-    for (int i = 0; i < KEYS / 8; i++) {
-        float k_scale[2] = {1.f, 1.f};
-        if (CODES) shared_load(k_scale, scales + (i * 8 + 2 * t) * 4);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float x = CODES ? (float)sums[4 * i + e] * k_scale[e % 2] : (float)sums[4 * i + e];
-            s[4 * i + e] = changed(x, p, head, rows.row + e / 2 * 8, first_key + i * 8 + 2 * t + e % 2,
-                                   rows.factor[e / 2], rows.shift[e / 2], partial);
-        }
-    }
-    if (seen) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) seen[i] = pack<V_TYPE>(s[2 * i] != -INFINITY, s[2 * i + 1] != -INFINITY);
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float top = -INFINITY, sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < KEYS / 8; i++) top = fmaxf(top, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-        top = quad_max(top);
-        const float unit = log2_unit(rows.factor[h]), highest = fmaxf(rows.m[h], top);
-        const float base = stand_in(CODED_P ? top : highest);
-        rows.alpha[h] = rescale<EXACT>(rows.m[h], stand_in(highest), unit);
-        rows.worth[h] = CODED_P ? rescale<EXACT>(top, stand_in(highest), unit) : 1.f;
-        rows.m[h] = highest;
-#pragma unroll
-        for (int i = 0; i < KEYS / 8; i++)
-#pragma unroll
-            for (int e = 2 * h; e < 2 * h + 2; e++) {
-                s[4 * i + e] = weight<EXACT>(s[4 * i + e], base, unit);
-                sum += s[4 * i + e];
-            }
-        rows.l[h] = fmaf(rows.l[h], rows.alpha[h], sum * rows.worth[h]);
-    }
-    if (CODED_P) {
-#pragma unroll
-        for (int i = 0; i < KEYS / 8; i++) {
-            float v_scale[2];
-            shared_load(v_scale, scales + (Bc + i * 8 + 2 * t) * 4);
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[4 * i + e] *= 255.f * v_scale[e % 2];
-        }
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float omega = 256.f * 1.17549435e-38f;  // the least of which 255 / omega is finite
-#pragma unroll
-            for (int i = 0; i < KEYS / 8; i++) omega = fmaxf(omega, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-            omega = quad_max(omega);
-            const float code = 255.f * reciprocal(omega);
-            rows.worth[h] *= omega * (1.f / (255.f * 255.f));
-#pragma unroll
-            for (int i = 0; i < KEYS / 8; i++)
-#pragma unroll
-                for (int e = 2 * h; e < 2 * h + 2; e++) s[4 * i + e] *= code;
-        }
-    }
-}
-
-// Four registers of P: of codes 32 keys, those of a lane in the order in which turned.cu has them; else of 16 keys.
-DEVICE void pack_weights(u32 (&w)[4], const float* s) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const float* x = s + (CODED_P ? e / 2 * 8 + e % 2 * 2 : 2 * e);
-        w[e] = CODED_P ? pack_u8(x[0], x[1], x[4], x[5]) : pack<V_TYPE>(x[0], x[1]);
-    }
-}
 // The weights of tile n.
 DEVICE void soften_tile(float (&s)[Bc / 2], const Sum (&sums)[Bc / 2], Rows& rows, const Params& p,
                         const Work& work, const Head& head, int n) {
     const int tile = work.begin + n;
-    soften<Bc>(s, sums, rows, p, head, tile * Bc, AT_SCALES + stage(n) * SCALE_BYTES, is_partial<Bc>(work, tile));
+    const u32 scales = AT_SCALES + stage(n) * SCALE_BYTES;
+    soften<Bc, 0>(s, sums, rows, p, head, head, tile * Bc, scales, is_partial<Bc>(work, tile), false);
+    if (CODED_P) scale_to_codes<Bc>(s, rows, scales + Bc * 4);
     if (CODES) release(K_EMPTY + 8 * stage(n));
 }
 DEVICE void pack_tile(u32 (&w)[STEPS][4], const float (&s)[Bc / 2]) {
@@ -268,29 +174,13 @@ DEVICE void give_turn(int to) {
     if (GROUPS == 2) named_barrier_arrive(TURNS + to, 256);
 }
 
-DEVICE Rows make_rows(const Params& p, const Work& work, int group) {
-    Rows rows;
-    rows.row = work.row + group * 64 + thread_index() / 32 % 4 * 16 + thread_index() % 32 / 4;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const long long r = min(rows.row + 8 * h, p.Lq - 1);
-        const long long at = work.b * p.q_scale_stride[0] + work.h * p.q_scale_stride[1] + r * p.q_scale_stride[2];
-        rows.factor[h] = CODES ? p.scale * p.q_scale[at] : p.scale;
-        rows.shift[h] = CODES && p.shift ? p.shift[((long long)work.b * p.H + work.h) * p.Lq + r] : 0.f;
-        rows.m[h] = -INFINITY;
-        rows.l[h] = 0.f;
-        rows.alpha[h] = rows.worth[h] = 1.f;
-    }
-    return rows;
-}
-
 DEVICE void write(const Params& p, const Work& work, const Rows& rows, const float (&o)[D / 2]) {
     const int t = thread_index() % 4;
     const float* sink = p.sinks ? p.sinks + work.h : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float sum = quad_sum(rows.l[h]);
-        const int r = rows.row + 8 * h;
+        const float sum = row_sum(rows.l[h]);
+        const int r = rows.i[h];
         if (r >= p.Lq) continue;
         const Finish end = finish(natural(rows.m[h], log2_unit(rows.factor[h]), rows.shift[h]), sum, sink);
         const long long at = work.b * p.out_stride[0] + work.h * p.out_stride[1] + r * p.out_stride[2];
@@ -326,8 +216,9 @@ template <int TYPE> DEVICE void go_on_slowly(float (&o)[D / 2], Rows& rows, cons
             float s[8];
             u32 w[4], seen[4];
             multiply_qk_slowly<QK_TYPE, PITCH, Br, Bc, D * QK_SIZE>(sums, q, AT_K + i * K_BYTES + key * PITCH);
-            soften<16>(s, sums, rows, p, head, tile * Bc + key, AT_SCALES + i * SCALE_BYTES + key * 4,
-                       is_partial<Bc>(work, tile), seen);
+            soften<16, 0>(s, sums, rows, p, head, head, tile * Bc + key, AT_SCALES + i * SCALE_BYTES + key * 4,
+                          is_partial<Bc>(work, tile), true);
+            pack_seen(seen, s);
             pack_weights(w, s);
 #pragma unroll
             for (int e = 0; e < D / 2; e++) o[e] *= rows.alpha[e / 2 % 2];
@@ -341,7 +232,12 @@ template <int TYPE> DEVICE void go_on_slowly(float (&o)[D / 2], Rows& rows, cons
 template <int TYPE> DEVICE void consume(const Params& p, const Work& work) {
     const int group = thread_index() / 128 - 1, tiles = work.end - work.begin;
     const Head head = make_head(p, work.b, work.h);
-    Rows rows = make_rows(p, work, group);
+    Rows rows;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int i = group * 64 + thread_index() / 32 % 4 * 16 + thread_index() % 32 / 4 + 8 * h;
+        begin_row(rows, h, p, work.b, work.h, work.row + i);
+    }
     float o[D / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; i++) o[i] = 0.f;

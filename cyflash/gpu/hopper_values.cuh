@@ -5,9 +5,8 @@
 // sees them. (In one loop with mma.sync the compiler would let wgmma run one after another.)
 #pragma once
 #include "hopper.cuh"
-#include "options.cuh"
 #include "tiles.cuh"
-#include "types.cuh"
+#include "weights.cuh"
 
 constexpr int V_PITCH = 128;
 
@@ -32,22 +31,20 @@ template <int PITCH, int ROWS> DEVICE u32 in_panels(u32 at, int chunks) {
 }
 
 // S = Q K^T of a warp's 16 rows and 16 keys, BYTES of each. q, k: where the first row and key begin.
-template <int TYPE, int PITCH, int Br, int Bc, int BYTES, class Sum>
-DEVICE void multiply_qk_slowly(Sum (&s)[8], u32 q, u32 k) {
+template <int TYPE, int PITCH, int Br, int Bc, int BYTES> DEVICE void multiply_qk_slowly(Sum (&s)[8], u32 q, u32 k) {
     const int lane = thread_index() % 32;
     const u32 a_at = q + place<PITCH>(lane % 16, lane / 16);
     const u32 b_at = k + place<PITCH>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    Sum x[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++) s[i] = 0;
 #pragma unroll 1
     for (int step = 0; step < BYTES / 32; step++) {
         u32 a[4], b[4];
         load_matrices(a, in_panels<PITCH, Br>(a_at, step * 2));
         load_matrices(b, in_panels<PITCH, Bc>(b_at, step * 2));
-        mma<TYPE>(x[0], a, b[0], b[1]);
-        mma<TYPE>(x[1], a, b[2], b[3]);
+        mma_at<TYPE>(s, 0, a, b[0], b[1]);
+        mma_at<TYPE>(s, 4, a, b[2], b[3]);
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) s[i] = x[i / 4][i % 4];
 }
 
 // Whether a tile of BYTES holds NaN or infinity. For all of a warpgroup; uses named barrier `id`.
@@ -61,18 +58,6 @@ template <int TYPE, int BYTES> DEVICE bool holds_infinite(u32 at, int id) {
         for (int e = 0; e < 4; e++) any |= not_finite<TYPE>(bits_of(x[e]));
     }
     return warpgroup_any(any != 0, id);
-}
-
-// Adds what values that are NaN or infinite give to the rows that see them. seen: 1 for each key that a row sees.
-template <int TYPE> DEVICE void add_infinite(float (&o)[4], const u32 (&seen)[4], u32 v0, u32 v1, u32 bad0, u32 bad1) {
-    float positive[4] = {0, 0, 0, 0}, negative[4] = {0, 0, 0, 0};
-    mma<TYPE>(positive, seen, is_infinite<TYPE>(v0, bad0, false), is_infinite<TYPE>(v1, bad1, false));
-    mma<TYPE>(negative, seen, is_infinite<TYPE>(v0, bad0, true), is_infinite<TYPE>(v1, bad1, true));
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        if (positive[e] > 0.f) o[e] += INFINITY;
-        if (negative[e] > 0.f) o[e] -= INFINITY;  // NaN counts as both
-    }
 }
 
 // O += P V of 16 keys. seen: 1 for each key that a row sees. v: where the first key's values begin.
@@ -89,13 +74,9 @@ DEVICE void multiply_pv_slowly(float (&o)[D / 2], const u32 (&w)[4], const u32 (
         const bool infinite = warp_any(any != 0);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float x[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[e] = o[(2 * n + half) * 4 + e];
-            if (infinite) add_infinite<TYPE>(x, seen, b[2 * half], b[2 * half + 1], bad[2 * half], bad[2 * half + 1]);
-            mma<TYPE>(x, w, b[2 * half] & ~bad[2 * half], b[2 * half + 1] & ~bad[2 * half + 1]);
-#pragma unroll
-            for (int e = 0; e < 4; e++) o[(2 * n + half) * 4 + e] = x[e];
+            const u32 v0 = b[2 * half], v1 = b[2 * half + 1], bad0 = bad[2 * half], bad1 = bad[2 * half + 1];
+            if (infinite) add_not_finite(o, (2 * n + half) * 4, seen, v0, v1, bad0, bad1);
+            mma_at<TYPE>(o, (2 * n + half) * 4, w, v0 & ~bad0, v1 & ~bad1);
         }
     }
 }

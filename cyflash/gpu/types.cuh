@@ -21,12 +21,25 @@ template <int TYPE> DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 // d += a b, of codes.
 template <int TYPE> DEVICE void mma(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_s8(d, a, b0, b1); }
 
-// Sums of codes begin at the bits of 1.5 * 2^23, where a float counts in ones: with the sum in its last bits the float
-// is that much larger. Sums are below 2^22: 127 * 127 * 256 of q and k, 255 * 127 * 64 of weights and v. As fast as an
-// addition, where a conversion takes four times as long.
+// The same for four of many sums, from d[at] on.
+template <int TYPE, class T, int R> DEVICE void mma_at(T (&d)[R], int at, const u32 (&a)[4], u32 b0, u32 b1) {
+    T x[4] = {d[at], d[at + 1], d[at + 2], d[at + 3]};
+    mma<TYPE>(x, a, b0, b1);
+#pragma unroll
+    for (int e = 0; e < 4; e++) d[at + e] = x[e];
+}
+
+template <int TYPE> struct SumOf { typedef float type; };
+template <> struct SumOf<I8> { typedef int type; };
+
+// Sums of codes begin at 0, or by mma.sync at the bits of 1.5 * 2^23, where a float counts in ones: with the sum in its
+// last bits the float is that much larger. Sums are below 2^22: 127 * 127 * 256 of q and k, 255 * 127 * 64 of weights
+// and v. As fast as an addition, where a conversion takes four times as long.
 constexpr int ZERO = 0x4b400000;
-DEVICE float sum_of(int sum) { return float_of((u32)sum) - 12582912.f; }
-DEVICE float sum_of(float sum) { return sum; }
+template <int BEGIN> DEVICE float sum_of(int sum) {
+    return BEGIN == ZERO ? float_of((u32)sum) - 12582912.f : (float)sum;
+}
+template <int BEGIN> DEVICE float sum_of(float sum) { return sum; }
 
 // Two numbers beside each other, of which `count` (1 or more) are inside the array.
 template <int TYPE> DEVICE void store_pair(void* array, long long at, float x, float y, int count) {
