@@ -162,7 +162,7 @@ def run(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, windo
     names = D, q.dtype.name, v.dtype.name, out_dtype.name
     split = decode.choose_decode(arch, B, H, Hk, Lq, Lk, *names, **kernel) if few else None
     mapped = arch == "sm_90a" and tensor_maps.can_map(q, k, v)
-    variant = split.split if few else variants.choose(arch, *names, mapped=mapped, **kernel)
+    variant = split.split if few else variants.choose(arch, *names, Lq=Lq, mapped=mapped, **kernel)
 
     guarded = np.full(B * H * Lq * D + 2 * GUARD, 77, out_dtype)
     out = guarded[GUARD:-GUARD].reshape(B, H, Lq, D)
