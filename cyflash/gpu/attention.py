@@ -1,9 +1,9 @@
-"""`flash_attention` and `flash_attention_int8` for arrays on a GPU: check, plan, quantise, choose a kernel, launch.
+"""`flash_attention` and `flash_attention_int8` for arrays on a GPU: check, plan, quantise, launch.
 
 Checks, plans and errors are those of the CPU path, which get shadows of the arrays (arrays.py).
 
     call = described(...)      shapes and options in order, the output allocated
-    _attended(call, pieces)     pieces of the keys: each one launch; two are merged by their log-sum-exps
+    _attended(call, pieces)     pieces of the keys, each by a kernel; two are merged by their log-sum-exps
 """
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from cyflash import operands, parts, plan
 from cyflash import quantized as quant_rules
 from cyflash.arrays import FLOATS, NAMES
-from cyflash.gpu import arrays, launch, params, planned, quantise, status, variants
+from cyflash.gpu import arrays, decode, kernels, launch, planned, quantise, status
 from cyflash.gpu.arrays import GPUArray, as_cupy, look
 from cyflash.gpu.tensors import on_device
 from cyflash.quantized import QuantizedTensor
@@ -190,7 +190,7 @@ def _stand_in(given, seen):
 
 
 class _Piece(NamedTuple):
-    """One launch: keys from `first` on, as many as k has."""
+    """What a kernel computes: keys from `first` on, as many as k has."""
 
     first: int
     kind: str  # of both products' first operands: "fp32", "fp16", "bf16", "int8"
@@ -348,27 +348,29 @@ def _attended(call, pieces):
     if not call.out.shadow.size:
         return out, lse, Work(flops, 0, 0, 0, "gpu")
     if len(pieces) == 1:
-        variant = _run(call, pieces[0], call.plan, call.kind, call.out, call.lse)
+        ran = [_run(call, pieces[0], call.plan, call.kind, call.out, call.lse)]
     else:
-        variant = _merge_pieces(call, pieces)
-    keys = dict(variant.macros).get("BLOCK_K", 0)
-    return out, lse, Work(flops, variant.shared_bytes, variant.rows, keys, f"{variant.kernel} {variant.arch}")
+        ran = _merge_pieces(call, pieces)
+    largest = ran[-1]
+    keys = dict(largest.macros).get("BLOCK_K", decode.KEYS)
+    names = ", ".join(f"{variant.kernel} {variant.arch}" for variant in ran)
+    return out, lse, Work(flops, largest.shared_bytes, largest.rows, keys, names)
 
 
 def _merge_pieces(call, pieces):
-    """Two pieces of the keys, each into float32 of its own; the sinks go with the last."""
+    """Two pieces of the keys, each into float32 of its own; the sinks go with the last. Their kernels' Variants."""
     cupy, shape = status.cupy(), call.out.shadow.shape
-    parts = []
+    parts, ran = [], []
     for piece in pieces:
         out, lse = cupy.empty(shape, np.float32), cupy.empty(shape[:3], np.float32)
         last = piece is pieces[-1]
-        variant = _run(call, piece, _of_keys(call.plan, piece, last), "fp32", _of_cupy(out), _of_cupy(lse))
+        ran.append(_run(call, piece, _of_keys(call.plan, piece, last), "fp32", _of_cupy(out), _of_cupy(lse)))
         parts.append((out, lse))
     out, lse = _merged(*parts[0], *parts[1])
     write(out, call.out)
     if call.lse is not None:
         write(lse, call.lse.four_axes()._replace(shadow=call.lse.shadow.reshape(shape[:3])))
-    return variant
+    return ran
 
 
 def _of_keys(made, piece, last):
@@ -405,7 +407,7 @@ def write(x, target):
 
 
 def _run(call, piece, made, kind, out, lse):
-    """One launch. kind: of what `out` holds."""
+    """One piece's kernel; its Variant. kind: of what `out` holds."""
     if max(made.Lk, abs(made.offset)) >= LONGEST:
         raise ValueError(f"k: expected fewer than {LONGEST} keys and rows between q and k on the GPU, got {made.Lk}")
     optional = {"bias": made.bias, "mask": made.mask, "slopes": made.alibi_slopes, "sinks": made.sinks}
@@ -418,32 +420,7 @@ def _run(call, piece, made, kind, out, lse):
     written = "fp32" if piece.kind == "fp32" else kind  # the kernel of float32 writes no other
     if written != kind:
         pointers["out"] = _of_cupy(status.cupy().empty(out.shadow.shape, np.float32))
-    variant = variants.choose(
-        launch.architecture(call.device), made.D, *(NAMES[one] for one in (piece.kind, piece.pv, written)),
-        aligned=_aligned(pointers), options=_options(made),
-    )
-    grid = launch.grid(variant, made)
-    launch.launch(call.device, variant, grid, params.filled(made, pointers))
+    variant = kernels.queue(call.device, made, tuple(NAMES[one] for one in (piece.kind, piece.pv, written)), pointers)
     if written != kind:
         write(pointers["out"].owner, out)
     return variant
-
-
-def _options(made):
-    """Names of the options that a plan has on, of those that a variant is compiled with or without."""
-    on = {
-        "EDGES": min(made.left, made.right) < plan.UNBOUNDED, "SOFTCAP": made.softcap > 0,
-        "ALIBI": made.alibi_slopes is not None, "BIAS": made.bias is not None, "MASK": made.mask is not None,
-    }
-    return {name for name, value in on.items() if value}
-
-
-def _aligned(pointers):
-    """Whether all rows that kernels copy begin at multiples of 16 bytes."""
-    for name in ("q", "k", "v", "out"):
-        shadow = pointers[name].shadow
-        if pointers[name].address % 16 or any(
-            stride % 16 for stride, length in zip(shadow.strides[:3], shadow.shape[:3], strict=True) if length > 1
-        ):
-            return False
-    return True
