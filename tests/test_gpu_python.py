@@ -617,6 +617,75 @@ def test_codes_without_a_scale(gpu):
         flash_attention_int8(q, k, v, q_scale=0.1, k_scale=gpu.array(np.ones((3, 1, 1), F32)), v_scale=0.1)
 
 
+BAD_OF_INT8 = {
+    "float64": (TypeError, {"q": ((B, H, Lq, D), "f8")}, "q: expected float32 .*int8 or a Quantized.* got float64"),
+    "head_dim": (NotImplementedError, {n: ((4, 257), F32) for n in "qkv"}, "q: a head_dim of at most 256 .*got 257"),
+    "Dv": (NotImplementedError, {"v": ((B, Hk, Lk, 2 * D), F32)}, "v: a head_dim other than q's .*got 16 and 8"),
+    "two devices": (ValueError, {"k": ((B, Hk, Lk, D), F32, 1)}, "k: expected an array on cuda:0 as q .*copy it there"),
+    "scale elsewhere": (
+        ValueError, {"q_scale": ((H, 1, 1), F32, 1)}, "q_scale: expected an array on cuda:0 as q is, got one on"),
+    "num_threads": (ValueError, {"num_threads": 1}, "num_threads: expected None with arrays on a GPU, got 1"),
+    "dropout": (TypeError, {"dropout_p": 0.1}, "unexpected keyword argument 'dropout_p'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_OF_INT8)
+def test_bad_input_of_int8(gpu, name):
+    kind, changed, words = BAD_OF_INT8[name]
+    arguments = dict(zip("qkv", map(gpu.array, tensors()), strict=True))
+    for key, x in changed.items():
+        arguments[key] = gpu.array(np.ones(*x[:2]), *x[2:]) if isinstance(x, tuple) else x
+    with pytest.raises(kind, match=words):
+        flash_attention_int8(**arguments)
+    assert not gpu.launches
+
+
+def test_what_belongs_together_is_on_one_device(gpu):
+    q, k, v = map(gpu.array, tensors())
+    codes, scale = gpu.array(np.ones(k.shape, np.int8)), gpu.array(np.ones((Hk, 1, 1), F32))
+    far = gpu.array(np.ones((Hk, 1, 1), F32), 1)
+    mean, rows = (gpu.array(np.ones((B, Hk, n, D), F32), 1) for n in (1, 2))
+    words = "expected an array on cuda:0 as {} is, got one on cuda:1; copy it there first"
+    for name, of, call in (
+        ("scale", "data", lambda: cyflash.QuantizedTensor(codes, far)),
+        ("mean", "data", lambda: cyflash.QuantizedTensor(codes, scale, mean)),
+        ("fp32_rows", "data", lambda: cyflash.QuantizedTensor(codes, 1.0, None, rows)),
+        ("scale", "x", lambda: cyflash.quantize(k, scale=far)),
+        ("quant.k_scale", "q", lambda: flash_attention_int8(q, k, v, quant=LayerScales(0.1, far, 0.1))),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {words.format(of)}"):
+            call()
+    flash_attention_int8(q, k, v, quant=LayerScales(0.1, scale, 0.1))
+
+
+PATH_OF = cubins.path_of
+
+
+def looking_in(folder, gpu, monkeypatch):
+    """q, k, v of a call that looks for its kernels in a folder."""
+    monkeypatch.setattr(cubins, "path_of", PATH_OF)
+    monkeypatch.setenv(cubins.VARIABLE, str(folder))
+    monkeypatch.setattr(build, "build", lambda variant, texts: build.Built(b"code", ""))
+    return map(gpu.array, tensors())
+
+
+def test_a_call_without_nvrtc(gpu, monkeypatch, tmp_path):
+    def absent():
+        raise RuntimeError("libnvrtc.so not found")
+
+    q, k, v = looking_in(tmp_path, gpu, monkeypatch)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.nvrtc, "getVersion", absent)
+    with pytest.raises(GPUUnavailableError, match=r"NVRTC.*libnvrtc.so not found.*install it with: pip"):
+        flash_attention(q, k, v)
+
+
+def test_a_call_that_cannot_keep_its_kernel(gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    q, k, v = looking_in(tmp_path / "file" / "cache", gpu, monkeypatch)
+    with pytest.raises(OSError, match=r"compiled kernels cannot be kept in .*; set CYFLASH_CACHE_DIR to a"):
+        flash_attention(q, k, v)
+
+
 def test_an_old_device(gpu, monkeypatch):
     monkeypatch.setattr(gpu_fake.Context, "compute_capability", "75")
     with pytest.raises(NotImplementedError, match=r"cuda:0 has compute capability 7.5; the kernels need 8.0 or later"):
@@ -641,8 +710,31 @@ def test_other_functions_say_that_they_are_of_the_host(gpu):
         cyflash.flash_attention_varlen(q, k, v, *lengths)
     with pytest.raises(NotImplementedError, match="query: expected an array in the host's memory"):
         cyflash.scaled_dot_product_attention(q, k, v)
-    with pytest.raises(NotImplementedError, match="host's memory"):
-        cyflash.KVCache(1, Hk, D, 16).append(k[None], v[None])
+    host = [x.host for x in (q, k, v)]
+    heads_first = [x.swapaxes(0, 1)[None] for x in host]
+    there = [gpu.array(x) for x in heads_first]
+    cache, paged = cyflash.KVCache(1, Hk, D, 16), cyflash.PagedKVCache(4, 16, Hk, D)
+    cache.append(*heads_first[1:])
+    numbers, scale = gpu.array(np.array([0, Lk])), gpu.array(np.ones((Hk, 1, 1), F32))
+    mask = gpu.array(np.ones((Lq, Lq), bool))
+    for name, call in (
+        ("k", lambda: cache.append(*there[1:])),
+        ("q", lambda: cyflash.flash_attention_with_kvcache(there[0], cache)),
+        ("k", lambda: cyflash.flash_attention_with_kvcache(heads_first[0], cache, *there[1:])),
+        ("rows", lambda: cyflash.flash_attention_with_kvcache(heads_first[0], cache, rows=numbers[:1])),
+        ("lengths", lambda: cache.truncate(numbers[:1])),
+        ("rows", lambda: paged.reorder(numbers[:1])),
+        ("k_scale", lambda: cyflash.KVCache(1, Hk, D, 16, dtype="int8", k_scale=scale, v_scale=1.0)),
+        ("q", lambda: cyflash.flash_attention_int8_varlen(q, k, v, *lengths)),
+        ("cu_seqlens_k", lambda: cyflash.flash_attention_varlen(*host, lengths[0], numbers)),
+        ("out_a", lambda: cyflash.merge_states(there[0], there[0][..., 0], there[0], there[0][..., 0])),
+        ("attn_mask", lambda: cyflash.scaled_dot_product_attention(*3 * [heads_first[0]], attn_mask=mask)),
+        ("scale", lambda: cyflash.quantize(heads_first[1], scale=scale)),
+        ("scale", lambda: cyflash.QuantizedTensor(np.ones((Hk, Lk, D), np.int8), scale)),
+        ("quant.k_scale", lambda: flash_attention_int8(*heads_first, quant=LayerScales(0.1, scale, 0.1))),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"^{name}: .*the host's memory.*cupy.asnumpy\({name}\)"):
+            call()
 
 
 # --- Other libraries' arrays ------------------------------------------------------------------------------------------

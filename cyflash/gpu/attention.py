@@ -15,6 +15,7 @@ from cyflash.arrays import FLOATS, NAMES
 from cyflash.gpu import arrays, decode, kernels, launch, planned, quantise, status
 from cyflash.gpu.arrays import GPUArray, as_cupy, look
 from cyflash.gpu.tensors import on_device
+from cyflash.gpu.where import on_gpu
 from cyflash.quantized import QuantizedTensor
 
 LARGEST_HEAD_DIM = 256
@@ -50,7 +51,11 @@ def attend_int8(
         settings = operands.settle(
             *(_stand_in(given[name], seen[name]) for name in "qkv"), q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
             granularity=granularity, smooth_k=smooth_k, fp32_sinks=fp32_sinks, pv=pv, quant=quant,
+            gpu=True,
         )
+        prefix = "" if quant is None else "quant."
+        scales = {f"{prefix}{name}_scale": scale for name, scale in settings.scales.items() if on_gpu(scale)}
+        arrays.require_one_device(seen | {name: look(name, scale) for name, scale in scales.items()})
         return _attended(call, _pieces(call, given, seen, settings))
 
 
@@ -69,7 +74,7 @@ def looked_at(named, kinds, expected):
         if found.kind not in kinds:
             raise TypeError(f"{name}: expected {expected}, got {_dtype_name(found)}; convert it to float32")
         _require_rows(name, found)
-    _require_one_device(seen)
+    arrays.require_one_device(seen)
     return seen
 
 
@@ -79,15 +84,6 @@ def _require_rows(name, x):
             f"{name}: expected a contiguous last axis on the GPU, got strides {x.strides} (in elements) for shape "
             f"{x.shadow.shape}; write cupy.ascontiguousarray({name}), or {name}.contiguous() with torch"
         )
-
-
-def _require_one_device(seen):
-    device = seen["q"].device
-    for name, x in seen.items():
-        if x.device != device:
-            raise ValueError(
-                f"{name}: expected an array on cuda:{device} as q is, got one on cuda:{x.device}; copy it there first"
-            )
 
 
 def _dtype_name(x):
@@ -119,7 +115,7 @@ def described(
     extra = {name: _optional(name, options[name], seen["q"]) for name in OPTIONAL if options.get(name) is not None}
     if out is not None:
         extra["out"] = look("out", out)
-    _require_one_device(seen | extra)
+    arrays.require_one_device(seen | extra)
     shadows = options | {name: x.shadow for name, x in extra.items() if name != "out"}
     made = plan.make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **shadows)
     _require_limits(made, seen)
