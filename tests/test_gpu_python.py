@@ -1033,6 +1033,16 @@ def test_a_cache_below_a_file(cache, monkeypatch, tmp_path):
         cubins.path_of(variant())
 
 
+def test_a_user_without_a_home(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(cubins.VARIABLE, raising=False)
+    monkeypatch.setattr(cubins.Path, "home", homeless)
+    with pytest.raises(RuntimeError, match=r"cannot be kept: Could not determine home.*set CYFLASH_CACHE_DIR to"):
+        cubins.folder()
+
+
 def test_where_kernels_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv(cubins.VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
