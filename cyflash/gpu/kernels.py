@@ -46,7 +46,7 @@ def queue(device, plan, names, pointers):
     if few is not None:
         return _few_rows(device, plan, pointers, few)
     mapped = arch == "sm_90a" and plan.Lk > 0 and tensor_maps.can_map(*_mapped(names, pointers))
-    variant = variants.choose(arch, plan.D, *names, mapped=mapped, **how)
+    variant = variants.choose(arch, plan.D, *names, Lq=plan.Lq, mapped=mapped, **how)
     grid = launch.grid(variant, plan)
     if variant.boxes:
         v = _turned(device, plan, pointers["v"]) if names[1] == "int8" else pointers["v"]

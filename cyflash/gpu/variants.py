@@ -73,7 +73,7 @@ def choose(arch, D, qk, v=None, out=None, *, Lq=LONG, aligned=True, mapped=False
     halves = ("float16", "bfloat16")
     if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
         if arch == "sm_90a" and mapped and _hopper_takes(D, qk, v, options):
-            return _hopper(D, qk, v, out, flags, options)
+            return _hopper(D, qk, v, out, flags[:-1], options)
         return _mma(arch, D, qk, v, out, flags, busy, Lq)
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
 
