@@ -56,7 +56,7 @@ def run(launch):
     if variant.boxes and kinds["v"] == "I8":
         gpu_fake.room(launch.maps[2].address)
     params = gpu_running.Params.from_buffer_copy(p.tobytes())
-    gpu_running.launch(variant, launch.grid[0], params, gpu_running.MIXED, 1, readable, (), launch.maps)
+    gpu_running.where.launch(variant, launch.grid[0], params, gpu_running.MIXED, 1, readable, (), launch.maps)
 
 
 def tensors(dtype=np.float32, rows=MANY, keys=Lk, D=D):
