@@ -8,10 +8,12 @@ from itertools import pairwise
 import numpy as np
 
 from cyflash import arrays
-from cyflash.attention import flash_attention
+from cyflash.attention import attend
+from cyflash.foreign import same_kind
 from cyflash.plan import checked_dropout, checked_flag
 
 
+@same_kind
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -99,7 +101,7 @@ def _attend(q, k, v, out, mask, is_causal, scale):
     there is a call for each of the first axis: the same bits, since no sequence depends on its neighbours."""
     if all(map(_evenly_spaced, (q, k, v, *mask.values()))):
         mask = {name: _joined(x) for name, x in mask.items()}
-        flash_attention(
+        attend(
             _joined(q), _joined(k), _joined(v), **mask, out=_joined(out), causal=is_causal, causal_align="top-left",
             scale=scale,
         )
