@@ -10,6 +10,7 @@ imported: where there is an array, its library is there already.
 import functools
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,18 +52,21 @@ def any_kind(function: Function) -> Function:
 
 
 def _taking_any(function, hand_back=True, on_gpu_too=False):
-    @functools.wraps(function)
+    plain, caller = PLAIN, _caller
+
     def with_any_arrays(*args, **options):
         for x in args:  # the usual case, without ceremony: loops that end here cost a tenth of a microsecond
-            if type(x) not in PLAIN:
-                return _caller()(function, hand_back, on_gpu_too, args, options)
+            if type(x) not in plain:
+                return caller()(function, hand_back, on_gpu_too, args, options)
         for x in options.values():
-            if type(x) not in PLAIN:
-                return _caller()(function, hand_back, on_gpu_too, args, options)
+            if type(x) not in plain:
+                return caller()(function, hand_back, on_gpu_too, args, options)
         return function(*args, **options)
 
-    with_any_arrays._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing torch
-    return with_any_arrays
+    # Of the function's own module: doctest passes over functions whose globals are another's.
+    own = FunctionType(with_any_arrays.__code__, function.__globals__, closure=with_any_arrays.__closure__)
+    own._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing torch
+    return functools.update_wrapper(own, function)
 
 
 def _caller():

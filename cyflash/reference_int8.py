@@ -109,7 +109,6 @@ def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granula
     --------
     >>> import numpy as np
     >>> from cyflash import reference
-from cyflash.foreign import any_kind
     >>> q = np.zeros((1, 2), np.float32); k = np.ones((3, 2), np.float32); v = np.float32([[0.0], [3.0], [6.0]])
     >>> out, codes = reference.attention_int8(q, k, v, return_codes=True)
     >>> codes.tolist()

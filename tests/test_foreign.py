@@ -1,5 +1,6 @@
 """Arrays of other libraries, of the real packages: the bits that NumPy arrays give, the same kind out, no copies, and
 errors that say the way out."""
+import doctest
 import subprocess
 import sys
 
@@ -231,7 +232,7 @@ def as_tuple(x):
 
 
 # NumPy has no bfloat16 in DLPack.
-KINDS = [(library, kind) for library in LIBRARIES for kind in DTYPES if kind != "bfloat16" or library not in NO_BFLOAT16]
+KINDS = [(one, kind) for one in LIBRARIES for kind in DTYPES if kind != "bfloat16" or one not in NO_BFLOAT16]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -606,6 +607,13 @@ def test_no_library_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_examples_in_docstrings_are_found():
+    for module, name in ((cyflash.merge, "merge_states"), (cyflash.attention, "flash_attention_int8")):
+        found = {test.name: test for test in doctest.DocTestFinder().find(module)}
+        assert found[f"{module.__name__}.{name}"].examples
+        assert doctest.testmod(module) == (0, sum(len(test.examples) for test in found.values()))
 
 
 def test_a_function_is_as_it_was():
