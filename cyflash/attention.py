@@ -111,6 +111,11 @@ def flash_attention(
     weights rounded to it as the output is, unless query rows are few. Everywhere else 16 bits are computed as the
     float32 numbers that they stand for.
 
+    Arrays of other libraries in the host's memory (torch's tensors, JAX's arrays, what has DLPack or ``__array__``) are
+    read where they are as well, and results are arrays of q's library; the others of a call may be of NumPy. torch's
+    bfloat16 needs ml_dtypes. There is no backward pass: a tensor that requires a gradient raises ValueError, unless
+    torch computes none.
+
     Arrays of CuPy, torch on CUDA, and whatever has ``__cuda_array_interface__`` or DLPack on CUDA are read where they
     are, on the current stream of q's library, and results are arrays of that library. All arrays of a call must be on
     one GPU, with contiguous last axes; D is at most 256, Dv is D, and num_threads must not be given. float32 is

@@ -21,9 +21,10 @@ CPU = 1, 3  # DLPack's names of the host's memory, and of such that is pinned fo
 
 # Types that are no arrays of other libraries: of these no more is asked. Types that come are added.
 PLAIN = {np.ndarray, type(None), bool, int, float, str, tuple, list}
-# {type: function of (name, x) that returns x with NumPy arrays}. A class whose objects hold arrays puts itself here,
-# and has a method `mapped`, which returns a copy with a function applied to each of them.
-READERS: dict[type, Callable[[str, Any], Any]] = {}
+# Classes whose objects hold arrays, all of one kind, the first as `data`; a method `mapped` returns a copy with a
+# function applied to each. They add themselves.
+HOLDERS: set[type] = set()
+READERS: dict[type, Callable[[str, Any], Any]] = {}  # {type: function of (name, x) that returns NumPy's view}
 
 WRITTEN = "out", "k_cache", "v_cache"  # arguments that are written: torch is told, for gradients that need old values
 
@@ -80,6 +81,8 @@ def _caller():
 
 
 def _call(function, hand_back, on_gpu_too, args, options):
+    if not (_any_foreign(args) or _any_foreign(options.values())):
+        return function(*args, **options)
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     named = dict(zip(names, args, strict=False)) | options
@@ -100,6 +103,14 @@ def _call(function, hand_back, on_gpu_too, args, options):
     if not hand_back or there or isinstance(first, np.ndarray):
         return result
     return _handed_back(result, maker(first), (options | seen).get("out"), options.get("out"))
+
+
+def _any_foreign(values):
+    for x in values:
+        kind = type(x)
+        if kind not in PLAIN and not (kind in HOLDERS and type(x.data) is np.ndarray):
+            return True
+    return False
 
 
 def _handed_back(x, make, out, given):
@@ -152,6 +163,8 @@ def _reader(kind):
     """What reads objects of this type; None where they are no arrays of other libraries."""
     if kind in PLAIN:
         return None
+    if kind in HOLDERS:
+        return _of_holders
     if kind not in READERS:
         shows_memory = hasattr(kind, "__dlpack__") or hasattr(kind, "__array__")
         if not shows_memory or issubclass(kind, (np.ndarray, np.generic)):
@@ -166,6 +179,10 @@ def _is_of(library, name, kind):
     """Whether a type is the class `name` of a library, or derived from it."""
     base = getattr(sys.modules.get(library), name, None)
     return base is not None and issubclass(kind, base)
+
+
+def _of_holders(name, x):
+    return x if type(x.data) is np.ndarray else x.mapped(functools.partial(as_numpy, name))
 
 
 # torch

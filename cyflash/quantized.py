@@ -11,7 +11,6 @@ import math
 import numbers
 import operator
 from dataclasses import KW_ONLY, dataclass, fields
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
 from cyflash.files import read_safetensors, replacing, safetensors_path
-from cyflash.foreign import READERS, as_numpy, maker, same_kind
+from cyflash.foreign import HOLDERS, as_numpy, maker, same_kind
 from cyflash.gpu.where import on_gpu
 from cyflash.plan import checked_flag
 
@@ -365,7 +364,7 @@ class QuantizedTensor:
 
             return tensors.dequantize(self)
         if not isinstance(self.data, np.ndarray):
-            return maker(self.data)(_with_numpy("data", self).dequantize())
+            return maker(self.data)(as_numpy("self", self).dequantize())
         with np.errstate(over="ignore"):
             x = np.clip(np.multiply(self.data, self.scale, dtype=np.float32), -FLOAT32_MAX, FLOAT32_MAX)
             if self.mean is not None:
@@ -428,12 +427,7 @@ class QuantizedTensor:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _with_numpy(name, x):
-    """A QuantizedTensor whose arrays are NumPy's."""
-    return x if type(x.data) is np.ndarray else x.mapped(partial(as_numpy, name))
-
-
-READERS[QuantizedTensor] = _with_numpy
+HOLDERS.add(QuantizedTensor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 
-import cyflash
 from cyflash import flash_attention
 from cyflash.attention import attend
 from cyflash.compat import flash_attn

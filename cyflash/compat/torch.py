@@ -88,7 +88,8 @@ class sdpa_context(TorchFunctionMode):
     within it.
 
     `torch.compile` has its own graphs for calls within and without; attention is the operator `cyflash::attention` in
-    them, and fullgraph=True works. The operator has no gradient.
+    them, and fullgraph=True works. The operator has no gradient. With the Scales of layers it compiles again whenever
+    the context is entered: enter once, around many calls.
 
     Examples
     --------
