@@ -1,4 +1,4 @@
-"""The functions of FlashAttention-2 (the package flash_attn) on NumPy arrays, with its signatures and its layout.
+"""The functions of FlashAttention-2 (the package flash_attn) on arrays of any library, with its signatures and layout.
 
     flash_attn_func, .._kvpacked_func, .._qkvpacked_func        (B, L, H, D) -> transposed views -> flash_attention
     flash_attn_varlen_func and the packed ones                  (total, H, D) -> flash_attention_varlen
