@@ -239,8 +239,8 @@ class QuantizedTensor:
     ----------
     data : ndarray of int8, shape (L, D), (H, L, D) or (B, H, L, D)
         The codes; any strides. -128 is allowed. Of another library (torch, JAX): scale, mean and fp32_rows become
-        arrays of that one, and `dequantize` gives one. On a GPU, mean and fp32_rows must be there too, and scale may be;
-        they are kept as they are then, and their numbers are not checked.
+        arrays of that one, and `dequantize` gives one. On a GPU, mean and fp32_rows must be there too, and scale
+        may be; they are kept as they are then, and their numbers are not checked.
     scale : float or array-like of float
         Broadcasts to data's shape, constant along the last axis. Kept as float32.
     mean : ndarray of float32, shape data.shape[:-2] + (1, D), optional
