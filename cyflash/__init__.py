@@ -14,12 +14,13 @@
          kernel.pxi    the algorithm, written once in the words of simd/*.h
        gpu/          for arrays that live on a GPU: quantises, picks a kernel, compiles and launches it with CuPy
 
+    foreign.py       arrays of torch, JAX and others: seen by NumPy on the way in, of their library on the way out
     varlen.py        sequences of unlike lengths, one after another in one array
     kvcache.py       keys and values of earlier tokens, and flash_attention_with_kvcache: pool.py (pages and rows),
                      storing.py (floats or codes in them), cachefile.py
     reference.py     the specification: float64 attention in plain NumPy; reference_int8.py: int8, code by code
     sdpa.py          the signature and semantics of torch's scaled_dot_product_attention
-    compat/          the functions of other libraries (flash_attn), imported by who wants them
+    compat/          the functions of other libraries (flash_attn, torch), imported by who wants them
     merge.py         attention over keys in parts, put together
     schemes.py       what compare and evaluate measure
     flops.py         what a call counts as work

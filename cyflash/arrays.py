@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from cyflash.gpu.where import on_gpu
+from cyflash.gpu.where import on_gpu, to_host
 
 FLOAT32 = np.dtype(np.float32)
 FLOAT16 = np.dtype(np.float16)
@@ -37,7 +37,7 @@ def require_host(name, x):
     if on_gpu(x):
         raise NotImplementedError(
             f"{name}: expected an array in the host's memory: of arrays on a GPU only flash_attention and "
-            f"flash_attention_int8 are implemented; write cupy.asnumpy({name})"
+            f"flash_attention_int8 are implemented; write {to_host(name, x)}"
         )
     return x
 

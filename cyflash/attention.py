@@ -9,7 +9,8 @@ import numpy as np
 from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
 from cyflash.flops import attention_flops
-from cyflash.gpu.where import call_is_on_gpu
+from cyflash.foreign import same_kind_or_gpu
+from cyflash.gpu.where import on_gpu
 from cyflash.plan import UNBOUNDED, Plan, make_plan, with_config
 from cyflash.quantized import checked_product
 from cyflash.stored import Stored
@@ -31,6 +32,7 @@ class Work(NamedTuple):
     implementation: str
 
 
+@same_kind_or_gpu
 def flash_attention(
     q, k, v, *, causal=None, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
     alibi_slopes=None, sinks=None, dropout_p=None, seed=None, return_lse=False, out=None, config=None, num_threads=None,
@@ -109,6 +111,11 @@ def flash_attention(
     weights rounded to it as the output is, unless query rows are few. Everywhere else 16 bits are computed as the
     float32 numbers that they stand for.
 
+    Arrays of other libraries in the host's memory (torch's tensors, JAX's arrays, what has DLPack or ``__array__``) are
+    read where they are as well, and results are arrays of q's library; the others of a call may be of NumPy. torch's
+    bfloat16 needs ml_dtypes. There is no backward pass: a tensor that requires a gradient raises ValueError, unless
+    torch computes none.
+
     Arrays of CuPy, torch on CUDA, and whatever has ``__cuda_array_interface__`` or DLPack on CUDA are read where they
     are, on the current stream of q's library, and results are arrays of that library. All arrays of a call must be on
     one GPU, with contiguous last axes; D is at most 256, Dv is D, and num_threads must not be given. float32 is
@@ -132,6 +139,7 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+@same_kind_or_gpu
 def flash_attention_int8(
     q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None, pv=None,
     quant=None, causal=None, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
@@ -224,7 +232,7 @@ def flash_attention_int8(
 
 def attend(q, k, v, *, config=None, **options):
     """(out, lse or None, Work): what `flash_attention` and the engine of config.py share."""
-    if call_is_on_gpu(q, k, v, options):
+    if on_gpu(q):
         from cyflash.gpu import attention as gpu
 
         return gpu.attend(q, k, v, config=config, **options)
@@ -243,7 +251,7 @@ def attend_int8(
     """(out, lse or None, Work): `flash_attention_int8`. codes: uint8 zeros (B, H, Lq, Lk), C order, to receive those of
     P with pv="int8"; where keys are skipped or in float32 they stay 0."""
     scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-    if call_is_on_gpu(q, k, v, {**scales, "codes": codes, **options}):
+    if on_gpu(q):
         from cyflash.gpu import attention as gpu
 
         if codes is not None:

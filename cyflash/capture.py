@@ -21,6 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from cyflash.files import replacing
+from cyflash.foreign import as_numpy
 
 __all__ = ["OPTIONS", "Capture", "Layer", "load_capture", "natural", "save_capture"]
 
@@ -157,7 +158,7 @@ def save_capture(path, layers, **options):
         layers = {"": layers}
     arrays = {}
     for name, qkv in layers.items():
-        q, k, v = (np.asarray(x) for x in qkv)
+        q, k, v = (np.asarray(as_numpy(part, x)) for part, x in zip("qkv", qkv, strict=True))
         arrays |= {(f"{name}.{part}" if name else part): x for part, x in zip("qkv", (q, k, v), strict=True)}
     text = json.dumps({name: _encode(value) for name, value in options.items() if value is not None})
     _decode_options(path, text)

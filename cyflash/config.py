@@ -6,6 +6,8 @@
 `flash_attention(..., config=...)` takes the same configuration; a given argument wins over the configuration's field.
 """
 
+import functools
+import inspect
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from cyflash import cpu
 from cyflash.cpu import cpu_info
 from cyflash.cpu.threads import checked
+from cyflash.foreign import as_numpy, same_kind_or_gpu
 from cyflash.plan import _real, checked_flag
 
 KIB, MIB = 1024, 1024**2
@@ -241,8 +244,9 @@ class FlashAttention:
         >>> FlashAttention(FlashAttentionConfig.new(64, 1)).forward(x, x, x, causal=True).output.shape
         (10, 64)
         """
-        if np.ndim(q) != 2:
-            raise ValueError(f"q: expected (L, D), got {np.shape(q)}; use forward_multi_head for several heads")
+        shape = np.shape(as_numpy("q", q))
+        if len(shape) != 2:
+            raise ValueError(f"q: expected (L, D), got {tuple(shape)}; use forward_multi_head for several heads")
         return self._attend(q, k, v, options)
 
     def forward_multi_head(self, q, k, v, **options):
@@ -275,7 +279,7 @@ class FlashAttention:
         >>> FlashAttention(FlashAttentionConfig.new(64, 4)).forward_multi_head(q, kv, kv).logsumexp.shape
         (4, 10)
         """
-        shape, H = tuple(np.shape(q)), self.config.num_heads
+        shape, H = tuple(np.shape(as_numpy("q", q))), self.config.num_heads
         if len(shape) not in (3, 4):
             raise ValueError(f"q: expected (H, L, D) or (B, H, L, D), got {shape}; use forward for one head")
         if shape[-3] != H:
@@ -319,10 +323,7 @@ class FlashAttention:
         return MemorySavings(naive_bytes, flash_bytes, naive_bytes / flash_bytes, L)
 
     def _attend(self, q, k, v, options):
-        # late: cyflash.attention takes configurations and imports this module
-        from cyflash.attention import attend, flash_attention
-
-        allowed = [name for name in flash_attention.__kwdefaults__ if name not in TAKEN]
+        attend, allowed = _attend_and_its_options()
         for name in options:
             if name not in allowed:
                 expected = TAKEN.get(name, f"expected an option of flash_attention ({', '.join(allowed)})")
@@ -398,6 +399,16 @@ class MemorySavings:
             f"seq_len={self.seq_len}: naive={self.naive_bytes / MIB:.1f}MB, "
             f"flash={self.flash_bytes / KIB:.1f}KB, {self.reduction_factor:.0f}x reduction"
         )
+
+
+@functools.cache
+def _attend_and_its_options():
+    """What computes, and the names of the options it takes from callers of the engine."""
+    # late: cyflash.attention takes configurations and imports this module
+    from cyflash.attention import attend, flash_attention
+
+    names = inspect.signature(flash_attention).parameters
+    return same_kind_or_gpu(attend), [name for name in names if name not in (*"qkv", *TAKEN)]
 
 
 def _tiles_for_caches(D, caches, most_rows):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, attention, cachefile
+from cyflash.foreign import same_kind
 from cyflash.plan import UNBOUNDED, checked_flag, checked_window
 from cyflash.pool import Pool, Rows
 from cyflash.quantized import QuantizedTensor
@@ -203,6 +204,7 @@ class KVCache:
 
     # What changes it
 
+    @same_kind
     def append(self, k, v, *, rows=None, lengths=None):
         """Add tokens at the end of rows.
 
@@ -608,6 +610,7 @@ class PagedKVCache(KVCache):
 # Attention
 
 
+@same_kind
 def flash_attention_with_kvcache(
     q, cache, k=None, v=None, *, rows=None, lengths=None, pv=None, causal=None, causal_align="bottom-right", scale=None,
     window=None, softcap=0.0, bias=None, mask=None, alibi_slopes=None, sinks=None, return_lse=False, out=None,

@@ -4,8 +4,10 @@ import math
 import numpy as np
 
 from cyflash import arrays
+from cyflash.foreign import same_kind
 
 
+@same_kind
 def merge_states(out_a, lse_a, out_b, lse_b, *, lse_base="e"):
     """Attention over the keys of two parts together, from the outputs and log-sum-exps of each.
 

@@ -18,6 +18,7 @@ import numpy as np
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
 from cyflash.files import read_safetensors, replacing, safetensors_path
+from cyflash.foreign import HOLDERS, as_numpy, maker, same_kind
 from cyflash.gpu.where import on_gpu
 from cyflash.plan import checked_flag
 
@@ -41,6 +42,7 @@ watched = {}
 ELEMENTS_PER_THREAD = 1 << 16
 
 
+@same_kind
 def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0):
     """Quantise an array of floats to int8 codes.
 
@@ -65,7 +67,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     Returns
     -------
     QuantizedTensor
-        Its data has x's shape and order of strides.
+        Its data has x's shape and order of strides; its arrays are of x's library.
 
     Raises
     ------
@@ -236,8 +238,9 @@ class QuantizedTensor:
     Parameters
     ----------
     data : ndarray of int8, shape (L, D), (H, L, D) or (B, H, L, D)
-        The codes; any strides. -128 is allowed. On a GPU, mean and fp32_rows must be there too, and scale may be; they
-        are kept as they are then, and their numbers are not checked.
+        The codes; any strides. -128 is allowed. Of another library (torch, JAX): scale, mean and fp32_rows become
+        arrays of that one, and `dequantize` gives one. On a GPU, mean and fp32_rows must be there too, and scale
+        may be; they are kept as they are then, and their numbers are not checked.
     scale : float or array-like of float
         Broadcasts to data's shape, constant along the last axis. Kept as float32.
     mean : ndarray of float32, shape data.shape[:-2] + (1, D), optional
@@ -282,6 +285,16 @@ class QuantizedTensor:
 
             object.__setattr__(self, "granularity", tensors.checked(self))
             return
+        given = self.data
+        if type(given) is not np.ndarray:
+            object.__setattr__(self, "data", as_numpy("data", given))
+        self._check()
+        if self.data is not given:
+            make = maker(given)
+            for name, x in self._arrays().items():
+                object.__setattr__(self, name, make(x))
+
+    def _check(self):
         arrays.require_array("data", self.data, (2, 3, 4), dtype="np.int8")
         if self.data.dtype != np.int8:
             raise TypeError(
@@ -297,17 +310,24 @@ class QuantizedTensor:
         if self.mean is not None:
             self._keep("mean", self.mean, (*heads, 1, D))
         if self.fp32_rows is not None:
-            rows = self.fp32_rows.shape[-2] if getattr(self.fp32_rows, "ndim", 0) >= 2 else 0
-            self._keep("fp32_rows", self.fp32_rows, (*heads, min(rows, L), D))
+            fp32_rows = as_numpy("fp32_rows", self.fp32_rows)
+            rows = fp32_rows.shape[-2] if getattr(fp32_rows, "ndim", 0) >= 2 else 0
+            self._keep("fp32_rows", fp32_rows, (*heads, min(rows, L), D))
 
     def _keep(self, name, x, shape):
         """A copy of x, after checking it: an output written over the caller's array does not change it."""
-        arrays.require_float32(name, x)
+        x = arrays.require_float32(name, as_numpy(name, x))
         if x.shape != shape:
             raise ValueError(f"{name}: expected shape {shape} beside data {self.shape}, got {x.shape}")
         if not np.isfinite(x).all():
             raise ValueError(_not_finite(name, arrays.four_axes(x), x.ndim))
         object.__setattr__(self, name, np.array(x, order="C", subok=False))
+
+    def mapped(self, function):
+        """A copy with a function applied to each array; nothing is checked."""
+        made = object.__new__(QuantizedTensor)
+        made.__dict__.update(self.__dict__, **{name: function(x) for name, x in self._arrays().items()})
+        return made
 
     def __repr__(self):
         mean = "" if self.mean is None else ", with mean"
@@ -326,7 +346,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self):
-        return sum(x.nbytes for x in self._arrays().values())
+        return sum(as_numpy(name, x).nbytes for name, x in self._arrays().items())
 
     def _arrays(self):
         held = {"data": self.data, "scale": self.scale, "mean": self.mean, "fp32_rows": self.fp32_rows}
@@ -338,12 +358,14 @@ class QuantizedTensor:
         Returns
         -------
         ndarray of float32, shape data.shape
-            In data's order of strides; values beyond float32 become its largest.
+            Of data's library, in data's order of strides; values beyond float32 become its largest.
         """
         if on_gpu(self.data):
             from cyflash.gpu import tensors
 
             return tensors.dequantize(self)
+        if not isinstance(self.data, np.ndarray):
+            return maker(self.data)(as_numpy("self", self).dequantize())
         with np.errstate(over="ignore"):
             x = np.clip(np.multiply(self.data, self.scale, dtype=np.float32), -FLOAT32_MAX, FLOAT32_MAX)
             if self.mean is not None:
@@ -404,6 +426,9 @@ class QuantizedTensor:
             return cls(**held, granularity=metadata.get("granularity"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+HOLDERS.add(QuantizedTensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -517,10 +542,11 @@ def checked_scale(name, scale, shape=None):
     ValueError
         For a number that is not finite or below 1.18e-38, and for a shape that does not fit.
     """
-    if on_gpu(scale):
-        return _checked_gpu_scale(name, scale, shape)
     if type(scale) is float and SMALLEST_SCALE <= scale <= FLOAT32_MAX:  # the usual case, without ceremony
         return np.array(scale, np.float32)
+    if on_gpu(scale):
+        return _checked_gpu_scale(name, scale, shape)
+    scale = as_numpy(name, scale)
     if isinstance(scale, np.ndarray) and scale.dtype == np.float32 and scale.ndim > 1:
         array = numbers = arrays.require_array(name, scale).copy()
     else:
@@ -540,9 +566,9 @@ def checked_scale(name, scale, shape=None):
 
 
 def on_host(x):
-    """x, as an array of NumPy where it is on a GPU, which is waited for."""
+    """x, as an array of NumPy; a GPU is waited for."""
     if not on_gpu(x):
-        return x
+        return as_numpy("x", x)
     from cyflash.gpu.arrays import to_host
 
     return to_host(x)
@@ -674,6 +700,7 @@ def _checked_mean(name, mean):
 def _floats(name, x):
     """A number, a list of numbers, or an array of float32 or float64, as an array."""
     wanted = f"{name}: expected a number, or an array of float32 or float64"
+    x = as_numpy(name, x)
     if isinstance(x, np.ndarray):
         arrays.require_array(name, x)
         if x.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):

@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cyflash.foreign import any_kind
+
 __all__ = ["attention", "attention_int8"]
 
 
+@any_kind
 def attention(q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None,
               mask=None, alibi_slopes=None, sinks=None, return_lse=False):
     """Attention in float64, by definition.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import reference
+from cyflash.foreign import any_kind
 
 __all__ = ["attention_int8"]
 
@@ -21,6 +22,7 @@ PART = 64  # keys, at most, whose codes of P share a row scale
 SMALLEST_WEIGHT = 256 / 255 * float(F32.tiny)  # of w in floats: kernels divide 255 by 255 omega, which must be finite
 
 
+@any_kind
 def attention_int8(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None,
                    fp32_sinks=None, pv=None, quant=None, block_size=256, return_lse=False, return_codes=False,
                    **options):

@@ -8,10 +8,12 @@ from itertools import pairwise
 import numpy as np
 
 from cyflash import arrays
-from cyflash.attention import flash_attention
+from cyflash.attention import attend
+from cyflash.foreign import same_kind
 from cyflash.plan import checked_dropout, checked_flag
 
 
+@same_kind
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -68,6 +70,11 @@ def scaled_dot_product_attention(
     >>> cyflash.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).shape
     (2, 8, 128, 64)
     """
+    return attended(attend, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def attended(attend, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """`scaled_dot_product_attention` by this function for what is left of it: `attention.attend`, or one like it."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         arrays.require_float(name, x)
         if x.dtype != query.dtype:
@@ -83,7 +90,7 @@ def scaled_dot_product_attention(
     out = np.empty((*lead, query.shape[-2], value.shape[-1]), query.dtype)
     ones = (None,) * (2 - len(lead))  # four axes at least: one path serves all
     _attend(
-        _spread(query, lead)[ones], _spread(key, kv_lead)[ones], _spread(value, kv_lead)[ones], out[ones],
+        attend, _spread(query, lead)[ones], _spread(key, kv_lead)[ones], _spread(value, kv_lead)[ones], out[ones],
         {name: x[ones] for name, x in mask.items()}, bool(is_causal), scale,
     )
     return out
@@ -94,18 +101,18 @@ def _spread(x, lead):
     return np.broadcast_to(x, (*lead, *x.shape[-2:]))
 
 
-def _attend(q, k, v, out, mask, is_causal, scale):
+def _attend(attend, q, k, v, out, mask, is_causal, scale):
     """Write out, (..., H, Lq, Dv). Axes before the last three are one batch where all are evenly spaced in memory; else
     there is a call for each of the first axis: the same bits, since no sequence depends on its neighbours."""
     if all(map(_evenly_spaced, (q, k, v, *mask.values()))):
         mask = {name: _joined(x) for name, x in mask.items()}
-        flash_attention(
+        attend(
             _joined(q), _joined(k), _joined(v), **mask, out=_joined(out), causal=is_causal, causal_align="top-left",
             scale=scale,
         )
         return
     for i in range(len(q)):
-        _attend(q[i], k[i], v[i], out[i], {name: x[i] for name, x in mask.items()}, is_causal, scale)
+        _attend(attend, q[i], k[i], v[i], out[i], {name: x[i] for name, x in mask.items()}, is_causal, scale)
 
 
 def _evenly_spaced(x):

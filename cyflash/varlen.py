@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash import arrays, attention, operands, parts, quantized
+from cyflash.foreign import as_numpy, same_kind
 from cyflash.operands import Codes
 from cyflash.plan import broadcast_bias, broadcast_mask
 from cyflash.quantized import quantise_call
 from cyflash.stored import KEYS_UNIT, Stored
 
 
+@same_kind
 def flash_attention_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=None, causal_align="bottom-right", scale=None, window=None,
     softcap=0.0, bias=None, mask=None, alibi_slopes=None, sinks=None, return_lse=False, out=None, config=None,
@@ -84,6 +86,7 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
+@same_kind
 def flash_attention_int8_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None,
     fp32_sinks=None, pv=None, quant=None, causal=None, causal_align="bottom-right", scale=None, window=None,
@@ -261,6 +264,7 @@ def _of_sequences(name, given, broadcast, rows, out):
         raise TypeError(f"{name}: expected a list with an array or None for each sequence, got {type(given).__name__}")
     if len(given) != len(rows):
         raise ValueError(f"{name}: expected {len(rows)} entries, one for each sequence, got {len(given)}")
+    given = [as_numpy(f"{name}[{i}]", x) for i, x in enumerate(given)]
     for i, x in enumerate(given):
         if out is not None and isinstance(x, np.ndarray) and arrays.overlap(out, x):
             raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}[{i}]; pass a copy")

@@ -11,6 +11,7 @@ import operator
 
 from cyflash import arrays
 from cyflash.capture import natural
+from cyflash.foreign import any_kind
 from cyflash.plan import make_plan
 from cyflash.quant import search, state
 from cyflash.quant.clipping import METHODS
@@ -115,6 +116,7 @@ class Calibrator:
 
     # Observing
 
+    @any_kind
     def observe(
         self, name, q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0,
         bias=None, mask=None, alibi_slopes=None, sinks=None,

@@ -16,6 +16,7 @@ import numpy as np
 import cyflash
 from cyflash import arrays
 from cyflash.cpu import threads
+from cyflash.foreign import any_kind
 from cyflash.measure import CallProcess, blas_threads, interleaved_times
 from cyflash.output import as_bytes
 from cyflash.quant.metrics import Comparison, compare
@@ -24,6 +25,7 @@ from cyflash.schemes import FP32, NUMPY, OPTIONS, SCHEMES, int8_schemes, save_ca
 __all__ = ["call_threads", "evaluate", "measure_layer"]
 
 
+@any_kind
 def evaluate(q, k, v, *, schemes=None, num_threads=None, **options):
     """Measure what int8 attention loses and gains on these arrays: the numbers of `cyflash compare`.
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cyflash.foreign import any_kind
+
 __all__ = ["Comparison", "compare", "pooled"]
 
 
@@ -42,6 +44,7 @@ class Comparison(NamedTuple):
         )
 
 
+@any_kind
 def compare(output, reference):
     """Measure how far `output` is from `reference`.
 

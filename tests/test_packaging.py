@@ -120,6 +120,18 @@ def test_the_quick_start_of_the_readme_runs(capsys):
     assert "reduction" in capsys.readouterr().out
 
 
+def test_the_part_of_the_readme_about_other_arrays_runs():
+    torch = pytest.importorskip("torch")
+    section = README.partition("## torch, JAX and other arrays")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    names = {}
+    exec(blocks[0], names)
+    assert names["out"].dtype == torch.bfloat16
+    exec(blocks[1], names)
+    assert names["out"].shape == (2, 100, 64)
+
+
 def test_the_int8_part_of_the_readme_runs(capsys):
     quick_start, int8 = (README.partition(f"## {name}")[2].partition("\n## ")[0] for name in ("Quick start", "int8"))
     names = {}
@@ -172,6 +184,8 @@ def modules_with_examples():
 
 @pytest.mark.parametrize("name", list(modules_with_examples()))
 def test_examples_of_docstrings_run(name):
+    if name == "cyflash.compat.torch":
+        pytest.importorskip("torch")
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed
 

@@ -1,1 +1,1 @@
-"""The functions of other libraries, on NumPy arrays: one file per library, nothing imported before it is asked for."""
+"""The functions of other libraries, on arrays of any: one file per library, nothing imported before it is asked for."""

@@ -1,4 +1,4 @@
-"""The functions of FlashAttention-2 (the package flash_attn) on NumPy arrays, with its signatures and its layout.
+"""The functions of FlashAttention-2 (the package flash_attn) on arrays of any library, with its signatures and layout.
 
     flash_attn_func, .._kvpacked_func, .._qkvpacked_func        (B, L, H, D) -> transposed views -> flash_attention
     flash_attn_varlen_func and the packed ones                  (total, H, D) -> flash_attention_varlen
@@ -16,6 +16,7 @@ differs from the original, besides the arrays:
 import numpy as np
 
 import cyflash
+from cyflash.attention import attend
 from cyflash.compat import flash_attn_cache as cache
 from cyflash.compat.flash_attn_checks import (
     as_options,
@@ -28,6 +29,7 @@ from cyflash.compat.flash_attn_checks import (
     checked_integers,
     errors_name,
 )
+from cyflash.foreign import same_kind
 from cyflash.plan import checked_flag
 from cyflash.varlen import Lengths
 
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 
+@same_kind
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -107,6 +110,7 @@ def flash_attn_func(
     return _attend(q, k, v, options, return_attn_probs)
 
 
+@same_kind
 def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -141,6 +145,7 @@ def flash_attn_kvpacked_func(
     return _attend(q, kv[:, :, 0], kv[:, :, 1], options, return_attn_probs)
 
 
+@same_kind
 def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -167,6 +172,7 @@ def flash_attn_qkvpacked_func(
     return _attend(*(qkv[:, :, n] for n in range(3)), options, return_attn_probs)
 
 
+@same_kind
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -237,6 +243,7 @@ def flash_attn_varlen_func(
     return _attend_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, options, return_attn_probs)
 
 
+@same_kind
 def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -276,6 +283,7 @@ def flash_attn_varlen_kvpacked_func(
     return _attend_varlen(q, kv[:, 0], kv[:, 1], cu_seqlens_q, cu_seqlens_k, options, return_attn_probs)
 
 
+@same_kind
 def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -308,6 +316,7 @@ def flash_attn_varlen_qkvpacked_func(
         return _attend_varlen(*(qkv[:, n] for n in range(3)), cu_seqlens, cu_seqlens, options, return_attn_probs)
 
 
+@same_kind
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -419,8 +428,8 @@ def _attend(q, k, v, options, return_attn_probs):
     out = np.empty((*q.shape[:3], v.shape[3]), q.dtype)
     q, k, v, heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k, v, out))
     with errors_name():
-        result = cyflash.flash_attention(q, k, v, **options, return_lse=bool(return_attn_probs), out=heads_first)
-    return (out, result[1], None) if return_attn_probs else out
+        _, lse, _ = attend(q, k, v, **options, return_lse=bool(return_attn_probs), out=heads_first)
+    return (out, lse, None) if return_attn_probs else out
 
 
 def _attend_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, options, return_attn_probs):

@@ -1,4 +1,4 @@
-"""Where the arrays of a call live. It is asked of every call, so it imports nothing and looks at types first."""
+"""Where the arrays of a call live. No framework is imported to find that out."""
 import numpy as np
 
 CUDA = (2, 13)  # DLPack's names of a CUDA device, and of memory that moves between host and device
@@ -16,43 +16,39 @@ def on_gpu(x):
         return on_gpu(x.data)
     if kind.__module__.partition(".")[0] == "cupy":
         return True
+    if _is_tensor(kind):
+        return x.is_cuda
     if hasattr(x, "__dlpack_device__"):
-        return int(x.__dlpack_device__()[0]) in CUDA
+        try:
+            return int(x.__dlpack_device__()[0]) in CUDA
+        except BufferError:  # of JAX: spread over several devices; whoever reads it says so
+            return False
     return hasattr(x, "__cuda_array_interface__")
 
 
-def call_is_on_gpu(q, k, v, others):
-    """Whether a call is for the GPU, which it is where one of its arrays is there.
-
-    Parameters
-    ----------
-    q, k, v
-        The operands.
-    others : dict
-        {name: value} of all other arguments that may be arrays.
-
-    Returns
-    -------
-    bool
-
-    Raises
-    ------
-    TypeError
-        Where some arrays are on a GPU and others are not.
-    """
-    if type(q) is type(k) is type(v) is np.ndarray and PLAIN.issuperset(map(type, others.values())):
-        return False  # the usual case, without ceremony
-    arguments = {"q": q, "k": k, "v": v, **others}
-    there = next((name for name, x in arguments.items() if type(x) not in PLAIN and on_gpu(x)), None)
-    if there is None:
-        return False
+def require_all_on_gpu(arguments):
+    """Raise where some of the arrays among {name: value} are on a GPU and others are not."""
+    there = next((name for name, x in arguments.items() if on_gpu(x)), None)
     for name, x in arguments.items():
-        if _is_array(x) and not on_gpu(x):
+        if there is not None and _is_array(x) and not on_gpu(x):
             raise TypeError(
                 f"{name}: expected an array on the GPU as {there} is, got {type(x).__name__} in the host's memory; "
-                f"write cupy.asarray({name}), or bring {there} to the host: cupy.asnumpy({there})"
+                f"write {to_gpu(name, x)}, or bring {there} to the host: {to_host(there, arguments[there])}"
             )
-    return True
+
+
+def to_host(name, x):
+    """What to write for a copy of the GPU array x in the host's memory."""
+    return f"{name}.cpu()" if _is_tensor(type(x)) else f"cupy.asnumpy({name})"
+
+
+def to_gpu(name, x):
+    """What to write for a copy of x on the GPU."""
+    return f"{name}.cuda()" if _is_tensor(type(x)) else f"cupy.asarray({name})"
+
+
+def _is_tensor(kind):
+    return kind.__module__.partition(".")[0] == "torch" and hasattr(kind, "is_cuda")
 
 
 def _is_array(x):
