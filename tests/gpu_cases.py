@@ -29,7 +29,8 @@ class Problem:
 
     def __init__(self, kind, B=1, H=1, Hk=1, Lq=64, Lk=64, D=64, granularity="token", seed=0):
         rng = np.random.default_rng(seed)
-        self.kind, (self.qk, self.pv, self.out) = kind, map(dtype, KINDS[kind])
+        self.kind, self.names = kind, KINDS[kind]
+        self.qk, self.pv, self.out = map(dtype, self.names)
         floats = [rng.standard_normal((B, h, L, D)).astype(np.float32) for h, L in ((H, Lq), (Hk, Lk), (Hk, Lk))]
         self.scales, self.arrays = {}, []
         for name, x, t in zip("qkv", floats, (self.qk, self.qk, self.pv), strict=True):
