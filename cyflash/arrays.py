@@ -20,11 +20,7 @@ FLOATS = ("fp32", "fp16", "bf16")
 def require_array(name, x, ndim=None, dtype="np.float32"):
     """`x` if it is a NumPy array (of one of the dimensions `ndim`), else an error that names it."""
     if not isinstance(x, np.ndarray):
-        if on_gpu(x):
-            raise NotImplementedError(
-                f"{name}: expected an array in the host's memory: of arrays on a GPU only flash_attention and "
-                f"flash_attention_int8 are implemented; write cupy.asnumpy({name})"
-            )
+        require_host(name, x)
         raise TypeError(
             f"{name}: expected a NumPy array, got {type(x).__name__}; write np.asarray({name}, dtype={dtype})"
         )
@@ -33,6 +29,16 @@ def require_array(name, x, ndim=None, dtype="np.float32"):
     if ndim is not None and x.ndim not in ndim:
         expected = " or ".join(map(str, ndim))
         raise ValueError(f"{name}: expected {expected} dimensions, got {x.ndim} with shape {x.shape}")
+    return x
+
+
+def require_host(name, x):
+    """`x`, if it is no array on a GPU."""
+    if on_gpu(x):
+        raise NotImplementedError(
+            f"{name}: expected an array in the host's memory: of arrays on a GPU only flash_attention and "
+            f"flash_attention_int8 are implemented; write cupy.asnumpy({name})"
+        )
     return x
 
 

@@ -1,4 +1,4 @@
-"""`cyflash info`: what was built, what runs on this machine, what is used, and on how many threads."""
+"""`cyflash info`: what was built, what runs on this machine, what is used, on how many threads, and on which GPU."""
 
 import json
 
@@ -16,16 +16,21 @@ LIMITS = {
 
 
 def add_arguments(parser):
-    parser.add_argument("--json", action="store_true", help="print cyflash.cpu_info() as JSON")
+    parser.add_argument("--json", action="store_true", help="print cyflash.cpu_info() and cyflash.gpu_status() as JSON")
 
 
 def run(args):
-    info = cyflash.cpu_info()
+    info = found()
     if args.json:
-        print(json.dumps({"version": cyflash.__version__, **info}, indent=1))
+        print(json.dumps(info, indent=1))
     else:
         show(info)
     return 0
+
+
+def found():
+    """cpu_info() with the version, and gpu_status() as "gpu"."""
+    return {"version": cyflash.__version__, **cyflash.cpu_info(), "gpu": cyflash.gpu_status()._asdict()}
 
 
 def show(info):
@@ -39,19 +44,25 @@ def show(info):
     table.add_column(overflow="fold")
     caches = ", ".join(f"{name.upper()} {as_binary(size)}" for name, size in info["caches"].items())
     for name, value in {
-        "cyflash": cyflash.__version__,
+        "cyflash": info["version"],
         "processor": escape(info["model"]),
         "cores": str(info["cores"]),
         "caches": caches,
         "features": " ".join(info["features"]) or "none that a build needs",
         "threads": f"[bold]{info['threads']}[/], from {origin(info['threads'], info['thread_limits'], info['openmp'])}",
         "OpenMP": escape(info["openmp"] or "") or "none: cyflash was built without it, and calls run on one thread",
+        "GPU": escape(_gpu(**info["gpu"])),
     }.items():
         table.add_row(name, value)
     console.print(table)
     console.print()
     console.print(_builds(info))
     console.print("[dim]Force a build with CYFLASH_ISA=name or cyflash.set_implementation(name).[/]")
+
+
+def _gpu(available, reason, cupy, nvrtc, **_):
+    versions = ", ".join(f"{name} {version}" for name, version in (("CuPy", cupy), ("NVRTC", nvrtc)) if version)
+    return ("" if available else "not used: ") + reason + (f" ({versions})" if versions else "")
 
 
 def _builds(info):

@@ -774,6 +774,7 @@ def _pages_of_row(capacity, page_size, left):
 
 def _integers(name, x, n=None):
     """x as an array of n integers."""
+    arrays.require_host(name, x)
     array = np.asarray(x) if np.size(x) else np.zeros(np.shape(x), np.intp)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got {x!r}")

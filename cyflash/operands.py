@@ -64,8 +64,8 @@ def memory_of(x):
 
 
 def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None,
-           pv=None, quant=None):
-    """Check the quantisation arguments against each other and the operands."""
+           pv=None, quant=None, gpu=False):
+    """Check the quantisation arguments against each other and the operands. gpu: scales may be there."""
     operands = {"q": q, "k": k, "v": v}
     given = {"q": q_scale, "k": k_scale, "v": v_scale}
     k_mean = None
@@ -78,6 +78,9 @@ def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=Non
         given = {"q": quant.q_scale, "k": quant.k_scale, "v": quant.v_scale}
         k_mean = None if quant.k_mean is None else _checked_mean(quant.k_mean, k)
     scales = {name: _scale(name, operands[name], given[name], quant is not None) for name in operands}
+    if not gpu:
+        for name, scale in scales.items():
+            arrays.require_host(f"{'' if quant is None else 'quant.'}{name}_scale", scale)
     smooth, k_mean = _smoothing(k, scales["k"], smooth_k, k_mean, quant is not None)
     for name in ("q", "v"):
         if isinstance(operands[name], QuantizedTensor) and operands[name].mean is not None:

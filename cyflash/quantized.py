@@ -102,7 +102,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     smooth = checked_flag("smooth", smooth)
     skip = checked_sinks(fp32_sinks, x.shape)
     if scale is not None:
-        scale = checked_scale("scale", scale, x.shape)
+        scale = checked_scale("scale", arrays.require_host("scale", scale), x.shape)
         granularity = checked_against(scale, None if granularity == "tensor" else granularity, x.shape)
 
     data = np.empty_like(x, np.int8, subok=False)
@@ -289,7 +289,7 @@ class QuantizedTensor:
             )
         if self.data.shape[-1] == 0:
             raise ValueError(f"data: expected a head_dim of at least 1, got shape {self.data.shape}")
-        scale = checked_scale("scale", self.scale, self.shape)
+        scale = checked_scale("scale", arrays.require_host("scale", self.scale), self.shape)
         granularity = None if self.granularity is None else checked_granularity(self.granularity)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "granularity", checked_against(scale, granularity, self.shape))

@@ -137,7 +137,7 @@ class Codes:
                     "granularity='token'"
                 )
             return None
-        scale = checked_scale(name, scale)
+        scale = checked_scale(name, arrays.require_host(name, scale))
         if self.granularity == "tensor" and scale.size != 1:
             raise ValueError(f"{name}: expected a number with granularity 'tensor', got shape {scale.shape}")
         return _of_heads(name, scale, (self.kv_heads, 1, 1))

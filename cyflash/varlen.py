@@ -190,7 +190,7 @@ class Lengths(NamedTuple):
 
 def _checked_offsets(name, offsets, of, x):
     """cu_seqlens as an array of int, within the rows of the array x, which is called `of`, unless that is None."""
-    given, offsets = offsets, np.asarray(offsets)
+    given, offsets = offsets, np.asarray(arrays.require_host(name, offsets))
     if offsets.dtype.kind not in "iu":
         got = f"dtype {offsets.dtype.name}" if isinstance(given, np.ndarray) else repr(given)
         raise TypeError(f"{name}: expected integers, got {got}")

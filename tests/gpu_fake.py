@@ -1,18 +1,24 @@
 """A GPU that is not there: the part of CuPy that cyflash.gpu uses, over NumPy's memory, and kernels that obey Params.
 
-    device(monkeypatch)   CuPy is this one in a test; what is launched is recorded, and computed in float64 from the
-                          struct, pointers and strides alone. What a launch is told is so shown to be the whole call.
+    device(monkeypatch)   CuPy is this one in a test; what is launched is recorded, and computed in float64
+                          (gpu_model.py) from what it is told alone, which is so shown to be the whole call.
 """
+import ctypes
 import itertools
+import math
 import sys
 import types
+import weakref
 from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
 
+import gpu_model
 import numpy as np
+from gpu_model import at, floats
 
-from cyflash.gpu import variants
+from cyflash.gpu import tensor_maps, variants
 
+__all__ = ["at", "floats"]  # from there, for tests
 UNARY = ("abs", "rint", "isfinite", "isnan", "isinf", "exp", "log", "ascontiguousarray")
 OTHERS = ("minimum", "maximum", "clip", "where", "broadcast_to")
 
@@ -137,22 +143,50 @@ class Launch(NamedTuple):
     block: tuple
     shared: int
     params: np.void
+    maps: tuple     # of Box: what was encoded
     streams: tuple  # that were entered
 
+    @property
+    def source(self):
+        return self.variant.source
 
-COMBINATIONS = {  # that kernels take: queries and keys, values, output
-    *((x, x, x) for x in ("float32", "float16", "bfloat16")),
-    *(("int8", v, out) for v in ("int8", "float16", "bfloat16") for out in ("float32", "float16", "bfloat16")),
-}
+    @property
+    def kinds(self):
+        """Names of the dtypes of q and k, of v, and of out, with _ between them."""
+        return "_".join(gpu_model.kinds_of(self.variant))
 
 
-def choose(arch, D, qk, v=None, out=None, *, aligned=True, options=()):
-    """As variants.choose: the request itself, whatever kernels there are."""
-    kinds = qk, v or qk, out or qk
-    assert kinds in COMBINATIONS
-    flags = {name: int(name in options) for name in variants.FLAGS} | {"ALIGNED": int(aligned)}
-    macros = (*flags.items(), ("HEAD_DIM", D), ("BLOCK_K", 32), ("KINDS", kinds))
-    return variants.Variant("x.cu", "_".join(kinds), macros, arch, 128, 50_000, 64)
+def choose(*arguments, **options):
+    """As variants.choose, with a name that says what was asked for."""
+    variant = chosen(*arguments, **options)
+    return variant._replace(kernel="_".join(gpu_model.kinds_of(variant)))
+
+
+chosen = variants.choose
+
+
+def encode(to, size, axes, address, shape, strides, box, steps, interleaved, swizzle, promotion, fill):
+    """cuTensorMapEncodeTiled: the arguments themselves, in the 128 bytes that it has for them."""
+    assert (axes.value, list(steps), interleaved.value, fill.value) == (4, [1] * 4, 0, 0) and to.value % 64 == 0
+    assert list(box)[2:] == [1, 1] and promotion.value == 3
+    row_bytes = box[0] * {0: 1, 6: 2}[size.value]
+    assert row_bytes == {3: 128, 2: 64}[swizzle.value] and max(box) <= 256
+    assert address.value % 16 == 0 and all(stride % 16 == 0 and 0 < stride < 2**40 for stride in strides)
+    assert all(0 < n <= 2**32 for n in shape)
+    words = np.zeros(16, np.uint64)
+    words[:11] = address.value, size.value, *shape, *strides, *box[:2]
+    ctypes.memmove(to.value, words.ctypes.data, 128)
+    return 0
+
+
+def decoded(maps):
+    """The boxes that were encoded as struct Maps."""
+    assert maps.size == 1 and maps.itemsize == 3 * 128
+    found = []
+    for words in maps.view(np.uint64).reshape(3, 16).tolist():
+        address, size, *more = words[:11]
+        found.append(tensor_maps.Box(address, {0: 1, 6: 2}[size], tuple(more[:4]), tuple(more[4:7]), tuple(more[7:])))
+    return tuple(found)
 
 
 class Device:
@@ -173,18 +207,43 @@ class Device:
 
             def __call__(kernel, grid, block, args, shared_mem=0):
                 assert shared_mem <= max(49152, kernel.max_dynamic_shared_size_bytes)
-                (params,) = args
-                assert params.size == 1 and type(params) is np.ndarray
+                params, *maps = args
+                assert params.size == 1 and type(params) is np.ndarray and bool(maps) == bool(variant.boxes)
                 streams = tuple(one for one in Context.entered if isinstance(one, Stream))
-                self.launches.append(Launch(variant, grid, block, shared_mem, params[0].copy(), streams))
-                compute(params[0], variant)
+                maps = decoded(*maps) if maps else ()
+                one = Launch(variant, grid, block, shared_mem, params[0].copy(), maps, streams)
+                self.launches.append(one)
+                compute(one)
 
         return types.SimpleNamespace(get_function=lambda name: Kernel())
 
 
-def device(monkeypatch, real_variants=False):
-    """Make CuPy a fake one for a test."""
-    from cyflash.gpu import attention, cubins, launch
+def compute(launch):
+    """What a launch does. A test may have another way."""
+    if launch.source == "hopper.cu" and launch.kinds.split("_")[1] == "int8":
+        room(launch.maps[2].address)  # the transposed v is still there
+    if launch.params["workspace"]:
+        gpu_model.compute(launch, room(launch.params["workspace"]))
+    else:
+        gpu_model.compute(launch)
+
+
+_memory = []  # what CuPy has allocated, by weak references
+
+
+def room(address):
+    """How many bytes of one allocation are there from an address on; an error where it was given back."""
+    for found in _memory:
+        host = found()
+        begin = None if host is None else host.ctypes.data
+        if begin is not None and begin <= address < begin + host.nbytes:
+            return begin + host.nbytes - int(address)
+    raise AssertionError(f"{address:#x} is in no memory of CuPy's")
+
+
+def device(monkeypatch, real_variants=False, capability="90"):
+    """Make CuPy a fake one for a test. real_variants: with the kernels' own names."""
+    from cyflash.gpu import cubins, launch
 
     fake = Device()
     paths = itertools.count()
@@ -197,8 +256,11 @@ def device(monkeypatch, real_variants=False):
     monkeypatch.setitem(sys.modules, "cupy", module(fake))
     monkeypatch.setattr(cubins, "path_of", path_of)
     if not real_variants:
-        monkeypatch.setattr(attention.variants, "choose", choose)
+        monkeypatch.setattr(variants, "choose", choose)
     monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(tensor_maps, "_encoder", lambda: encode)
+    monkeypatch.setattr(Context, "compute_capability", capability)
+    _memory.clear()
     launch.capability.cache_clear()
     return fake
 
@@ -235,7 +297,13 @@ def _current():
 
 def _poisoned(shape, dtype):
     """Memory that nobody wrote is NaN."""
-    return np.frombuffer(bytearray(b"\xff" * (int(np.prod(shape)) * np.dtype(dtype).itemsize)), dtype).reshape(shape)
+    shape = shape if isinstance(shape, tuple) else (shape,)
+    host = np.empty(math.prod(shape) * np.dtype(dtype).itemsize + 16, np.uint8)
+    host = host[-host.ctypes.data % 16 :][: host.size - 16]
+    host[...] = 0xFF
+    host = host.view(dtype).reshape(shape)
+    _memory.append(weakref.ref(host))
+    return host
 
 
 def _function(function):
@@ -250,85 +318,3 @@ def _made(shape, dtype, pointer, strides):
     (address, size, _, number), offset = pointer
     assert 0 <= offset < size
     return FakeArray(at(address + offset, shape, dtype, strides), number)
-
-
-class _Memory:
-    def __init__(self, **interface):
-        self.__array_interface__ = {"version": 3, **interface}
-
-
-def at(address, shape, dtype, strides=None):
-    """The array at an address; strides in bytes."""
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    dtype = np.dtype(dtype)
-    return np.asarray(_Memory(data=(int(address), False), shape=tuple(map(int, shape)), typestr=dtype.str,
-                              strides=None if strides is None else tuple(map(int, strides))))
-
-
-# What a kernel computes, from Params
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
-
-
-def compute(p, variant):
-    """Attention in float64 of what a struct of params.h says."""
-    flags = dict(variant.macros)
-    kind, pv, written = flags["KINDS"]
-    B, H, Hk, Lq, Lk, D = (int(p[name]) for name in ("B", "H", "Hk", "Lq", "Lk", "D"))
-    q, k = _read(p, "q", (B, H, Lq, D), kind), _read(p, "k", (B, Hk, Lk, D), kind)
-    v = _read(p, "v", (B, Hk, Lk, D), pv)
-    if kind == "int8":
-        q = q * _read(p, "q_scale", (B, H, Lq))[..., None]
-        k = k * _read(p, "k_scale", (B, Hk, Lk))[..., None]
-    if pv == "int8":
-        v = v * _read(p, "v_scale", (B, Hk, Lk))[..., None]
-    k, v = (np.repeat(x, H // Hk, axis=1) for x in (k, v))
-    distance = np.arange(Lq)[:, None] + int(p["offset"]) - np.arange(Lk)
-    with np.errstate(all="ignore"):
-        s = float(p["scale"]) * (q @ k.swapaxes(-1, -2))
-        if p["shift"]:
-            s = s + at(p["shift"], (B, H, Lq, 1), np.float32).astype(float)
-        if flags["SOFTCAP"]:
-            s = float(p["softcap"]) * np.tanh(s / float(p["softcap"]))
-        if flags["ALIBI"]:
-            s = s - _read(p, "slopes", (B, H))[..., None, None] * abs(distance)
-        if flags["BIAS"]:
-            s = s + _read(p, "bias", (B, H, Lq, Lk))
-        if flags["MASK"]:
-            s = np.where(_read(p, "mask", (B, H, Lq, Lk), dtype=np.uint8) != 0, s, -np.inf)
-        if flags["EDGES"]:
-            s = np.where((distance <= int(p["left"])) & (-distance <= int(p["right"])), s, -np.inf)
-        sink = np.full((H, 1, 1), -np.inf) if not p["sinks"] else at(p["sinks"], (H, 1, 1), np.float32).astype(float)
-        top = np.maximum(s.max(axis=-1, keepdims=True, initial=-np.inf), sink)
-        top = np.where(np.isneginf(top), 0, top)
-        w = np.exp(s - top)
-        total = w.sum(axis=-1, keepdims=True) + np.exp(sink - top)
-        out = np.where(w == 0, 0, w / np.where(total == 0, 1, total)) @ v
-        lse = (top + np.log(total))[..., 0]
-    if p["lse"]:
-        at(p["lse"], (B, H, Lq), np.float32)[...] = lse
-    _place(p, "out", (B, H, Lq, D), written)[...] = _bits(out) if written == "bfloat16" else out
-
-
-def _place(p, name, shape, kind=None, dtype=np.float32):
-    dtype = np.dtype(dtype if kind is None else DTYPES[kind])
-    return at(p[name], shape, dtype, np.concatenate([
-        p[f"{name}_stride"] * dtype.itemsize, [dtype.itemsize] * (len(shape) - len(p[f"{name}_stride"]))
-    ]))
-
-
-def _read(p, name, shape, kind=None, dtype=np.float32):
-    x = _place(p, name, shape, kind, dtype)
-    return floats(x) if kind == "bfloat16" else x.astype(np.float64)
-
-
-def floats(bits):
-    """bfloat16, as uint16, in float64."""
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def _bits(x):
-    import ml_dtypes
-
-    return x.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)

@@ -12,6 +12,7 @@ import pytest
 import cyflash
 from cyflash import cli, info
 from cyflash.capture import save_capture
+from cyflash.gpu.status import GPUStatus
 
 
 def cyflash_command(*arguments, **options):
@@ -178,18 +179,49 @@ def test_info_as_json(capsys):
     got = json.loads(capsys.readouterr().out)
     known = cyflash.cpu_info()
     assert got.pop("version") == cyflash.__version__
+    assert got.pop("gpu") == cyflash.gpu_status()._asdict()
     assert got == json.loads(json.dumps(known))
 
 
+def test_info_with_a_gpu(capsys, monkeypatch):
+    status = GPUStatus(True, "GPU [/x], compute capability 9.0", "GPU [/x]", "9.0", "14.2.0", "13.0")
+    monkeypatch.setattr(cyflash, "gpu_status", lambda: status)
+    assert cli.main(["info"]) == 0
+    words = "GPU GPU [/x], compute capability 9.0 (CuPy 14.2.0, NVRTC 13.0)"
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu"] == {
+        "available": True, "reason": "GPU [/x], compute capability 9.0", "device": "GPU [/x]",
+        "compute_capability": "9.0", "cupy": "14.2.0", "nvrtc": "13.0",
+    }  # fmt: skip
+
+
+def test_info_without_cupy(tmp_path):
+    """It says what to install, and looks for nothing else."""
+    code = "import sys; sys.modules['cupy'] = None; from cyflash.cli import main; sys.exit(main(['info']))"
+    got = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert got.returncode == 0 and not got.stderr
+    words = " ".join(got.stdout.split())
+    assert "GPU not used: CuPy is not installed; install it with: pip install 'cyflash-attn[gpu-cuda13]'" in words
+
+
+def test_info_with_a_cupy_that_does_not_import(tmp_path):
+    (tmp_path / "cupy.py").write_text("raise OSError('no room for a folder')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for more in ([], ["--json"]):
+        got = cyflash_command("info", *more, cwd=tmp_path, env=environment)
+        assert got.returncode == 0 and "CuPy does not import: no room for a folder" in " ".join(got.stdout.split())
+
+
 def test_brackets_in_names_are_shown_as_they_are(capsys):
-    known = cyflash.cpu_info() | {"openmp": "OpenMP 1, /[x]/[/lib]/libgomp.so", "model": "CPU [/dim] 1"}
+    known = info.found() | {"openmp": "OpenMP 1, /[x]/[/lib]/libgomp.so", "model": "CPU [/dim] 1"}
     info.show(known)
     out = capsys.readouterr().out
     assert "/[x]/[/lib]/libgomp.so" in out and "CPU [/dim] 1" in out
 
 
 def test_info_without_openmp_and_with_a_build_that_does_not_run(capsys):
-    known = cyflash.cpu_info()
+    known = info.found()
     known["openmp"] = None
     known["caches"] = {"l1d": 49152, "l2": 1 << 20, "l3": None}
     known["builds"]["avx512"] = {"built": True, "runs": False, "reason": "the processor has no avx512f"}

@@ -12,7 +12,7 @@ BUGS = {  # name: (kind, shape, options, (file, old, new)...)
     "V is not waited for": ("bfloat16", SHAPE, {}, ("mma.cu", "copy_wait<1>();", "copy_wait<2>();")),
     "K goes to the buffer in use": ("float16", SHAPE, {}, ("mma.cu", "j + 1, 1 - buffer", "j + 1, buffer")),
     "K is read from the other buffer": (
-        "int8", SHAPE, {}, ("mma.cu", "q_at, AT_K + buffer", "q_at, AT_K + (1 - buffer)")),
+        "int8", SHAPE, {}, ("mma.cu", "QK_PITCH, AT_K + buffer", "QK_PITCH, AT_K + (1 - buffer)")),
     "scales go to one buffer": (
         "int8", SHAPE, {}, ("mma.cu", "copy_scales(AT_K_SCALE + buffer * Bc * 4", "copy_scales(AT_K_SCALE")),
     "no swizzle": ("float16", SHAPE, {}, ("tiles.cuh", "mask = (1 << n) - 1", "mask = 0")),
@@ -35,7 +35,7 @@ BUGS = {  # name: (kind, shape, options, (file, old, new)...)
     "half of a row's sum": ("float16", SHAPE, {}, ("weights.cuh", "return x + shuffle_xor(x, 2)", "return x")),
     "a shuffle without some lanes": (
         "float16", SHAPE, {}, ("weights.cuh", "top = row_max(top);", "if (t) top = row_max(top);")),
-    "no rescaling": ("float16", SHAPE, {}, ("mma.cu", "o[i] *= rows.alpha[i / 2 % 2];", ";")),
+    "no rescaling": ("float16", SHAPE, {}, ("mma.cu", "o[i][n] *= rows[i].alpha[n / 2 % 2];", ";")),
     "codes in another order": (
         "int8", SHAPE, {}, ("warp_products.cuh", "bytes(b[0], b[1], 0x6420)", "bytes(b[0], b[1], 0x6240)")),
     "weights of a block in units of the row": (

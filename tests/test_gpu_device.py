@@ -3,8 +3,10 @@
 Skipped, with the reason, where there is none. Arrays are CuPy's, and torch's where it is installed with CUDA.
 """
 import functools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +152,7 @@ def test_tensors_of_torch(cupy, dtype):
     if not torch.cuda.is_available():
         pytest.skip("torch is installed without CUDA")
     q, k, v = (torch.from_numpy(x).to("cuda", getattr(torch, dtype)) for x in tensors(64, 77, 131))
+    torch.cuda.synchronize()
     for function, bound in ((flash_attention, TOLERANCES[dtype]), (flash_attention_int8, 0.03)):
         with torch.cuda.stream(torch.cuda.Stream()):
             out, lse = function(q, k, v, causal=True, return_lse=True)
@@ -159,43 +162,128 @@ def test_tensors_of_torch(cupy, dtype):
         close(out.double().cpu().numpy(), expected, bound)
 
 
-def test_streams_do_not_wait_for_each_other(cupy):
+def test_a_stream_of_torch_is_in_order(cupy):
+    """Operands that the stream is still making when the call is queued on it; and what it does with the result."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch is installed without CUDA")
+    given = [torch.from_numpy(x).to("cuda", torch.float16) for x in tensors(64, 128, 512)]
+    expected = flash_attention(*given)
+    late, large = [torch.zeros_like(x) for x in given], torch.ones(6000, 6000, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(20):
+            large = large @ large * 1e-4
+        for to, source in zip(late, given, strict=True):
+            to.copy_(source)
+        doubled = flash_attention(*late) * 2
+        for x in late:
+            x.fill_(float("nan"))
+    torch.cuda.synchronize()
+    assert torch.equal(doubled, expected * 2)
+
+
+CALLS = {  # name: (dtype, Lq, Lk, function)
+    "float32": ("float32", 128, 512, flash_attention),
+    "float16": ("float16", 130, 700, flash_attention),
+    "bfloat16": ("bfloat16", 130, 700, flash_attention),
+    "few rows": ("float16", 2, 3000, flash_attention),
+    "int8": ("float16", 130, 700, flash_attention_int8),
+    "int8, few rows": ("float16", 2, 3000, flash_attention_int8),
+    "int8, pv in 16 bits": ("float16", 130, 700, functools.partial(flash_attention_int8, pv="bf16")),
+    "int8 with sinks in float32": ("float32", 130, 700, functools.partial(flash_attention_int8, fp32_sinks=4)),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request, cupy):
+    """A function of a number, which chooses inputs."""
+    dtype, Lq, Lk, function = CALLS[request.param]
+
+    def arguments(n):
+        return [cupy.asarray(x.astype(dtype_of(dtype))) for x in tensors(64, Lq + (n if Lq > 16 else 0), Lk + n)]
+
+    return functools.partial(function, causal=True), arguments
+
+
+def test_streams_do_not_wait_for_each_other(cupy, call):
     """Each stream gets what its own calls compute, however they overlap."""
-    cases = [tuple(cupy.asarray(x) for x in tensors(64, 128 + n, 512)) for n in range(8)]
-    expected = [cupy.asnumpy(flash_attention(*case)) for case in cases]
+    function, arguments = call
+    cases = [arguments(n) for n in range(8)]
+    expected = [cupy.asnumpy(function(*case)) for case in cases]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in cases]
     cupy.cuda.Device().synchronize()
     outputs = []
     for _ in range(20):
         for stream, case in zip(streams, cases, strict=True):
             with stream:
-                outputs.append(flash_attention(*case))
+                outputs.append(function(*case))
     cupy.cuda.Device().synchronize()
     for i, out in enumerate(outputs):
         np.testing.assert_array_equal(cupy.asnumpy(out), expected[i % len(cases)])
 
 
-def test_memory_is_the_output(cupy):
-    """Nothing of the size of the scores, or of the inputs, is allocated."""
-    q, k, v = (cupy.zeros((1, 8, 8192, 64), cupy.float16) for _ in range(3))
-    flash_attention(q, k, v)
+def test_the_same_bits_again(cupy, call):
+    function, arguments = call
+    case = arguments(0)
+    first = cupy.asnumpy(function(*case))
+    for _ in range(5):
+        np.testing.assert_array_equal(cupy.asnumpy(function(*case)), first)
+
+
+def allocated(cupy, call):
+    """(bytes that a call takes from the device while it runs, its result)."""
+    call()  # compiled, loaded
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     before = pool.total_bytes()
-    out = flash_attention(q, k, v)
-    assert pool.total_bytes() - before <= out.nbytes + 2**20
+    out = call()
+    return pool.total_bytes() - before, out
 
 
-def test_the_same_bits_again(cupy):
-    case = [cupy.asarray(x.astype(np.float16)) for x in tensors(128, 300, 700)]
-    first = flash_attention(*case, causal=True)
-    for _ in range(5):
-        assert bool((flash_attention(*case, causal=True) == first).all())
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_memory_is_the_output(cupy, dtype):
+    """Nothing of the size of the scores, or of the inputs, is allocated."""
+    q, k, v = (cupy.zeros((1, 8, 8192, 64), dtype) for _ in range(3))
+    found, out = allocated(cupy, lambda: flash_attention(q, k, v))
+    assert found <= out.nbytes + 2**20
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_memory_of_few_rows(cupy, codes):
+    """The output, and what chunks of keys leave."""
+    from cyflash.gpu.decode import choose_decode
+    from cyflash.gpu.launch import architecture
+
+    B, heads, kv, Lk, D = 4, 32, 8, 16384, 128
+    q, k, v = (cupy.zeros((B, h, L, D), np.float16) for h, L in ((heads, 1), (kv, Lk), (kv, Lk)))
+    function, kind = flash_attention, "float16"
+    if codes:
+        function, kind = flash_attention_int8, "int8"
+        q, k, v = (cyflash.quantize(x, "token") for x in (q, k, v))
+    found, out = allocated(cupy, lambda: function(q, k, v))
+    chosen = choose_decode(architecture(0), B, heads, kv, 1, Lk, D, kind, out="float32" if codes else None)
+    # scales that are spread to tokens are views
+    assert found <= out.nbytes + 4 * chosen.workspace_floats + 2**20
+
+
+def test_memory_of_codes(cupy):
+    """The output; and where codes of values are transposed, those."""
+    q, k, v = (cyflash.quantize(cupy.zeros((1, 8, 8192, 128), np.float16), "token") for _ in range(3))
+    found, out = allocated(cupy, lambda: flash_attention_int8(q, k, v))
+    assert found <= out.nbytes + v.data.nbytes + 2**20
+
+
+FIND = "import cupy, cyflash; x = cupy.asarray([[1.0] * 64] * 64, 'f'); cupy.asnumpy(cyflash.flash_attention(x, x, x))"
+NO_COMPILER = "import cyflash.gpu.build as builder; builder.build = None; "
 
 
 def test_another_process_finds_the_kernel(cupy, tmp_path, monkeypatch):
+    """Compiled once; the second process compiles nothing."""
     monkeypatch.setenv("CYFLASH_CACHE_DIR", str(tmp_path))
-    code = "import cupy, cyflash; x = cupy.ones((64, 64), 'f'); cupy.asnumpy(cyflash.flash_attention(x, x, x))"
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", code], check=True)
+    root = Path(cyflash.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])))
+    for code in (FIND, NO_COMPILER + FIND):
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
         assert len(list(tmp_path.iterdir())) == 1

@@ -14,16 +14,17 @@ import pytest
 
 import cyflash
 from cyflash import FlashAttentionConfig, GPUUnavailableError, flash_attention, flash_attention_int8, reference
-from cyflash.gpu import build, cubins, launch, params, status, variants
-from cyflash.plan import make_plan
+from cyflash.gpu import arrays, build, cubins, kernels, launch, params, status, tensor_maps, variants
+from cyflash.plan import UNBOUNDED, make_plan
 from cyflash.quant import LayerScales, watch
 
 B, H, Hk, Lq, Lk, D = 2, 4, 2, 10, 13, 8
+MANY = 20  # query rows that are not few
 F32 = np.float32
 RNG = np.random.default_rng(0)
-BIAS = RNG.standard_normal((H, Lq, Lk)).astype(F32)
+BIAS = RNG.standard_normal((H, MANY, Lk)).astype(F32)
 BIAS[1, 2, 3] = -np.inf
-MASK = RNG.random((B, 1, Lq, Lk)) < 0.7
+MASK = RNG.random((B, 1, MANY, Lk)) < 0.7
 MASK[0, :, 4] = False
 SLOPES, SINKS = np.linspace(0.1, 0.5, H, dtype=F32), np.linspace(-1, 2, H, dtype=F32)
 
@@ -50,6 +51,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def options(name, rows=Lq):
+    """One of OPTIONS for so many query rows."""
+    return {key: x[..., :rows, :] if np.shape(x)[-2:-1] == (MANY,) else x for key, x in OPTIONS[name].items()}
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     return gpu_fake.device(monkeypatch)
@@ -59,7 +65,7 @@ def dtype_of(name):
     return pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
 
 
-def tensors(dtype=F32, Lk=Lk, seed=0):
+def tensors(dtype=F32, Lk=Lk, seed=0, Lq=Lq, D=D):
     rng = np.random.default_rng(seed)
     shapes = (B, H, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, D)
     return [rng.standard_normal(shape, dtype=F32).astype(dtype) for shape in shapes]
@@ -73,17 +79,36 @@ def there(gpu, options):
 # --- The whole call, computed from what was launched ------------------------------------------------------------------
 
 
+MACHINES = [("90", MANY), ("90", Lq), ("80", MANY), ("80", Lq)]  # compute capability, query rows
+
+
+def kernels_of(capability, rows, kind, pv, name):
+    """Which sources compute a piece."""
+    if kind == "float32":
+        return ["ffma.cu"]
+    if rows == Lq:
+        return ["decode.cu", "merge.cu"]
+    if capability == "80" or name == "all" or (pv == "int8" and name.startswith(("bias", "mask"))):
+        return ["mma.cu"]
+    return ["turned.cu", "hopper.cu"] if pv == "int8" else ["hopper.cu"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_reach_the_kernel(gpu, name, dtype):
-    q, k, v = tensors(dtype_of(dtype))
-    out, lse = flash_attention(*map(gpu.array, (q, k, v)), return_lse=True, **there(gpu, OPTIONS[name]))
-    expected, expected_lse = reference.attention(q, k, v, return_lse=True, **OPTIONS[name])
+@pytest.mark.parametrize(("capability", "rows"), MACHINES)
+def test_options_reach_the_kernel(monkeypatch, capability, rows, name, dtype):
+    gpu = gpu_fake.device(monkeypatch, capability=capability)
+    q, k, v = tensors(dtype_of(dtype), Lq=rows)
+    given = options(name, rows)
+    out, lse = flash_attention(*map(gpu.array, (q, k, v)), return_lse=True, **there(gpu, given))
+    expected, expected_lse = reference.attention(q, k, v, return_lse=True, **given)
     assert type(out) is gpu_fake.FakeArray and out.dtype == q.dtype and lse.dtype == F32
     tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     np.testing.assert_allclose(out.host.astype(float), expected, rtol=0, atol=tolerance)
     np.testing.assert_allclose(lse.host, expected_lse, rtol=0, atol=1e-5)
-    assert gpu.launches[0].variant.kernel == "_".join([dtype] * 3)
+    assert [one.source for one in gpu.launches] == kernels_of(capability, rows, dtype, dtype, name)
+    assert gpu.launches[0].kinds.startswith("_".join([dtype] * 2))
+    assert {one.variant.arch for one in gpu.launches} == {{"80": "sm_80", "90": "sm_90a"}[capability]}
 
 
 @pytest.mark.parametrize("pv", ["int8", "bf16", "fp32"])
@@ -92,28 +117,149 @@ def test_options_reach_the_kernel(gpu, name, dtype):
     {}, {"fp32_sinks": 3}, {"granularity": ("tensor", "head", "token"), "smooth_k": False}, {"fp32_sinks": Lk},
     {"q_scale": 0.03, "k_scale": np.full((Hk, 1, 1), 0.04, F32), "v_scale": 0.03, "smooth_k": True},
 ])
-def test_options_of_int8_reach_the_kernel(gpu, name, how, pv):
+@pytest.mark.parametrize(("capability", "rows"), MACHINES[:3])
+def test_options_of_int8_reach_the_kernel(monkeypatch, capability, rows, name, how, pv):
     """The weights' roundings are the kernel's, so the output is compared more coarsely than the LSE."""
-    q, k, v = tensors()
+    gpu = gpu_fake.device(monkeypatch, capability=capability)
+    q, k, v = tensors(Lq=rows, D=16)
+    given = options(name, rows)
     out, lse = flash_attention_int8(
-        *map(gpu.array, (q, k, v)), pv=pv, return_lse=True, **there(gpu, how), **there(gpu, OPTIONS[name])
+        *map(gpu.array, (q, k, v)), pv=pv, return_lse=True, **there(gpu, how), **there(gpu, given)
     )
-    expected, expected_lse = reference.attention_int8(q, k, v, pv=pv, return_lse=True, **how, **OPTIONS[name])
+    expected, expected_lse = reference.attention_int8(q, k, v, pv=pv, return_lse=True, **how, **given)
     np.testing.assert_allclose(lse.host, expected_lse, rtol=0, atol=1e-5)
     np.testing.assert_allclose(out.host, expected, rtol=0, atol={"int8": 0.02, "bf16": 0.02, "fp32": 1e-5}[pv])
     sinks = how.get("fp32_sinks", 0)
-    exact = "float32_float32_float32"
-    coded = {"int8": "int8_int8_float32", "bf16": "int8_bfloat16_float32", "fp32": exact}[pv]
-    assert [one.variant.kernel for one in gpu.launches] == [exact] * (sinks > 0) + [coded] * (sinks < Lk)
+    coded = kernels_of(capability, rows, "float32" if pv == "fp32" else "int8", pv, name)
+    assert [one.source for one in gpu.launches] == ["ffma.cu"] * (sinks > 0) + coded * (sinks < Lk)
 
 
+@pytest.mark.parametrize("rows", [Lq, MANY])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_int8_of_16_bits(gpu, dtype):
-    q, k, v = tensors(dtype_of(dtype))
+def test_int8_of_16_bits(gpu, dtype, rows):
+    q, k, v = tensors(dtype_of(dtype), Lq=rows, D=16)
     for pv, second in (("int8", "int8"), ("bf16", dtype)):
+        gpu.launches.clear()
         out = flash_attention_int8(*map(gpu.array, (q, k, v)), pv=pv)
-        assert out.dtype == q.dtype and gpu.launches[-1].variant.kernel == f"int8_{second}_{dtype}"
+        assert out.dtype == q.dtype
+        expected = f"int8_{second}" if rows == Lq else f"int8_{second}_{dtype}"
+        assert expected in {one.kinds for one in gpu.launches}
         np.testing.assert_allclose(out.host.astype(float), reference.attention_int8(q, k, v, pv=pv), rtol=0, atol=0.03)
+
+
+# --- Which kernels ----------------------------------------------------------------------------------------------------
+
+
+def run_of(gpu, *arrays, function=flash_attention, **more):
+    """The sources that a call launches, and what it says that it ran; the result is right."""
+    from cyflash.attention import attend, attend_int8
+
+    gpu.launches.clear()
+    hosts = [x.host.copy() for x in arrays]
+    out, _, work = (attend if function is flash_attention else attend_int8)(*arrays, **more)
+    expected = (reference.attention if function is flash_attention else reference.attention_int8)(*hosts, **more)
+    np.testing.assert_allclose(out.host.astype(float), expected, rtol=0, atol=0.03)
+    return [one.source for one in gpu.launches], work.implementation
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_chunks_of_keys(gpu, dtype):
+    """What the first of two kernels leaves is where the second one looks for it, and theirs alone."""
+    q, k, v = tensors(Lk=2500)
+    given = {"causal": True, "window": (1700, -1), "sinks": SINKS, "return_lse": True}
+    if dtype == "int8":
+        out, lse = flash_attention_int8(*map(gpu.array, (q, k, v)), **there(gpu, given))
+        expected, expected_lse = reference.attention_int8(q, k, v, **given)
+    else:
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        out, lse = flash_attention(*map(gpu.array, (q, k, v)), **there(gpu, given))
+        expected, expected_lse = reference.attention(q, k, v, **given)
+    np.testing.assert_allclose(out.host.astype(float), expected, rtol=0, atol=0.01)
+    np.testing.assert_allclose(lse.host, expected_lse, rtol=0, atol=2e-5)
+    split, merge = gpu.launches
+    assert split.params.tobytes() == merge.params.tobytes()
+    assert (split.params["chunk"], split.params["chunks"]) == (1024, 3)
+    assert (split.grid, merge.grid) == ((B * Hk * 3 * 2,), (B * H * Lq,))  # 20 rows of a group are two tiles
+
+
+def test_what_a_tensor_map_cannot_describe(monkeypatch):
+    """It takes mma.cu, on compute capability 9.0 too, and the call says so."""
+    gpu = gpu_fake.device(monkeypatch, real_variants=True)
+    mma = ["mma.cu"], "cyflash_mma sm_90a"
+    q, k, v = map(gpu.array, tensors("float16", Lq=MANY, D=16))
+    assert run_of(gpu, q, k, v) == (["hopper.cu"], "cyflash_hopper sm_90a")
+    broadcast = gpu.array(np.broadcast_to(k.host[:, :1], k.shape))
+    backward = gpu.array(k.host[:, :, ::-1])
+    shifted = gpu.array(np.zeros((B, Hk, Lk, 24), np.float16)[..., 1:17])
+    overlapping = gpu.array(np.lib.stride_tricks.as_strided(v.host, v.shape, (*v.strides[:2], 16, 2)))
+    for other in (broadcast, backward, shifted, overlapping):
+        for given in ((q, other, v), (q, k, other)):
+            assert run_of(gpu, *given) == mma
+    q, none = gpu.array(q.host[:1, :1]), gpu.array(k.host[:1, :1, :0])
+    assert tensor_maps.can_map(none.host) and run_of(gpu, q, none, none) == mma
+
+
+def test_rows_of_one_key_lie_anywhere(monkeypatch):
+    """Strides of an axis with one element are nobody's business."""
+    gpu = gpu_fake.device(monkeypatch, real_variants=True)
+    q, k, v = (gpu.array(x[:1, :1]) for x in tensors("float16", Lq=MANY))
+    k, v = (gpu.array(np.lib.stride_tricks.as_strided(x.host, (1, 1, 1, D), (6, -2, 2, 2))) for x in (k, v))
+    assert run_of(gpu, q, k, v)[0] == ["hopper.cu"]
+
+
+def test_transposed_values_come_from_anywhere(monkeypatch):
+    """Tensor maps are of the transposed v, so v itself needs none."""
+    gpu = gpu_fake.device(monkeypatch, real_variants=True)
+    q, k, v = (gpu.array(RNG.integers(-127, 128, x.shape, np.int8)) for x in tensors(Lq=MANY, Lk=200, D=16))
+    scales = {"q_scale": 0.02, "k_scale": 0.03, "v_scale": 0.01, "function": flash_attention_int8}
+    wide = np.zeros((B, Hk, 200, 21), np.int8)
+    wide[..., 3:19] = v.host
+    for values in (v, gpu.array(wide[..., 3:19]), gpu.array(np.broadcast_to(v.host[:, :1], v.shape))):
+        assert run_of(gpu, q, k, values, **scales) == (["turned.cu", "hopper.cu"], "cyflash_hopper sm_90a")
+    assert run_of(gpu, q, gpu.array(wide[..., 3:19]), v, **scales)[0] == ["mma.cu"]
+
+
+def test_a_call_says_all_that_ran(monkeypatch):
+    gpu = gpu_fake.device(monkeypatch, real_variants=True)
+    ran = run_of(gpu, *map(gpu.array, tensors(D=16)), function=flash_attention_int8, fp32_sinks=2)
+    assert ran == (["ffma.cu", "decode.cu", "merge.cu"], "cyflash_ffma sm_90a, cyflash_decode sm_90a")
+
+
+def test_maps_are_encoded_once(gpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tensor_maps, "_encoder", lambda: encoder)
+
+    def encoder(*arguments):
+        calls.append(arguments)
+        return gpu_fake.encode(*arguments)
+
+    q, k, v = map(gpu.array, tensors("float16", Lq=MANY))
+    for _ in range(3):
+        flash_attention(q, k, v)
+    assert len(calls) == 3 and len(gpu.launches) == 3
+    flash_attention(q, k, gpu.array(v.host.copy()))
+    assert len(calls) == 6
+
+
+def test_a_driver_without_tensor_maps(gpu, monkeypatch):
+    q, k, v = map(gpu.array, tensors("float16", Lq=MANY))
+    monkeypatch.setattr(tensor_maps, "_encoder", lambda: lambda *arguments: 1)
+    with pytest.raises(RuntimeError, match=r"cuTensorMapEncodeTiled returned error 1 for Box\(address=.*shape=\(8, 20"):
+        flash_attention(q, k, v)
+    monkeypatch.undo()
+    tensor_maps._encoder.cache_clear()
+    for driver in (SimpleNamespace(), None):
+        def of_machine(driver=driver):
+            if driver is None:
+                raise OSError("libcuda.so.1: cannot open shared object file")
+            return driver
+
+        monkeypatch.setattr(tensor_maps, "_driver", of_machine)
+        with pytest.raises(GPUUnavailableError, match=r"driver has no cuTensorMapEncodeTiled.*a driver of CUDA 12"):
+            tensor_maps.encoded([])
+
+
+# --- More of whole calls ----------------------------------------------------------------------------------------------
 
 
 def test_codes_with_scales_are_not_copied(gpu):
@@ -125,7 +271,7 @@ def test_codes_with_scales_are_not_copied(gpu):
     assert out.dtype == F32
     expected = reference.attention_int8(q.host, k.host, v.host, **scales)
     np.testing.assert_allclose(out.host, expected, rtol=0, atol=0.03)
-    (one,) = gpu.launches
+    one, _ = gpu.launches
     assert [one.params[name] for name in "qkv"] == [x.data.ptr for x in (q, k, v)]
     assert one.params["q_scale_stride"].tolist() == [H * Lq, Lq, 1]
     assert one.params["k_scale_stride"].tolist() == [0, 1, 0] and one.params["v_scale_stride"].tolist() == [0, 0, 0]
@@ -145,7 +291,7 @@ def test_unlike_kinds_are_computed_in_float32(gpu):
     q, k, v = tensors()
     k, v = k.astype(np.float16), v.astype(dtype_of("bfloat16"))
     out = flash_attention(*map(gpu.array, (q.astype(np.float16), k, v)))
-    assert out.dtype == np.float16 and gpu.launches[0].variant.kernel == "float32_float32_float32"
+    assert out.dtype == np.float16 and gpu.launches[0].kinds == "float32_float32_float32"
     np.testing.assert_allclose(out.host, reference.attention(q.astype(np.float16), k, v), rtol=0, atol=2e-3)
 
 
@@ -210,8 +356,8 @@ def test_planned_layers(gpu, name, dtype):
         ([0, 2, 3], LayerScales(None, np.full((3, 1, 1), 0.04), None, fp32_sinks=2)), ([1], None),
     ])  # fmt: skip
     options = {} if name == "none" else {
-        "causal": True, "bias": np.resize(BIAS, (1, 8, Lq, Lk)), "mask": MASK, "sinks": np.linspace(0, 1, 8, dtype=F32),
-        "alibi_slopes": np.linspace(0.1, 0.5, 8, dtype=F32),
+        "causal": True, "bias": np.resize(BIAS, (1, 8, Lq, Lk)), "mask": MASK[:, :, :Lq],
+        "sinks": np.linspace(0, 1, 8, dtype=F32), "alibi_slopes": np.linspace(0.1, 0.5, 8, dtype=F32),
     }  # fmt: skip
     out, lse = flash_attention_int8(
         *map(gpu.array, (q, k, v)), quant=planned, return_lse=True, **there(gpu, options)
@@ -219,7 +365,10 @@ def test_planned_layers(gpu, name, dtype):
     expected, expected_lse = flash_attention_int8(q, k, v, quant=planned, return_lse=True, **options)
     np.testing.assert_allclose(lse.host, expected_lse, rtol=0, atol=1e-3)
     np.testing.assert_allclose(out.host.astype(float), expected.astype(float), rtol=0, atol=0.03)
-    assert out.dtype == q.dtype and len(gpu.launches) == 2 * 2 + 1
+    few = ["decode.cu", "merge.cu"]
+    exact = ["ffma.cu"] if dtype == "float32" else few
+    assert out.dtype == q.dtype
+    assert [one.source for one in gpu.launches] == 2 * ["ffma.cu", *few] + exact
     with pytest.raises(ValueError, match="pv: expected None beside a planned layer"):
         flash_attention_int8(*map(gpu.array, (q, k, v)), quant=planned, pv="int8")
     with pytest.raises(ValueError, match=r"quant\.parts: expected the 2 kv heads"):
@@ -337,11 +486,43 @@ def test_each_device_loads_its_own(gpu):
 
 
 def test_a_grid_has_limits():
-    plan = SimpleNamespace(B=2**20, H=2**10, Lq=64)
+    plan = SimpleNamespace(B=2**20, H=2**10, Lq=64, Lk=7)
     assert launch.grid(variant(rows=64), plan) == (2**30,)
     plan.Lq = 65
-    with pytest.raises(ValueError, match=r"q: expected at most 2147483647 blocks of 64 query rows.*B=1048576.*split"):
+    words = r"q: expected a call that takes at most 2147483647 blocks.*got 2147483648 of doubled for B=1048576.*split"
+    with pytest.raises(ValueError, match=words):
         launch.grid(variant(rows=64), plan)
+
+
+@pytest.mark.parametrize(("kind", "source", "shape"), [
+    ("float16", "hopper.cu", (2**20, 2**12, 2**12, MANY, 20)),
+    ("float32", "ffma.cu", (2**20, 2**12, 2**12, 1, 20)),
+    ("float16", "decode.cu", (2**20, 2**6, 2**6, 1, 2**20)),   # chunks of all heads
+    ("float16", "merge.cu", (2**16, 2**12, 2**4, 16, 20)),     # rows of all heads
+    ("int8", "hopper.cu", (2**20, 2**12, 2**3, MANY, 20)),
+    ("int8", "turned.cu", (2**10, 2**5, 2**5, MANY, 2**24)),   # 16 keys of a channel for each thread
+])
+def test_a_call_of_too_many_blocks(gpu, monkeypatch, kind, source, shape):
+    """Nothing is launched or allocated, whichever of its launches it is."""
+    batch, heads, kv, rows, keys = shape
+    size = np.dtype(kind).itemsize
+
+    def seen(heads, length):
+        shape, strides = (batch, heads, length, 16), (16, 16, 16 * size, size)
+        host = np.lib.stride_tricks.as_strided(np.zeros(16, kind), shape, strides)
+        return arrays.GPUArray(host.view(arrays.Shadow), None, 0, None)
+
+    plan = SimpleNamespace(
+        B=batch, H=heads, Hk=kv, Lq=rows, Lk=keys, D=16, scale=1.0, softcap=0.0, offset=0, left=UNBOUNDED,
+        right=UNBOUNDED, alibi_slopes=None, bias=None, mask=None,
+    )
+    named = {"q": seen(heads, rows), "k": seen(kv, keys), "v": seen(kv, keys), "out": seen(heads, rows)}
+    monkeypatch.setattr(sys.modules["cupy"], "empty", None)
+    monkeypatch.setattr(variants, "choose", gpu_fake.chosen)
+    name = f"cyflash_{source.removesuffix('.cu').replace('turned', 'turn')}"
+    with pytest.raises(ValueError, match=f"q: expected a call that takes at most 2147483647 blocks.* of {name} for B="):
+        kernels.queue(0, plan, (kind, kind, "float32" if kind == "int8" else kind), named)
+    assert not gpu.launches
 
 
 def test_params_have_the_layout_of_the_header(tmp_path):
@@ -437,6 +618,75 @@ def test_codes_without_a_scale(gpu):
         flash_attention_int8(q, k, v, q_scale=0.1, k_scale=gpu.array(np.ones((3, 1, 1), F32)), v_scale=0.1)
 
 
+BAD_OF_INT8 = {
+    "float64": (TypeError, {"q": ((B, H, Lq, D), "f8")}, "q: expected float32 .*int8 or a Quantized.* got float64"),
+    "head_dim": (NotImplementedError, {n: ((4, 257), F32) for n in "qkv"}, "q: a head_dim of at most 256 .*got 257"),
+    "Dv": (NotImplementedError, {"v": ((B, Hk, Lk, 2 * D), F32)}, "v: a head_dim other than q's .*got 16 and 8"),
+    "two devices": (ValueError, {"k": ((B, Hk, Lk, D), F32, 1)}, "k: expected an array on cuda:0 as q .*copy it there"),
+    "scale elsewhere": (
+        ValueError, {"q_scale": ((H, 1, 1), F32, 1)}, "q_scale: expected an array on cuda:0 as q is, got one on"),
+    "num_threads": (ValueError, {"num_threads": 1}, "num_threads: expected None with arrays on a GPU, got 1"),
+    "dropout": (TypeError, {"dropout_p": 0.1}, "unexpected keyword argument 'dropout_p'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_OF_INT8)
+def test_bad_input_of_int8(gpu, name):
+    kind, changed, words = BAD_OF_INT8[name]
+    arguments = dict(zip("qkv", map(gpu.array, tensors()), strict=True))
+    for key, x in changed.items():
+        arguments[key] = gpu.array(np.ones(*x[:2]), *x[2:]) if isinstance(x, tuple) else x
+    with pytest.raises(kind, match=words):
+        flash_attention_int8(**arguments)
+    assert not gpu.launches
+
+
+def test_what_belongs_together_is_on_one_device(gpu):
+    q, k, v = map(gpu.array, tensors())
+    codes, scale = gpu.array(np.ones(k.shape, np.int8)), gpu.array(np.ones((Hk, 1, 1), F32))
+    far = gpu.array(np.ones((Hk, 1, 1), F32), 1)
+    mean, rows = (gpu.array(np.ones((B, Hk, n, D), F32), 1) for n in (1, 2))
+    words = "expected an array on cuda:0 as {} is, got one on cuda:1; copy it there first"
+    for name, of, call in (
+        ("scale", "data", lambda: cyflash.QuantizedTensor(codes, far)),
+        ("mean", "data", lambda: cyflash.QuantizedTensor(codes, scale, mean)),
+        ("fp32_rows", "data", lambda: cyflash.QuantizedTensor(codes, 1.0, None, rows)),
+        ("scale", "x", lambda: cyflash.quantize(k, scale=far)),
+        ("quant.k_scale", "q", lambda: flash_attention_int8(q, k, v, quant=LayerScales(0.1, far, 0.1))),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {words.format(of)}"):
+            call()
+    flash_attention_int8(q, k, v, quant=LayerScales(0.1, scale, 0.1))
+
+
+PATH_OF = cubins.path_of
+
+
+def looking_in(folder, gpu, monkeypatch):
+    """q, k, v of a call that looks for its kernels in a folder."""
+    monkeypatch.setattr(cubins, "path_of", PATH_OF)
+    monkeypatch.setenv(cubins.VARIABLE, str(folder))
+    monkeypatch.setattr(build, "build", lambda variant, texts: build.Built(b"code", ""))
+    return map(gpu.array, tensors())
+
+
+def test_a_call_without_nvrtc(gpu, monkeypatch, tmp_path):
+    def absent():
+        raise RuntimeError("libnvrtc.so not found")
+
+    q, k, v = looking_in(tmp_path, gpu, monkeypatch)
+    monkeypatch.setattr(sys.modules["cupy"].cuda.nvrtc, "getVersion", absent)
+    with pytest.raises(GPUUnavailableError, match=r"NVRTC.*libnvrtc.so not found.*install it with: pip"):
+        flash_attention(q, k, v)
+
+
+def test_a_call_that_cannot_keep_its_kernel(gpu, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    q, k, v = looking_in(tmp_path / "file" / "cache", gpu, monkeypatch)
+    with pytest.raises(OSError, match=r"compiled kernels cannot be kept in .*; set CYFLASH_CACHE_DIR to a"):
+        flash_attention(q, k, v)
+
+
 def test_an_old_device(gpu, monkeypatch):
     monkeypatch.setattr(gpu_fake.Context, "compute_capability", "75")
     with pytest.raises(NotImplementedError, match=r"cuda:0 has compute capability 7.5; the kernels need 8.0 or later"):
@@ -445,8 +695,6 @@ def test_an_old_device(gpu, monkeypatch):
 
 def test_nothing_reads_a_shadow():
     """At an address that is not mapped: a read would end this process."""
-    from cyflash.gpu import arrays
-
     seen = arrays._seen("x", 4096, (B, H, Lq, D), None, np.dtype(F32), 0, None)
     assert repr(seen).count("Shadow(") == 1 and seen.address == 4096 and seen.strides == (H * Lq * D, Lq * D, D, 1)
     bias, mask = (arrays._seen("x", 4096, (Lq, Lk), None, np.dtype(t), 0, None).shadow for t in (F32, bool))
@@ -463,8 +711,31 @@ def test_other_functions_say_that_they_are_of_the_host(gpu):
         cyflash.flash_attention_varlen(q, k, v, *lengths)
     with pytest.raises(NotImplementedError, match="query: expected an array in the host's memory"):
         cyflash.scaled_dot_product_attention(q, k, v)
-    with pytest.raises(NotImplementedError, match="host's memory"):
-        cyflash.KVCache(1, Hk, D, 16).append(k[None], v[None])
+    host = [x.host for x in (q, k, v)]
+    heads_first = [x.swapaxes(0, 1)[None] for x in host]
+    there = [gpu.array(x) for x in heads_first]
+    cache, paged = cyflash.KVCache(1, Hk, D, 16), cyflash.PagedKVCache(4, 16, Hk, D)
+    cache.append(*heads_first[1:])
+    numbers, scale = gpu.array(np.array([0, Lk])), gpu.array(np.ones((Hk, 1, 1), F32))
+    mask = gpu.array(np.ones((Lq, Lq), bool))
+    for name, call in (
+        ("k", lambda: cache.append(*there[1:])),
+        ("q", lambda: cyflash.flash_attention_with_kvcache(there[0], cache)),
+        ("k", lambda: cyflash.flash_attention_with_kvcache(heads_first[0], cache, *there[1:])),
+        ("rows", lambda: cyflash.flash_attention_with_kvcache(heads_first[0], cache, rows=numbers[:1])),
+        ("lengths", lambda: cache.truncate(numbers[:1])),
+        ("rows", lambda: paged.reorder(numbers[:1])),
+        ("k_scale", lambda: cyflash.KVCache(1, Hk, D, 16, dtype="int8", k_scale=scale, v_scale=1.0)),
+        ("q", lambda: cyflash.flash_attention_int8_varlen(q, k, v, *lengths)),
+        ("cu_seqlens_k", lambda: cyflash.flash_attention_varlen(*host, lengths[0], numbers)),
+        ("out_a", lambda: cyflash.merge_states(there[0], there[0][..., 0], there[0], there[0][..., 0])),
+        ("attn_mask", lambda: cyflash.scaled_dot_product_attention(*3 * [heads_first[0]], attn_mask=mask)),
+        ("scale", lambda: cyflash.quantize(heads_first[1], scale=scale)),
+        ("scale", lambda: cyflash.QuantizedTensor(np.ones((Hk, Lk, D), np.int8), scale)),
+        ("quant.k_scale", lambda: flash_attention_int8(*heads_first, quant=LayerScales(0.1, scale, 0.1))),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"^{name}: .*the host's memory.*cupy.asnumpy\({name}\)"):
+            call()
 
 
 # --- Other libraries' arrays ------------------------------------------------------------------------------------------
@@ -517,9 +788,9 @@ def torch(monkeypatch):
 
 def test_tensors_of_torch(gpu, torch):
     q, k, v = tensors()
-    out, lse = flash_attention(*map(Tensor, (q, k, v)), mask=Tensor(MASK), return_lse=True)
+    out, lse = flash_attention(*map(Tensor, (q, k, v)), mask=Tensor(MASK[:, :, :Lq]), return_lse=True)
     assert type(out) is type(lse) is Tensor
-    np.testing.assert_allclose(out.host, reference.attention(q, k, v, mask=MASK), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out.host, reference.attention(q, k, v, mask=MASK[:, :, :Lq]), rtol=0, atol=1e-6)
     assert [one.id for one in gpu.launches[0].streams] == [77]
 
 
@@ -760,6 +1031,16 @@ def test_a_cache_below_a_file(cache, monkeypatch, tmp_path):
     monkeypatch.setenv(cubins.VARIABLE, str(tmp_path / "file" / "cache"))
     with pytest.raises(NotADirectoryError, match="set CYFLASH_CACHE_DIR"):
         cubins.path_of(variant())
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(cubins.VARIABLE, raising=False)
+    monkeypatch.setattr(cubins.Path, "home", homeless)
+    with pytest.raises(RuntimeError, match=r"cannot be kept: Could not determine home.*set CYFLASH_CACHE_DIR to"):
+        cubins.folder()
 
 
 def test_where_kernels_are_kept(monkeypatch, tmp_path):

@@ -7,7 +7,8 @@
     suite.py     `--suite`: the fixed list of comparisons in fp32
     int8.py      `--int8`: the same of int8 with fp32, bfloat16 and itself
     decode.py    `--decode`: caches, ragged batches and 16 bits; its own decode_cases.py and decode_systems.py
-    gpu.py       `--gpu`: kernels of the GPU beside torch's and Triton's; its own gpu_systems.py
+    gpu.py       `--gpu`: kernels of the GPU beside torch's and Triton's; its own gpu_systems.py and gpu_worker.py;
+                 gpu_triton.py: a peer in Triton
     report.py    progress, tables, JSON, plot
 
 Times are wall-clock seconds of one call with inputs, compiled models and threads ready. A ratio is the median time of a

@@ -3,12 +3,16 @@
 All calls of a race are queued on one stream and timed by events on it, so host time counts only where the GPU waits.
 """
 import importlib.util
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 import cyflash
+
+FEW_ROWS = 16  # a case with fewer is measured by the bytes it reads
+DISTINCT = 4   # sequences that differ: more would take long to make, and none is read twice from a cache
 
 
 class Absent(Exception):
@@ -47,23 +51,75 @@ class GPUCase:
         """Of keys and values, which few rows of queries wait for."""
         return 2 * self.B * self.Hk * self.Lk * self.D
 
+    @property
+    def few(self):
+        """Whether keys and values are waited for more than products are made."""
+        return self.Lq < FEW_ROWS
+
+    def repeats(self):
+        """How often `arrays` are to follow each other along the batch."""
+        return max(n for n in range(1, self.B + 1) if self.B % n == 0 and (n == 1 or self.B // n >= DISTINCT))
+
     def arrays(self):
-        """q, k and v in float32 on the host, from a seed."""
-        rng = np.random.default_rng(0)
-        shapes = (self.B, self.H, self.Lq, self.D), *[(self.B, self.Hk, self.Lk, self.D)] * 2
+        """q, k and v in float32 on the host, from a seed: the first sequences, which the others repeat."""
+        rng, B = np.random.default_rng(0), self.B // self.repeats()
+        shapes = (B, self.H, self.Lq, self.D), *[(B, self.Hk, self.Lk, self.D)] * 2
         return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
-def of_cyflash(case, q, k, v):
-    """q, k, v: torch tensors of the case's kind (for int8: of 16 bits), or CuPy's where there is no torch."""
-    if not case.kind.startswith("int8"):
-        return partial(cyflash.flash_attention, q, k, v, causal=case.causal)
-    pv = "int8" if case.kind == "int8" else "bf16"
-    if not case.quantise:
-        # Queries too: what is timed is the kernel.
-        q, k = cyflash.quantize(q, "token"), cyflash.quantize(k, "token")
-        v = cyflash.quantize(v, "token") if pv == "int8" else v
-    return partial(cyflash.flash_attention_int8, q, k, v, pv=pv, causal=case.causal)
+class OfCyflash:
+    """A call. q, k, v: torch tensors of the case's kind (for int8: of 16 bits), or CuPy's where there is no torch."""
+
+    def __init__(self, case, q, k, v):
+        self.options = {"causal": case.causal}
+        if case.kind.startswith("int8"):
+            self.options["pv"] = "int8" if case.kind == "int8" else "bf16"
+            if not case.quantise:  # queries too: what is timed is the kernel
+                q, k = cyflash.quantize(q, "token"), cyflash.quantize(k, "token")
+                v = cyflash.quantize(v, "token") if case.kind == "int8" else v
+        self.operands = q, k, v
+
+    def __call__(self):
+        call = cyflash.flash_attention_int8 if "pv" in self.options else cyflash.flash_attention
+        return call(*self.operands, **self.options)
+
+    def kernel(self):
+        """What a call runs, as the engine names it."""
+        from cyflash import attention
+
+        attend = attention.attend_int8 if "pv" in self.options else attention.attend
+        return attend(*self.operands, **self.options)[2].implementation
+
+
+class OfCyflashMma(OfCyflash):
+    """The same by mma.sync, on devices where another kernel would be chosen."""
+
+    def __init__(self, case, q, k, v):
+        from cyflash.gpu import launch
+
+        if case.few or case.kind == "fp32" or launch.architecture(0) != "sm_90a":
+            raise Absent("is what cyflash takes here, or takes no part")
+        super().__init__(case, q, k, v)
+
+    def __call__(self):
+        with without("hopper.cu"):
+            return super().__call__()
+
+    def kernel(self):
+        with without("hopper.cu"):
+            return super().kernel()
+
+
+@contextmanager
+def without(source):
+    """No kernel of this source is chosen."""
+    from cyflash.gpu import variants
+
+    variants.passed_over.add(source)
+    try:
+        yield
+    finally:
+        variants.passed_over.discard(source)
 
 
 def of_torch(backend, case, q, k, v):
@@ -81,10 +137,20 @@ def of_torch(backend, case, q, k, v):
 
 
 def of_triton(case, q, k, v):
+    """FlashAttention-2 written in Triton, the fastest of its tiles."""
+    _require_triton()
+    if case.kind not in ("fp16", "bf16") or case.few:
+        raise Absent("takes 16 bits and many query rows; beside codes it would be measured again")
+    from cyflash.bench import gpu_triton
+
+    return partial(gpu_triton.attention, q, k, v, causal=case.causal)
+
+
+def of_flex(case, q, k, v):
     """The kernel that torch's flex_attention has Triton compile."""
-    torch = _torch()
-    if importlib.util.find_spec("triton") is None:
-        raise Absent("triton is not installed")
+    torch = _require_triton()
+    if case.kind != "fp16":
+        raise Absent("is measured with fp16 only: it takes long to compile")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = None
@@ -94,10 +160,12 @@ def of_triton(case, q, k, v):
 
 
 SYSTEMS = {
-    "cyflash": of_cyflash,
+    "cyflash": OfCyflash,
+    "cyflash mma": OfCyflashMma,
     "torch flash": partial(of_torch, "FLASH_ATTENTION"),
     "torch cuDNN": partial(of_torch, "CUDNN_ATTENTION"),
     "Triton": of_triton,
+    "Triton (flex)": of_flex,
 }
 
 
@@ -110,8 +178,17 @@ def tensors(case):
         from cyflash.arrays import checked_dtype
         from cyflash.gpu import status
 
-        return [status.cupy().asarray(x.astype(checked_dtype("kind", kind))) for x in case.arrays()]
-    return [torch.from_numpy(x).to("cuda", getattr(torch, kind)) for x in case.arrays()]
+        cupy, dtype = status.cupy(), checked_dtype("kind", kind)
+        return [cupy.tile(x, (n, 1, 1, 1)) if (n := case.repeats()) > 1 else x
+                for x in (cupy.asarray(x.astype(dtype)) for x in case.arrays())]
+    return [torch.from_numpy(x).to("cuda", getattr(torch, kind)).repeat(case.repeats(), 1, 1, 1) for x in case.arrays()]
+
+
+def _require_triton():
+    torch = _torch()
+    if importlib.util.find_spec("triton") is None:
+        raise Absent("triton is not installed")
+    return torch
 
 
 def _torch():

@@ -68,6 +68,17 @@ def look(name, x):
     raise TypeError(f"{name}: expected an array on a GPU, got {type(x).__name__}")
 
 
+def require_one_device(seen):
+    """ValueError unless all of {name: GPUArray} are on the device of the first one."""
+    first, like = next(iter(seen.items()))
+    for name, x in seen.items():
+        if x.device != like.device:
+            raise ValueError(
+                f"{name}: expected an array on cuda:{like.device} as {first} is, got one on cuda:{x.device}; copy it "
+                "there first"
+            )
+
+
 def library_of(x):
     """The top-level module of x's type."""
     return type(x).__module__.partition(".")[0]

@@ -1,9 +1,9 @@
-"""`flash_attention` and `flash_attention_int8` for arrays on a GPU: check, plan, quantise, choose a kernel, launch.
+"""`flash_attention` and `flash_attention_int8` for arrays on a GPU: check, plan, quantise, launch.
 
 Checks, plans and errors are those of the CPU path, which get shadows of the arrays (arrays.py).
 
     call = described(...)      shapes and options in order, the output allocated
-    _attended(call, pieces)     pieces of the keys: each one launch; two are merged by their log-sum-exps
+    _attended(call, pieces)     pieces of the keys, each by a kernel; two are merged by their log-sum-exps
 """
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ import numpy as np
 from cyflash import operands, parts, plan
 from cyflash import quantized as quant_rules
 from cyflash.arrays import FLOATS, NAMES
-from cyflash.gpu import arrays, launch, params, planned, quantise, status, variants
+from cyflash.gpu import arrays, decode, kernels, launch, planned, quantise, status
 from cyflash.gpu.arrays import GPUArray, as_cupy, look
 from cyflash.gpu.tensors import on_device
+from cyflash.gpu.where import on_gpu
 from cyflash.quantized import QuantizedTensor
 
 LARGEST_HEAD_DIM = 256
@@ -50,7 +51,11 @@ def attend_int8(
         settings = operands.settle(
             *(_stand_in(given[name], seen[name]) for name in "qkv"), q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
             granularity=granularity, smooth_k=smooth_k, fp32_sinks=fp32_sinks, pv=pv, quant=quant,
+            gpu=True,
         )
+        prefix = "" if quant is None else "quant."
+        scales = {f"{prefix}{name}_scale": scale for name, scale in settings.scales.items() if on_gpu(scale)}
+        arrays.require_one_device(seen | {name: look(name, scale) for name, scale in scales.items()})
         return _attended(call, _pieces(call, given, seen, settings))
 
 
@@ -69,7 +74,7 @@ def looked_at(named, kinds, expected):
         if found.kind not in kinds:
             raise TypeError(f"{name}: expected {expected}, got {_dtype_name(found)}; convert it to float32")
         _require_rows(name, found)
-    _require_one_device(seen)
+    arrays.require_one_device(seen)
     return seen
 
 
@@ -79,15 +84,6 @@ def _require_rows(name, x):
             f"{name}: expected a contiguous last axis on the GPU, got strides {x.strides} (in elements) for shape "
             f"{x.shadow.shape}; write cupy.ascontiguousarray({name}), or {name}.contiguous() with torch"
         )
-
-
-def _require_one_device(seen):
-    device = seen["q"].device
-    for name, x in seen.items():
-        if x.device != device:
-            raise ValueError(
-                f"{name}: expected an array on cuda:{device} as q is, got one on cuda:{x.device}; copy it there first"
-            )
 
 
 def _dtype_name(x):
@@ -119,7 +115,7 @@ def described(
     extra = {name: _optional(name, options[name], seen["q"]) for name in OPTIONAL if options.get(name) is not None}
     if out is not None:
         extra["out"] = look("out", out)
-    _require_one_device(seen | extra)
+    arrays.require_one_device(seen | extra)
     shadows = options | {name: x.shadow for name, x in extra.items() if name != "out"}
     made = plan.make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **shadows)
     _require_limits(made, seen)
@@ -190,7 +186,7 @@ def _stand_in(given, seen):
 
 
 class _Piece(NamedTuple):
-    """One launch: keys from `first` on, as many as k has."""
+    """What a kernel computes: keys from `first` on, as many as k has."""
 
     first: int
     kind: str  # of both products' first operands: "fp32", "fp16", "bf16", "int8"
@@ -348,27 +344,29 @@ def _attended(call, pieces):
     if not call.out.shadow.size:
         return out, lse, Work(flops, 0, 0, 0, "gpu")
     if len(pieces) == 1:
-        variant = _run(call, pieces[0], call.plan, call.kind, call.out, call.lse)
+        ran = [_run(call, pieces[0], call.plan, call.kind, call.out, call.lse)]
     else:
-        variant = _merge_pieces(call, pieces)
-    keys = dict(variant.macros).get("BLOCK_K", 0)
-    return out, lse, Work(flops, variant.shared_bytes, variant.rows, keys, f"{variant.kernel} {variant.arch}")
+        ran = _merge_pieces(call, pieces)
+    largest = ran[-1]
+    keys = dict(largest.macros).get("BLOCK_K", decode.KEYS)
+    names = ", ".join(f"{variant.kernel} {variant.arch}" for variant in ran)
+    return out, lse, Work(flops, largest.shared_bytes, largest.rows, keys, names)
 
 
 def _merge_pieces(call, pieces):
-    """Two pieces of the keys, each into float32 of its own; the sinks go with the last."""
+    """Two pieces of the keys, each into float32 of its own; the sinks go with the last. Their kernels' Variants."""
     cupy, shape = status.cupy(), call.out.shadow.shape
-    parts = []
+    parts, ran = [], []
     for piece in pieces:
         out, lse = cupy.empty(shape, np.float32), cupy.empty(shape[:3], np.float32)
         last = piece is pieces[-1]
-        variant = _run(call, piece, _of_keys(call.plan, piece, last), "fp32", _of_cupy(out), _of_cupy(lse))
+        ran.append(_run(call, piece, _of_keys(call.plan, piece, last), "fp32", _of_cupy(out), _of_cupy(lse)))
         parts.append((out, lse))
     out, lse = _merged(*parts[0], *parts[1])
     write(out, call.out)
     if call.lse is not None:
         write(lse, call.lse.four_axes()._replace(shadow=call.lse.shadow.reshape(shape[:3])))
-    return variant
+    return ran
 
 
 def _of_keys(made, piece, last):
@@ -405,7 +403,7 @@ def write(x, target):
 
 
 def _run(call, piece, made, kind, out, lse):
-    """One launch. kind: of what `out` holds."""
+    """One piece's kernel; its Variant. kind: of what `out` holds."""
     if max(made.Lk, abs(made.offset)) >= LONGEST:
         raise ValueError(f"k: expected fewer than {LONGEST} keys and rows between q and k on the GPU, got {made.Lk}")
     optional = {"bias": made.bias, "mask": made.mask, "slopes": made.alibi_slopes, "sinks": made.sinks}
@@ -418,32 +416,7 @@ def _run(call, piece, made, kind, out, lse):
     written = "fp32" if piece.kind == "fp32" else kind  # the kernel of float32 writes no other
     if written != kind:
         pointers["out"] = _of_cupy(status.cupy().empty(out.shadow.shape, np.float32))
-    variant = variants.choose(
-        launch.architecture(call.device), made.D, *(NAMES[one] for one in (piece.kind, piece.pv, written)),
-        aligned=_aligned(pointers), options=_options(made),
-    )
-    grid = launch.grid(variant, made)
-    launch.launch(call.device, variant, grid, params.filled(made, pointers))
+    variant = kernels.queue(call.device, made, tuple(NAMES[one] for one in (piece.kind, piece.pv, written)), pointers)
     if written != kind:
         write(pointers["out"].owner, out)
     return variant
-
-
-def _options(made):
-    """Names of the options that a plan has on, of those that a variant is compiled with or without."""
-    on = {
-        "EDGES": min(made.left, made.right) < plan.UNBOUNDED, "SOFTCAP": made.softcap > 0,
-        "ALIBI": made.alibi_slopes is not None, "BIAS": made.bias is not None, "MASK": made.mask is not None,
-    }
-    return {name for name, value in on.items() if value}
-
-
-def _aligned(pointers):
-    """Whether all rows that kernels copy begin at multiples of 16 bytes."""
-    for name in ("q", "k", "v", "out"):
-        shadow = pointers[name].shadow
-        if pointers[name].address % 16 or any(
-            stride % 16 for stride, length in zip(shadow.strides[:3], shadow.shape[:3], strict=True) if length > 1
-        ):
-            return False
-    return True

@@ -18,7 +18,12 @@ DIGEST = 16  # hexadecimal digits of the digest in a name
 def folder():
     """Where compiled kernels are kept: CYFLASH_CACHE_DIR, or ~/.cache/cyflash."""
     given = os.environ.get(VARIABLE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "cyflash"
+    try:
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "cyflash"
+    except RuntimeError as error:  # a user without a home, as containers have
+        raise RuntimeError(
+            f"compiled kernels cannot be kept: {error}; set {VARIABLE} to a folder that can be written"
+        ) from error
 
 
 def key(texts, options, version):

@@ -153,49 +153,49 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
     }
 
     Head head[2];
-    Rows rows;
+    Rows rows[1];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const Row row = find_row(p, part, g + 8 * h);
         head[h] = make_head(p, part.b, row.h);
-        begin_row(rows, h, p, part.b, row.h, row.i);
+        begin_row(rows[0], h, p, part.b, row.h, row.i);
     }
-    float o[DV / 2];
+    float o[1][DV / 2];
 #pragma unroll
-    for (int i = 0; i < DV / 2; i++) o[i] = 0.f;
+    for (int i = 0; i < DV / 2; i++) o[0][i] = 0.f;
 
     copy_wait<2 * STAGES>();
     barrier();  // Q is there
-    u32 q[Q_STAYS ? STEPS : 1][4];
+    u32 q[Q_STAYS ? STEPS : 1][1][4];
 #pragma unroll
-    for (int step = 0; step < (Q_STAYS ? STEPS : 0); step++) load_rows<QK_PITCH>(q[step], 0, step);
+    for (int step = 0; step < (Q_STAYS ? STEPS : 0); step++) load_rows<1, QK_PITCH>(q[step], 0, step);
 
     u32 stage = ring;
 #pragma unroll 1
     for (int j = part.begin + team; j < part.end; j += TEAMS) {
         copy_wait<2 * STAGES - 1>();
         team_barrier();  // K is there
-        Sum sums[KEYS / 2];
-        float s[KEYS / 2];
-        multiply_qk<QK_PITCH, KEYS, Q_STAYS>(sums, q, 0, stage);
+        Sum sums[1][KEYS / 2];
+        float s[1][KEYS / 2];
+        multiply_qk<1, QK_PITCH, KEYS, Q_STAYS>(sums, q, 0, stage);
         const bool partial = j * KEYS < part.whole_from || j * KEYS + KEYS - 1 > part.whole_to;
         const bool hiding = HIDING && (BIAS || MASK || partial);
-        soften<KEYS, ZERO>(s, sums, rows, p, head[0], head[1], j * KEYS, stage + AT_K_SCALE, partial,
+        soften<KEYS, ZERO>(s[0], sums[0], rows[0], p, head[0], head[1], j * KEYS, stage + AT_K_SCALE, partial,
                            hiding && !CODED_P);
         team_barrier();  // all have done with K
         copy_k(p, part, j + STAGES * TEAMS, stage);
-        if (warp_any(rows.alpha[0] != 1.f || rows.alpha[1] != 1.f)) {  // seldom after the first tiles
+        if (warp_any(rows[0].alpha[0] != 1.f || rows[0].alpha[1] != 1.f)) {  // seldom after the first tiles
 #pragma unroll
-            for (int i = 0; i < DV / 2; i++) o[i] *= rows.alpha[i / 2 % 2];
+            for (int i = 0; i < DV / 2; i++) o[0][i] *= rows[0].alpha[i / 2 % 2];
         }
 
         copy_wait<2 * STAGES - 1>();
         team_barrier();  // V is there
         if constexpr (CODED_P) {
-            scale_to_codes<KEYS>(s, rows, stage + AT_V_SCALE);
-            multiply_codes<DV, KEYS>(o, s, rows.worth, stage + AT_V + member * V_BYTES);
+            scale_to_codes<KEYS>(s[0], rows[0], stage + AT_V_SCALE);
+            multiply_codes<1, DV, KEYS>(o, s, rows, stage + AT_V + member * V_BYTES);
         } else {
-            multiply_pv<DV, KEYS>(o, s, stage + AT_V + member * V_BYTES, hiding);
+            multiply_pv<1, DV, KEYS>(o, s, stage + AT_V + member * V_BYTES, hiding);
         }
         team_barrier();  // all have done with V
         copy_v(p, part, j + STAGES * TEAMS, stage);
@@ -205,9 +205,9 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
     // every tile of this team has been used, so its ring is free
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float sum = row_sum(rows.l[h]);
+        const float sum = row_sum(rows[0].l[h]);
         if (t == 0 && member == 0) {
-            shared_store(AT_STATE + (team * ROWS + g + 8 * h) * 8, rows.m[h]);
+            shared_store(AT_STATE + (team * ROWS + g + 8 * h) * 8, rows[0].m[h]);
             shared_store(AT_STATE + (team * ROWS + g + 8 * h) * 8 + 4, sum);
         }
 #pragma unroll
@@ -215,8 +215,8 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
 #pragma unroll
             for (int pair = 0; pair < 2; pair++) {
                 const u32 at = ring + (g + 8 * h) * O_PITCH + (member * DV + channel_of(n, pair)) * 4;
-                shared_store(at, o[first_of(n, pair) + 2 * h]);
-                shared_store(at + 4, o[second_of(n, pair) + 2 * h]);
+                shared_store(at, o[0][first_of(n, pair) + 2 * h]);
+                shared_store(at + 4, o[0][second_of(n, pair) + 2 * h]);
             }
     }
     barrier();  // the teams' results are there

@@ -6,6 +6,7 @@ from cyflash.gpu.variants import FLAGS, SIZES, TYPES, Variant, choose, round_up
 
 # Up to here no kernel reads keys less often than this one does, once for 16 rows of all the heads that share them.
 FEW_ROWS = 16
+KEYS = 32  # of a tile, as in decode.cu
 MOST_RING_BYTES = 68 * 1024
 
 
@@ -84,7 +85,7 @@ def _split(arch, D, qk, v, flags):
     team = 1 if D <= 128 else 2
     warps, teams = (4, 4) if team == 1 else (2, 1)
     busy = any(value for name, value in flags if name not in ("EDGES", "ALIGNED"))
-    stage = 32 * D * (SIZES[qk] + SIZES[v]) + 32 * 4 * ((qk == "int8") + (v == "int8"))
+    stage = KEYS * D * (SIZES[qk] + SIZES[v]) + KEYS * 4 * ((qk == "int8") + (v == "int8"))
     stages = min(max(MOST_RING_BYTES // (teams * stage), 1), 4)
     macros = (("HEAD_DIM", D), ("WARPS", warps), ("TEAM", team), ("STAGES", stages),
               ("BLOCKS", 3 if team == 2 or (D <= 64 and not busy) else 2), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]),

@@ -100,14 +100,30 @@ KERNEL(cyflash_ffma, THREADS, 2) {
         float s[TM][TN];
         multiply_qk(s, AT_K + at, ty, tx);
         const bool partial = is_partial<Bc>(work, j), hiding = BIAS || MASK || partial;
+        const int row = work.row + ty, key = j * Bc + tx;  // of s[0][0]
+        if (negated(p)) {
+#pragma unroll
+            for (int r = 0; r < TM; r++)
+#pragma unroll
+                for (int n = 0; n < TN; n++) s[r][n] = -s[r][n];
+        }
+#pragma unroll
+        for (int r = 0; r < TM; r++)
+#pragma unroll
+            for (int n = 0; n < TN; n++) {
+                s[r][n] = changed(s[r][n], p, head, row + 8 * r, key + 16 * n, p.scale, 0.f);
+            }
+        if (partial) {
+#pragma unroll
+            for (int r = 0; r < TM; r++)
+#pragma unroll
+                for (int n = 0; n < TN; n++) s[r][n] = inside(s[r][n], p, head, row + 8 * r, key + 16 * n);
+        }
 #pragma unroll
         for (int r = 0; r < TM; r++) {
             float highest = m[r];
 #pragma unroll
-            for (int n = 0; n < TN; n++) {
-                s[r][n] = changed(s[r][n], p, head, work.row + ty + 8 * r, j * Bc + tx + 16 * n, p.scale, 0.f, partial);
-                highest = fmaxf(highest, s[r][n]);
-            }
+            for (int n = 0; n < TN; n++) highest = fmaxf(highest, s[r][n]);
 #pragma unroll
             for (int lanes = 1; lanes < 16; lanes *= 2) highest = fmaxf(highest, shuffle_xor(highest, lanes));
             const float base = stand_in(highest), alpha = rescale<true>(m[r], base, unit);

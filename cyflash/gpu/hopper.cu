@@ -199,7 +199,7 @@ DEVICE void write(const Params& p, const Work& work, const Rows& rows, const flo
 template <int TYPE> DEVICE bool leaks(const Work& work, int group, int n) {
     if (!CAREFUL || !hides(work, work.begin + n)) return false;
     mbarrier_wait(V_FULL + 8 * stage(n), parity(n));
-    return holds_infinite<TYPE, V_BYTES>(AT_V + stage(n) * V_BYTES, LOOKS + group);
+    return warpgroup_any(holds_not_finite<TYPE, V_BYTES, 128>(AT_V + stage(n) * V_BYTES), LOOKS + group);
 }
 
 // Tiles from n on by mma.sync, 16 keys at a time.

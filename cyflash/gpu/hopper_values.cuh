@@ -47,19 +47,6 @@ template <int TYPE, int PITCH, int Br, int Bc, int BYTES> DEVICE void multiply_q
     }
 }
 
-// Whether a tile of BYTES holds NaN or infinity. For all of a warpgroup; uses named barrier `id`.
-template <int TYPE, int BYTES> DEVICE bool holds_infinite(u32 at, int id) {
-    u32 any = 0;
-#pragma unroll 4
-    for (int i = thread_index() % 128 * 16; i < BYTES; i += 128 * 16) {
-        float x[4];
-        shared_load(x, at + i);
-#pragma unroll
-        for (int e = 0; e < 4; e++) any |= not_finite<TYPE>(bits_of(x[e]));
-    }
-    return warpgroup_any(any != 0, id);
-}
-
 // O += P V of 16 keys. seen: 1 for each key that a row sees. v: where the first key's values begin.
 template <int TYPE, int D, int Bc>
 DEVICE void multiply_pv_slowly(float (&o)[D / 2], const u32 (&w)[4], const u32 (&seen)[4], u32 v) {

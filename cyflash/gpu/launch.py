@@ -25,24 +25,27 @@ def load(device, variant):
     return kernel
 
 
-def launch(device, variant, grid, params):
-    """Queue one launch on CuPy's current stream. params: an array with one element, passed by value."""
-    load(device, variant)(grid, (variant.threads,), (params,), shared_mem=variant.shared_bytes)
+def launch(device, variant, grid, *arguments):
+    """Queue one launch on CuPy's current stream. arguments: arrays with one element each, passed by value."""
+    load(device, variant)(grid, (variant.threads,), arguments, shared_mem=variant.shared_bytes)
 
 
-def grid(variant, plan):
-    """As many blocks as there are blocks of query rows in all heads of all sequences, on one axis.
+def grid(variant, plan, blocks=None):
+    """The grid of a launch, on one axis.
+
+    blocks: how many; as many as there are blocks of query rows in all heads of all sequences where it is not given.
 
     Raises
     ------
     ValueError
         Where CUDA has no such grid.
     """
-    blocks = variant.blocks(plan.B, plan.H, plan.Lq)
+    if blocks is None:
+        blocks = variant.blocks(plan.B, plan.H, plan.Lq)
     if blocks > MOST_BLOCKS:
         raise ValueError(
-            f"q: expected at most {MOST_BLOCKS} blocks of {variant.rows} query rows in a call on the GPU, got {blocks} "
-            f"of B={plan.B}, H={plan.H}, Lq={plan.Lq}; split the call"
+            f"q: expected a call that takes at most {MOST_BLOCKS} blocks on the GPU, got {blocks} of {variant.kernel} "
+            f"for B={plan.B}, H={plan.H}, Lq={plan.Lq}, Lk={plan.Lk}; split it by sequences or heads"
         )
     return (blocks,)
 

@@ -31,8 +31,8 @@ DEVICE Head make_head(const Params& p, int b, int h) {
     return head;
 }
 
-// factor: product * factor is the score in natural units. Its sign is taken by changed(), and it is not 0, since
-// -inf * 0 would be NaN.
+// factor: product * factor is the score in natural units. The unit has no sign, and it is not 0, since -inf * 0 would be
+// NaN.
 DEVICE float log2_unit(float factor) { return FOLDED ? fmaxf(fabsf(factor) * LOG2E, 1.2e-38f) : LOG2E; }
 
 // A score of this kernel in natural units; shift is what it lacks.
@@ -52,16 +52,16 @@ DEVICE float tanh_accurate(float x) {
     return size < 0.625f ? fmaf(near * z, x, x) : x != x ? x : far;
 }
 
-// The product of row i and a key as the score that the softmax takes. Rows and keys may lie after the last ones.
-//
-// factor: what makes it a score, in natural units. shift: what the score then lacks. partial: causal, the window or the
-// last key hides a part of this tile.
-DEVICE float changed(
-    float s, const Params& p, const Head& head, int i, int key, float factor, float shift, bool partial
-) {
-    if (FOLDED) {
-        if (p.scale < 0.f) s = -s;  // the unit has no sign
-    } else {
+// Three steps from the product of row i and a key to the score that the softmax takes. Each is a loop of its own over a
+// thread's scores, so that where its condition is false it costs one branch and not an instruction a score.
+
+// First, where negated(): the sign of the scale, which the unit has not.
+DEVICE bool negated(const Params& p) { return FOLDED && p.scale < 0.f; }
+
+// Then options. Rows and keys may lie after the last ones. factor: what makes a product a score, in natural units. shift:
+// what the score then lacks.
+DEVICE float changed(float s, const Params& p, const Head& head, int i, int key, float factor, float shift) {
+    if (!FOLDED) {
         s *= factor;
         if (SOFTCAP) s = p.softcap * tanh_accurate((s + shift) * (1.f / p.softcap));
         if (ALIBI) s = fmaf(-head.slope, fabsf((float)(key - i - (int)p.offset)), s);
@@ -71,8 +71,13 @@ DEVICE float changed(
         }
     }
     if (MASK && !head.mask[min(i, p.Lq - 1) * p.mask_stride[2] + min(key, p.Lk - 1) * p.mask_stride[3]]) s = -INFINITY;
-    if (partial && (key - i < head.low || key - i > head.high || key >= p.Lk)) s = -INFINITY;
     return s;
+}
+
+// Last, in tiles that are partial: keys that causal, the window or the last key hides.
+DEVICE float inside(float s, const Params& p, const Head& head, int i, int key) {
+    const bool hidden = EDGES && (key - i < head.low || key - i > head.high);
+    return hidden || key >= p.Lk ? -INFINITY : s;
 }
 
 // The keys that row i sees, by causal and window; both ends never decrease with i.

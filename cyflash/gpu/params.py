@@ -27,11 +27,11 @@ PARAMS = np.dtype(
 )
 
 
-def filled(plan, arrays):
+def filled(plan, arrays, chunk=0, chunks=0):
     """The struct of one launch, as an array with one element.
 
     plan: of plan.py. arrays: {name of a pointer: GPUArray, with as many leading axes as it has strides}; those that are
-    left out are 0.
+    left out are 0. chunk, chunks: of decode.py.
     """
     params = np.zeros(1, PARAMS)
     one = params[0]
@@ -45,4 +45,5 @@ def filled(plan, arrays):
         one[name] = UNBOUNDED if side >= PLANS_UNBOUNDED else side
     for name in ("B", "H", "Hk", "Lq", "Lk", "D", "scale", "softcap"):
         one[name] = getattr(plan, name)
+    one["chunk"], one["chunks"] = chunk, chunks
     return params

@@ -28,7 +28,8 @@ def attend(q, k, v, quant, how, config, **options):
                 with parts.named_in_errors(name):
                     works.append(_attend_run(call, seen, kv_heads, places, layer, config, options))
     flops, *largest, kernels = zip(*works, strict=True)
-    return *call.results, Work(sum(flops), *map(max, largest), kernels[0])
+    names = dict.fromkeys(name for run in kernels for name in run.split(", "))  # each once, in order
+    return *call.results, Work(sum(flops), *map(max, largest), ", ".join(names))
 
 
 def _runs(kv_heads):

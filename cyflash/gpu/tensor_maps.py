@@ -4,11 +4,15 @@ A kernel that takes them copies boxes: some rows of one head, 128 or 64 bytes of
 outside the array. CuPy 14 has no call that encodes them; the driver's is called through ctypes.
 """
 import ctypes
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
+from cyflash.gpu.status import GPUUnavailableError
+
 MAP_BYTES = 128
+MOST_KEPT = 256  # encoded maps, of 1 KB with what they are of: a model's calls repeat their addresses
 LARGEST_STRIDE = 2**40  # in bytes; the driver takes less
 # Of cuda.h: CUtensorMapDataType, CUtensorMapSwizzle by the bytes of a box's row, CU_TENSOR_MAP_L2_PROMOTION_L2_256B.
 DATA_TYPES = {1: 0, 2: 6}  # copies only ask for the size, and what is filled in is 0: bfloat16 goes as float16
@@ -29,8 +33,8 @@ class Box(NamedTuple):
 def can_map(*arrays):
     """Whether tensor maps can describe arrays (B, H, L, D).
 
-    They begin at multiples of 16 bytes, as all their rows do, and no axis that is longer than 1 is broadcast or
-    backward.
+    They begin at multiples of 16 bytes, as all their rows do; no axis that is longer than 1 is broadcast or backward,
+    and no row overlaps the next one.
     Arrays are NumPy's or shadows of a GPU's; nothing is read.
     """
     return all(
@@ -39,6 +43,7 @@ def can_map(*arrays):
             n <= 1 or (stride % 16 == 0 and 0 < stride < LARGEST_STRIDE)
             for n, stride in zip(x.shape[:3], x.strides[:3], strict=True)
         )
+        and (x.shape[2] <= 1 or x.strides[2] >= x.shape[3] * x.itemsize)
         for x in arrays
     )
 
@@ -61,14 +66,20 @@ def boxes(variant, q, k, v):
 def encoded(boxes, encode=None):
     """An array with one element of 128 bytes for each box, to be passed by value as struct Maps.
 
-    encode: cuTensorMapEncodeTiled, by default the driver's.
+    encode: cuTensorMapEncodeTiled, by default the driver's. The same boxes give the same array, not to be written to.
 
     Raises
     ------
     RuntimeError
         Where the driver refuses a box.
+    GPUUnavailableError
+        Where the driver has no such function.
     """
-    encode = encode or _driver().cuTensorMapEncodeTiled
+    return _encoded(tuple(boxes), encode or _encoder())
+
+
+@functools.lru_cache(MOST_KEPT)
+def _encoded(boxes, encode):
     room = np.zeros(MAP_BYTES * len(boxes) + 64, np.uint8)
     start = -room.ctypes.data % 64  # where the driver writes has to be aligned
     maps = room[start : start + MAP_BYTES * len(boxes)]
@@ -84,6 +95,18 @@ def encoded(boxes, encode=None):
         if error:
             raise RuntimeError(f"cuTensorMapEncodeTiled returned error {error} for {one}")
     return maps.view(np.dtype([("opaque", np.uint8, (maps.size,))]))
+
+
+@functools.cache
+def _encoder():
+    """cuTensorMapEncodeTiled of the driver."""
+    try:
+        return _driver().cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as error:
+        raise GPUUnavailableError(
+            "the NVIDIA driver has no cuTensorMapEncodeTiled, which kernels for compute capability 9.0 need "
+            f"({error}); install a driver of CUDA 12 or later"
+        ) from error
 
 
 def _driver():

@@ -19,6 +19,8 @@ def quantize(x, granularity, *, scale, smooth, skip):
     skip = quantized.checked_sinks(skip, shape)
     if scale is not None:
         scale = quantized.checked_scale("scale", scale, shape)
+        if on_gpu(scale):
+            arrays.require_one_device({"x": seen, "scale": look("scale", scale)})
         asked = None if granularity == "tensor" else granularity
         granularity = quantized.checked_against(_shaped(scale), asked, shape)
     with arrays.current_stream(seen):
@@ -53,11 +55,14 @@ def checked(tensor):
         raise ValueError(f"data: expected 2 or 3 or 4 dimensions and a head_dim of at least 1, got shape {shape}")
     scale = quantized.checked_scale("scale", tensor.scale, shape)
     object.__setattr__(tensor, "scale", scale)
+    if on_gpu(scale):
+        arrays.require_one_device({"data": data, "scale": look("scale", scale)})
     for name, rows in (("mean", 1), ("fp32_rows", None)):
         x = getattr(tensor, name)
         if x is None:
             continue
         found = look(name, x)
+        arrays.require_one_device({"data": data, name: found})
         if found.kind != "fp32":
             raise TypeError(f"{name}: expected float32, got {found.shadow.dtype.name}")
         expected = (*shape[:-2], min(found.shadow.shape[-2], shape[-2]) if rows is None else rows, shape[-1])

@@ -66,6 +66,19 @@ template <int TYPE> DEVICE u32 not_finite(u32 pair) {
     return (((pair & exponent) + one) >> 15 & 0x00010001u) * 0xffffu;
 }
 
+// Whether BYTES of shared memory, or what of them this one of THREADS neighbours has looked at, hold NaN or infinity.
+template <int TYPE, int BYTES, int THREADS> DEVICE bool holds_not_finite(u32 at) {
+    u32 any = 0;
+#pragma unroll 4
+    for (int i = thread_index() % THREADS * 16; i < BYTES; i += THREADS * 16) {
+        float x[4];
+        shared_load(x, at + i);
+#pragma unroll
+        for (int e = 0; e < 4; e++) any |= not_finite<TYPE>(bits_of(x[e]));
+    }
+    return any != 0;
+}
+
 // 1 for each half of a pair, none finite where `where` is set, that is NaN or the infinity with this sign, else 0.
 template <int TYPE> DEVICE u32 is_infinite(u32 pair, u32 where, bool negative) {
     constexpr u32 one = TYPE == BF16 ? 0x3f80u : 0x3c00u, infinity = TYPE == BF16 ? 0x7f80u : 0x7c00u;

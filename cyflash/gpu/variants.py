@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 FLAGS = ("EDGES", "SOFTCAP", "ALIBI", "BIAS", "MASK")  # EDGES: causal or a window
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+# Sources that `choose` takes no kernel of where another one will do: measurements and tests compare kernels by it.
+passed_over = set()
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 LARGEST_HEAD_DIM = 256
+LONG = 1 << 30
 
 
 class Variant(NamedTuple):
@@ -29,7 +32,7 @@ class Variant(NamedTuple):
         return B * H * -(-Lq // self.rows) * self.parts
 
 
-def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options=()):
+def choose(arch, D, qk, v=None, out=None, *, Lq=LONG, aligned=True, mapped=False, options=()):
     """The variant for arrays of these data types.
 
     Parameters
@@ -41,6 +44,8 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options
     qk, v, out : str
         Names of dtypes. float32 for all three; float16 or bfloat16 for all three; or int8 q and k, v of int8, float16
         or bfloat16, and out of float32, float16 or bfloat16. v and out are as qk where they are not given.
+    Lq : int
+        Query rows of a head: blocks have fewer rows where there are not so many.
     aligned : bool
         Rows of q, k and v begin at multiples of 16 bytes.
     mapped : bool
@@ -69,9 +74,9 @@ def choose(arch, D, qk, v=None, out=None, *, aligned=True, mapped=False, options
         return _ffma(arch, D, flags, busy)
     halves = ("float16", "bfloat16")
     if (qk in halves and qk == v == out) or (qk == "int8" and v in ("int8", *halves) and out in ("float32", *halves)):
-        if arch == "sm_90a" and mapped and _hopper_takes(D, qk, v, options):
-            return _hopper(D, qk, v, out, flags, options)
-        return _mma(arch, D, qk, v, out, flags, busy)
+        if arch == "sm_90a" and mapped and "hopper.cu" not in passed_over and _hopper_takes(D, qk, v, options):
+            return _hopper(D, qk, v, out, flags[:-1], options)
+        return _mma(arch, D, qk, v, out, flags, busy, Lq)
     raise ValueError(f"expected q, k, v and out in one of the combinations that a kernel takes, got {qk}, {v}, {out}")
 
 
@@ -91,14 +96,20 @@ def _ffma(arch, D, flags, busy):
     return Variant("ffma.cu", "cyflash_ffma", macros, arch, 128, shared_bytes, Br)
 
 
-def _mma(arch, D, qk, v, out, flags, busy):
-    """Tensor cores by mma.sync. A block has 4 warps of 16 rows; two blocks share a multiprocessor, so a thread has 255
-    registers: O D / 2, S Bc / 2, Q D / 4 or less, and what makes scores of products. int8 v needs as many again of
-    sums, and busy threads need more: beyond 128 channels two blocks compute half of them each. Bytes: 64 KB at D = 128
-    in 16 bits."""
+def _mma(arch, D, qk, v, out, flags, busy, Lq):
+    """Tensor cores by mma.sync. A block has 4 warps; two blocks share a multiprocessor, so a thread has 255 registers.
+
+    A warp has 32 rows if they fit: what it reads of K and V then serves twice as many products, and shared memory does
+    not hold them up. In 16 bits at D = 128 and Bc = 32 O is 128 registers and S 32, at 64 and 64 they are 64 and 64; of
+    codes, whose sums and scales need more, D = 64 fits. Otherwise 16 rows: O D / 2, S Bc / 2, Q D / 4 or less. int8 v
+    needs as many again of sums, and busy threads need more: beyond 128 channels two blocks compute half of them each.
+    Weights of int8 v are codes of 64 keys, as the reference has them, but where that does not fit. Bytes: 56 or 64 KB
+    at D = 128 in 16 bits."""
     D = round_up(D, 32 if qk == "int8" or D > 128 else 16)
     parts = 2 if D > 128 and (busy or v == "int8") else 1
-    Br, Bc = 64, 32 if busy or D > 128 else 64
+    pairs = not busy and Lq > 64 and (D <= 64 or (D <= 128 and qk != "int8"))
+    narrow = busy or D > 128 or (pairs and v != "int8" and (D > 64 or qk == "int8"))
+    Br, Bc = 128 if pairs else 64, 32 if narrow else 64
     macros = (("HEAD_DIM", D), ("CHANNELS", D // parts), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2),
               ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
     shared_bytes = (Br + 2 * Bc) * D * SIZES[qk] + Bc * (D // parts) * SIZES[v]

@@ -51,16 +51,31 @@ template <int KEYS, int ZERO_SUM> DEVICE void soften(
     float (&s)[KEYS / 2], const Sum (&sums)[KEYS / 2], Rows& rows, const Params& p, const Head& head0,
     const Head& head1, int first_key, u32 k_scales, bool partial, bool mark
 ) {
-    const int t = thread_index() % 4;
+    const int key = first_key + thread_index() % 4 * 2;  // of s[0]
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
         float k_scale[2] = {1.f, 1.f};
-        if (CODES) shared_load(k_scale, k_scales + (n * 8 + 2 * t) * 4);
+        if (CODES) shared_load(k_scale, k_scales + (key - first_key + n * 8) * 4);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const float sum = sum_of<ZERO_SUM>(sums[4 * n + e]), x = CODES ? sum * k_scale[e % 2] : sum;
-            s[4 * n + e] = changed(x, p, e < 2 ? head0 : head1, rows.i[e / 2], first_key + n * 8 + 2 * t + e % 2,
-                                   rows.factor[e / 2], rows.shift[e / 2], partial);
+            const float sum = sum_of<ZERO_SUM>(sums[4 * n + e]);
+            s[4 * n + e] = CODES ? sum * k_scale[e % 2] : sum;
+        }
+    }
+    if (negated(p)) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 2; n++) s[n] = -s[n];
+    }
+#pragma unroll
+    for (int n = 0; n < KEYS / 2; n++) {
+        const int h = n % 4 / 2;
+        s[n] = changed(s[n], p, h ? head1 : head0, rows.i[h], key + n / 4 * 8 + n % 2, rows.factor[h], rows.shift[h]);
+    }
+    if (partial) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 2; n++) {
+            const int h = n % 4 / 2;
+            s[n] = inside(s[n], p, h ? head1 : head0, rows.i[h], key + n / 4 * 8 + n % 2);
         }
     }
 #pragma unroll
@@ -74,15 +89,23 @@ template <int KEYS, int ZERO_SUM> DEVICE void soften(
         rows.alpha[h] = rescale<EXACT>(rows.m[h], stand_in(highest), unit);
         rows.worth[h] = CODED_P ? rescale<EXACT>(top, stand_in(highest), unit) : 1.f;
         rows.m[h] = highest;
+        if (mark) {
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int i = 4 * n + 2 * h; i < 4 * n + 2 * h + 2; i++) {
-                const bool hidden = s[i] == -INFINITY;
-                s[i] = weight<EXACT>(s[i], base, unit);
-                sum += s[i];
-                if (mark && !hidden) s[i] = max_nan(s[i], SMALLEST_WEIGHT);
+            for (int n = 0; n < KEYS / 4; n++) {
+                float& x = s[n / 2 * 4 + 2 * h + n % 2];
+                const bool hidden = x == -INFINITY;
+                x = weight<EXACT>(x, base, unit);
+                sum += x;
+                if (!hidden) x = max_nan(x, SMALLEST_WEIGHT);
             }
+        } else {
+#pragma unroll
+            for (int n = 0; n < KEYS / 4; n++) {
+                float& x = s[n / 2 * 4 + 2 * h + n % 2];
+                x = weight<EXACT>(x, base, unit);
+                sum += x;
+            }
+        }
         rows.l[h] = fmaf(rows.l[h], rows.alpha[h], sum * rows.worth[h]);
     }
 }

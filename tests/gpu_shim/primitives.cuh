@@ -65,7 +65,9 @@ DEVICE float exp2_fast(float x) {
     const float y = exp2f(x);
     return y < 0x1p-126f ? 0.f : y;
 }
-DEVICE float reciprocal(float x) { return 1.f / x; }
+// rcp.approx.ftz: numbers below the least normal one are 0, given and returned
+DEVICE float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.f, x) : x; }
+DEVICE float reciprocal(float x) { return flushed(1.f / flushed(x)); }
 DEVICE float max_nan(float x, float y) { return x != x ? x : y != y ? y : fmaxf(x, y); }
 DEVICE u32 bits_of(float x) { return shim::bits(x); }
 DEVICE float float_of(u32 x) { return shim::number(x); }
