@@ -89,15 +89,18 @@ def library(source, macros, changes=()):
 def compile_kernel(to, source, macros, changes):
     place = to.with_suffix(".sources")
     place.mkdir(exist_ok=True)
-    for path in (path for source in SOURCES for path in source.iterdir()):
-        if path.suffix in (".cu", ".cuh", ".h") and not (SHIM / path.name).exists():
-            text = path.read_text()
-            for file, old, new in changes:
-                if file == path.name:
-                    if text.count(old) != 1:
-                        raise ValueError(f"{file} has {text.count(old)} times: {old}")
-                    text = text.replace(old, new)
-            (place / path.name).write_text(text)
+    paths = [path for source in SOURCES for path in source.iterdir()
+             if path.suffix in (".cu", ".cuh", ".h") and not (SHIM / path.name).exists()]
+    if unknown := {file for file, *_ in changes} - {path.name for path in paths}:
+        raise ValueError(f"changes of {unknown}, which is none of {sorted(path.name for path in paths)}")
+    for path in paths:
+        text = path.read_text()
+        for file, old, new in changes:
+            if file == path.name:
+                if text.count(old) != 1:
+                    raise ValueError(f"{file} has {text.count(old)} times: {old}")
+                text = text.replace(old, new)
+        (place / path.name).write_text(text)
     flags = [f"-D{name}={value}" for name, value in macros]
     command("-Og", "-shared", f'-DSOURCE="{source}"', *flags, "-x", "c++", "-I", place, "-I", SHIM, SHIM / "run.cpp",
             "-x", "none", machine(), "-o", to)

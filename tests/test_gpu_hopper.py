@@ -206,10 +206,11 @@ def test_rows_that_see_nothing(kind):
 
 
 def test_no_keys(kind):
+    """There is nothing to copy by tensor maps: mma.cu takes them."""
     problem = Problem(kind, H=2, Lq=5, Lk=0, D=64)
-    for result in run(problem):
+    for result in run(problem, "mma.cu", (EARLY,)):
         assert (result.out == 0).all() and (result.lse == -np.inf).all()
-    for result in run(problem, sinks=np.float32([1, -3])):
+    for result in run(problem, "mma.cu", (EARLY,), sinks=np.float32([1, -3])):
         assert (result.out == 0).all() and (result.lse == np.float32([[[1], [-3]]])).all()
 
 
@@ -311,11 +312,81 @@ BUGS = {  # name: (kind, (file, old, new)...)
 }
 
 
+SHAPE = dict(H=2, Lq=130, Lk=300, D=64)
+CAUSAL = dict(causal=True)
+BUGS_AT_EDGES = {  # name: (kind, shape, options, (file, old, new)...)
+    "keys after the last one": ("float16", SHAPE, {}, ("options.cuh", "key >= p.Lk", "key > p.Lk")),
+    "scales after the last one": ("int8", SHAPE, {}, ("hopper.cu", "key < keys ?", "key <= keys ?")),
+    "codes after the last one": ("int8", SHAPE, {}, ("turned.cu", "if (key < p.Lk)", "if (key <= p.Lk)")),
+    "rows after the last one": ("float16", SHAPE, {}, ("hopper.cu", "if (r >= p.Lq)", "if (r > p.Lq)")),
+    "columns after the last one": (
+        "float16", {**SHAPE, "D": 40}, {}, ("hopper.cu", "if (channel >= p.D)", "if (channel > p.D)")),
+    "causal by one": ("float16", SHAPE, CAUSAL, ("options.cuh", "key - i > head.high", "key - i > head.high + 1")),
+    "a tile too few": (
+        "float16", SHAPE, CAUSAL, ("options.cuh", "high = last_key(p, last_row)", "high = last_key(p, last_row) - Bc")),
+    "an edge taken for whole": (
+        "float16", SHAPE, CAUSAL, ("options.cuh", "Bc + Bc - 1 > work.whole_to", "Bc > work.whole_to")),
+    "half of a row's maximum": (
+        "float16", SHAPE, dict(scale=3.0), ("weights.cuh", "return fmaxf(x, shuffle_xor(x, 2))", "return x")),
+    "the wrong head's K": (
+        "float16", {**SHAPE, "Hk": 2}, {}, ("options.cuh", "work.h / (p.H / p.Hk)", "0")),
+    "another swizzle of K": (
+        "int8", SHAPE, {}, ("hopper.cu", "k = operand<PITCH>(AT_K", "k = operand<192 - PITCH>(AT_K")),
+    "another swizzle of V": ("int8", SHAPE, {}, ("hopper.cu", "operand<TURNED_PITCH>(AT_V", "operand<128>(AT_V")),
+}
+LOOK = "mbarrier_wait(V_FULL + 8 * stage(n), parity(n));\n    return warpgroup_any"
+BUGS_WITH_NAN = {  # where hidden values are NaN: (file, old, new)
+    "leaks": ("hopper.cu", "if (!CAREFUL || ", "if (true || !CAREFUL || "),
+    "a consumer looks at half of a tile": ("hopper.cu", "V_BYTES, 128>(AT_V", "V_BYTES / 2, 128>(AT_V"),
+    "V is not waited for to look at it": ("hopper.cu", LOOK, LOOK.split("\n")[1]),
+    "threads decide alone": ("hopper.cu", ", LOOKS + group);", ", LOOKS + group) && thread_index() % 2;"),
+    "no swizzle": ("tiles.cuh", "mask = (1 << n) - 1", "mask = 0"),
+    "weak swizzle": ("tiles.cuh", "PITCH % 128 == 0 ? 3 :", "PITCH % 128 == 0 ? 2 :"),
+    "the other consumer's rows": ("hopper.cu", "(group * 64 + thread_index() / 32 % 4 * 16) * PITCH",
+                                  "(thread_index() / 32 % 4 * 16) * PITCH"),
+    "the last tile's values twice": ("hopper.cu", "group, n);\n    write(", "group, n > 0 ? n - 1 : n);\n    write("),
+    "K is not released": ("hopper.cu", "        release(K_EMPTY + 8 * i);\n", ""),
+    "V is not released": ("hopper.cu", "        release(V_EMPTY + 8 * i);\n", ""),
+    "no rescaling": ("hopper.cu", "o[e] *= rows.alpha[e / 2 % 2];", ";"),
+    "seen and weights in one": ("hopper.cu", "pack_seen(seen, s);", "pack_weights(seen, s);"),
+}
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug):
     kind, *changes = BUGS[bug]
     with pytest.raises(AssertionError):
         check(Problem(kind, H=1, Lq=128, Lk=700, D=128), changes=tuple(changes), seeds=range(1, 5))
+
+
+@pytest.mark.parametrize("bug", BUGS_AT_EDGES)
+def test_planted_bugs_at_edges_are_caught(bug):
+    kind, shape, more, *changes = BUGS_AT_EDGES[bug]
+    with pytest.raises(AssertionError):
+        check(Problem(kind, **shape), changes=tuple(changes), **more)
+
+
+def check_with_nan(**how):
+    """Tiles that are multiplied by mma.sync: from the second one on, the last one, all of them."""
+    for more, places in (
+        (dict(window=(500, 0)), [(180, 105), (660, 5)]),
+        (dict(causal=True), [(690, 5)]),
+        (dict(bias=np.where(np.arange(700) == 30, -300, 0).astype(np.float32)), [(30, 5)]),  # seen, weight 0
+    ):
+        problem = Problem("float16", Lq=128, Lk=700, D=128)
+        for key, channel in places:
+            problem.arrays[2][..., key, channel] = np.nan
+        check(problem, **more, **how)
+
+
+def test_values_that_are_nan():
+    check_with_nan(seeds=(1, 2))
+
+
+@pytest.mark.parametrize("bug", BUGS_WITH_NAN)
+def test_planted_bugs_with_nan_are_caught(bug):
+    with pytest.raises(AssertionError):
+        check_with_nan(changes=(BUGS_WITH_NAN[bug],), seeds=range(1, 5))
 
 
 def test_maps():

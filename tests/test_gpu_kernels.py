@@ -55,6 +55,12 @@ def test_head_dim(kind, D):
     Problem(kind, H=2, Lq=40, Lk=70, D=D).check()
 
 
+@pytest.mark.parametrize("D", [1, 20, 40, 64, 96, 128])
+def test_head_dim_of_many_rows(kind, D):
+    """Blocks of more rows, where registers allow it."""
+    Problem(kind, H=2, Lq=140, Lk=100, D=D).check(causal=True)
+
+
 @pytest.mark.parametrize("D", [224, 256])
 def test_large_head_dim_with_options(kind, D):
     Problem(kind, H=2, Lq=40, Lk=70, D=D).check(softcap=3.0, causal=True)

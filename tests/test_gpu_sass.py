@@ -7,7 +7,7 @@ from gpu_cases import KINDS
 from gpu_compiling import compiled, opcodes
 
 from cyflash.gpu.decode import choose_decode
-from cyflash.gpu.variants import FLAGS, choose, turn
+from cyflash.gpu.variants import FLAGS, LONG, choose, turn
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 HALVES = [kind for kind in KINDS if kind != "float32"]
@@ -33,13 +33,13 @@ HOPPER = ("UTMALDG.4D", "SYNCS.PHASECHK", "SYNCS.ARRIVE", "USETMAXREG", "MUFU.EX
 AMPERE = ("LDGSTS.E.BYPASS.LTC128B.128", "LDSM", "MUFU.EX2")
 
 
-def variants(kernel, kind, arch, D, options, aligned=True):
+def variants(kernel, kind, arch, D, options, aligned=True, Lq=LONG):
     """What a call launches, None where another kernel takes it."""
     how = dict(options=options, aligned=aligned)
     if kernel == "decode":
         chosen = choose_decode(arch, 1, 8, 1, 1, 1000, D, *KINDS[kind], **how)
         return chosen.split, chosen.merge
-    variant = choose(arch, D, *KINDS[kind], mapped=kernel == "hopper", **how)
+    variant = choose(arch, D, *KINDS[kind], mapped=kernel == "hopper", Lq=Lq, **how)
     return (variant,) if variant.source == f"{kernel}.cu" else None
 
 
@@ -71,7 +71,8 @@ def test_machine_code(kernel, kind, arch):
     """Each kernel for each architecture, with other sizes and options each time."""
     number = ARCHS.index(arch) + list(KINDS).index(kind) + (kernel == "decode")
     options = (FLAGS, ("EDGES",), (), FLAGS[1 + number // 9 :][:1])[number // 3 % 4]
-    first, *others = [check(one) for one in variants(kernel, kind, arch, (128, 256, 64)[number % 3], options)]
+    D, Lq = (128, 256, 64)[number % 3], (LONG, 64)[number // 2 % 2]
+    first, *others = [check(one) for one in variants(kernel, kind, arch, D, options, Lq=Lq)]
     check_opcodes(first, (*PRODUCTS[kind], *(("LDGSTS", "MUFU.EX2") if kernel == "ffma" else AMPERE)))
     for one in others:
         check_opcodes(one, ("MUFU.EX2",))
@@ -99,12 +100,10 @@ def test_other_variants_compile():
 @pytest.mark.parametrize("options", [(), ("EDGES",), FLAGS], ids=len)
 @pytest.mark.parametrize("kernel, kind, arch", KERNELS)
 def test_all_head_dims(kernel, kind, arch, options):
-    for D in HEAD_DIMS:
-        for one in variants(kernel, kind, arch, D, options):
-            check(one)
-    for D in (128, 256):
-        for one in variants(kernel, kind, arch, D, options, aligned=False):
-            check(one)
+    for D, Lq, aligned in itertools.product(HEAD_DIMS, (LONG, 64), (True, False)):
+        if aligned or D in (64, 128, 256):
+            for one in variants(kernel, kind, arch, D, options, aligned, Lq):
+                check(one)
 
 
 @pytest.mark.slow
@@ -112,7 +111,8 @@ def test_all_head_dims(kernel, kind, arch, options):
 def test_all_options(kernel, kind, arch):
     """Every set of them, with D = 64, 128 and 256 in turns."""
     for i, options in enumerate(SUBSETS):
-        for one in variants(kernel, kind, arch, (64, 128, 256)[(i + ARCHS.index(arch)) % 3], options):
+        D, Lq = (64, 128, 256)[(i + ARCHS.index(arch)) % 3], (LONG, 64)[i % 2]
+        for one in variants(kernel, kind, arch, D, options, Lq=Lq):
             check(one)
 
 
