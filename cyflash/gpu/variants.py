@@ -131,13 +131,14 @@ def _hopper(D, qk, v, out, flags, options):
     """Tensor copies and wgmma: two consumers of 64 rows each and a producer.
 
     65536 / 128 = 512 registers are shared by them as 2 * 240 + 32, or 2 * 232 + 40 where the producer brings scales. A
-    consumer holds O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and 64 176. Bytes, 16 bits,
-    2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB of 227. Codes of P are of 64 keys, as the reference
-    has them."""
+    consumer holds O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and 64 176. Where an element of S
+    needs more beside it, its scales and another option or the address of a mask or bias, Bc is 64: at D = 128 112.
+    Bytes, 16 bits, 2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB of 227. Codes of P are of 64 keys, as
+    the reference has them."""
     codes = qk == "int8"
     D = 64 if D <= 64 else 128 if D <= 128 else 256
     busy = set(options) - {"EDGES"}
-    crowded = busy & {"BIAS", "MASK"} if D == 64 and not codes else codes and busy
+    crowded = busy if codes else busy & {"BIAS", "MASK"}
     Br, Bc, stages = 128, 64 if D > 128 or v == "int8" or crowded else 128, 2
     producer, consumer = (40, 232) if codes else (32, 240)
     macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("STAGES", stages), ("PRODUCER_REGISTERS", producer),
