@@ -76,7 +76,7 @@ class Problem:
             self.judge(result.Bc, **options)(result)
         except AssertionError:
             return
-        raise AssertionError(f"right for {options} as well")
+        raise AssertionError(f"right for {list(options)} as well")
 
 
 def options(B, H, Lq, Lk):
@@ -90,6 +90,8 @@ def options(B, H, Lq, Lk):
         return np.where(rng.random(shape) < share, -np.inf, 0).astype(np.float32)
 
     slopes = rng.uniform(0.01, 0.3, (B, H)).astype(np.float32)
+    sparse, keys = hides(0.4, Lq, Lk), rng.random((B, 1, 1, Lk)) < 0.6
+    sparse[:, -1], keys[..., -1] = 0, True  # which causal hides
     left = Lk // 6
     return {
         "causal": (dict(causal=True), {}),
@@ -105,9 +107,9 @@ def options(B, H, Lq, Lk):
         "bias": (dict(bias=normal(B, H, Lq, Lk)), {}),
         "bias of heads": (dict(bias=normal(H, 1, Lk)), {}),
         "bias of rows": (dict(bias=hides(0.3, B, 1, Lq, 1) + 1), {}),
-        "bias -inf": (dict(bias=hides(0.4, Lq, Lk)), {}),
+        "bias -inf": (dict(bias=sparse), {}),
         "mask": (dict(mask=rng.random((B, H, Lq, Lk)) < 0.6), {}),
-        "mask of keys": (dict(mask=rng.random((B, 1, 1, Lk)) < 0.6), {}),
+        "mask of keys": (dict(mask=keys), {}),
         "sinks": (dict(sinks=np.resize(np.float32([0.5, 3, -2, 9, 4, 1]), H)), {}),
         "scale": (dict(scale=0.4), {}),
         "scale negative": (dict(scale=-0.3), {}),
