@@ -1,4 +1,5 @@
 """Variants as NVRTC compiles them, without a GPU: registers, spills, and the machine code."""
+import collections
 import importlib.util
 import pickle
 import re
@@ -33,13 +34,15 @@ def compiled(variant):
 
 def opcodes(cubin):
     """{opcode with its modifiers: times} of the machine code."""
+    return collections.Counter(listing(cubin))
+
+
+def listing(cubin):
+    """Opcodes with their modifiers in the order of the machine code."""
     spec = importlib.util.find_spec("nvidia.cu13") or importlib.util.find_spec("nvidia.cuda_nvdisasm")
     tool = next(path for place in spec.submodule_search_locations for path in Path(place).glob("bin/nvdisasm"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    found = {}
-    for name in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_.]*)", text, re.M):
-        found[name] = found.get(name, 0) + 1
-    return found
+        text = subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_.]*)", text, re.M)

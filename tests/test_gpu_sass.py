@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 from gpu_cases import KINDS
-from gpu_compiling import compiled, opcodes
+from gpu_compiling import compiled, listing, opcodes
 
 from cyflash.gpu.decode import choose_decode
 from cyflash.gpu.variants import FLAGS, LONG, choose, turn
@@ -87,6 +87,17 @@ def test_machine_code_of_hopper(kind, D):
         return
     (variant,) = taken[(7 * HALVES.index(kind) + 3 * HOPPER_HEAD_DIMS.index(D)) % len(taken)]
     check_opcodes(check(variant), (*WIDE_PRODUCTS[kind], *HOPPER))
+
+
+@pytest.mark.parametrize("D", HOPPER_HEAD_DIMS)
+@pytest.mark.parametrize("kind", HALVES)
+def test_softmax_runs_beside_products(kind, D):
+    """Between the wait for S and that for P V, which were started together, the exponentials of a whole tile."""
+    for options in ((), ("EDGES",)):
+        for one in variants("hopper", kind, "sm_90a", D, options) or ():
+            code = " ".join(listing(check(one).cubin)).split("WARPGROUP.DEPBAR.LE")
+            most = max(part.count("MUFU.EX2") for part in code[1:-1] if "GMMA" not in part)
+            assert most >= dict(one.macros)["BLOCK_K"] / 2
 
 
 def test_other_variants_compile():
