@@ -16,6 +16,13 @@ def one_blas_thread():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_all_processes(tmp_path_factory):
+    """Where they share what takes long to make."""
+    folder = tmp_path_factory.getbasetemp()
+    os.environ["CYFLASH_TEST_FOLDER"] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
 def pytest_generate_tests(metafunc):
     if "build" in metafunc.fixturenames:
         import cyflash

@@ -262,6 +262,7 @@ def device(monkeypatch, real_variants=False, capability="90"):
     monkeypatch.setattr(Context, "compute_capability", capability)
     _memory.clear()
     launch.capability.cache_clear()
+    launch.architecture.cache_clear()
     return fake
 
 
@@ -286,7 +287,7 @@ def module(fake):
             getDeviceCount=lambda: 1, getDeviceProperties=lambda device: {"name": b"Fake"},
             pointerGetAttributes=lambda address: types.SimpleNamespace(device=0),
         ),
-        nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
+        nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0), getSupportedArchs=lambda: (75, 80, 86, 89, 90, 120)),
     )  # fmt: skip
     return cupy
 

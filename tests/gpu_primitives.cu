@@ -194,10 +194,11 @@ TEST(384) {
     const float* from = (const float*)p.q;
     const int i = thread_index();
     if (i < 128) {
-        registers_down<32>();
+        registers_down<24>();
         ((float*)p.out)[i] = from[i];
     } else {
         registers_up<240>();
+        named_barrier(1, 256);  // both have theirs at the same time
         float x[160];
 #pragma unroll
         for (int e = 0; e < 160; e++) x[e] = from[(i + e) % 384];

@@ -5,21 +5,20 @@ the same.
 """
 import ctypes
 import functools
-import hashlib
 import math
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
+from gpu_folder import once
 
 import cyflash
 from cyflash.gpu import decode, tensor_maps, variants
 
 KERNELS = Path(cyflash.__file__).parent / "gpu"
 SHIM = Path(__file__).parent / "gpu_shim"
-COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
+COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
 LATE, EARLY, MIXED = 0, 1, 2  # schedules of machine.h
 UNBOUNDED = 1 << 62
 POINTERS = ("q", "k", "v", "out", "lse", "bias", "mask", "slopes", "sinks", "q_scale", "k_scale", "v_scale", "shift",
@@ -64,14 +63,6 @@ class TensorMap(ctypes.Structure):
         return cls(box.address, box.size, *box.shape, *box.box, *box.strides)
 
 
-@functools.cache
-def folder():
-    """Where this session compiles to; removed at its end."""
-    directory = tempfile.TemporaryDirectory(prefix="cyflash-gpu-shim-")
-    folder.keep = directory
-    return Path(directory.name)
-
-
 def command(*arguments):
     done = subprocess.run([*COMPILER, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
@@ -80,34 +71,39 @@ def command(*arguments):
 
 @functools.cache
 def machine():
-    paths = [folder() / f"{name}.o" for name in ("machine", "hopper_machine")]
-    for path in paths:
-        command("-c", SHIM / f"{path.stem}.cpp", "-o", path)
-    return paths
+    """The machine without a kernel: a library, which those of kernels load."""
+    sources = [path for path in SHIM.glob("*.cpp") if path.name != "run.cpp"]
+    return once(".so", lambda path: command("-O2", "-shared", *sources, "-o", path), "machine")
 
 
 @functools.cache
 def library(source, macros, changes=()):
     """The compiled kernel. changes: (file, old, new) of text that is replaced in its source, old being there once."""
-    key = hashlib.sha256(repr((source, macros, changes)).encode()).hexdigest()[:16]
-    place = folder() / key
-    place.mkdir()
-    for path in (path for source in SOURCES for path in source.iterdir()):
-        if path.suffix in (".cu", ".cuh", ".h") and not (SHIM / path.name).exists():
-            text = path.read_text()
-            for file, old, new in changes:
-                if file == path.name:
-                    if text.count(old) != 1:
-                        raise ValueError(f"{file} has {text.count(old)} times: {old}")
-                    text = text.replace(old, new)
-            (place / path.name).write_text(text)
-    flags = [f"-D{name}={value}" for name, value in macros]
-    command("-shared", f'-DSOURCE="{source}"', *flags, "-x", "c++", "-I", place, "-I", SHIM, SHIM / "run.cpp",
-            "-x", "none", *machine(), "-o", place / "kernel.so")
-    loaded = ctypes.CDLL(str(place / "kernel.so"))
+    loaded = ctypes.CDLL(str(once(".so", lambda path: compile_kernel(path, source, macros, changes),
+                                  source, macros, changes)))
     loaded.run.restype = ctypes.c_char_p
     assert loaded.params_size() == ctypes.sizeof(Params)
     return loaded
+
+
+def compile_kernel(to, source, macros, changes):
+    place = to.with_suffix(".sources")
+    place.mkdir(exist_ok=True)
+    paths = [path for source in SOURCES for path in source.iterdir()
+             if path.suffix in (".cu", ".cuh", ".h") and not (SHIM / path.name).exists()]
+    if unknown := {file for file, *_ in changes} - {path.name for path in paths}:
+        raise ValueError(f"changes of {unknown}, which is none of {sorted(path.name for path in paths)}")
+    for path in paths:
+        text = path.read_text()
+        for file, old, new in changes:
+            if file == path.name:
+                if text.count(old) != 1:
+                    raise ValueError(f"{file} has {text.count(old)} times: {old}")
+                text = text.replace(old, new)
+        (place / path.name).write_text(text)
+    flags = [f"-D{name}={value}" for name, value in macros]
+    command("-Og", "-shared", f'-DSOURCE="{source}"', *flags, "-x", "c++", "-I", place, "-I", SHIM, SHIM / "run.cpp",
+            "-x", "none", machine(), "-o", to)
 
 
 def of_kernel(change, variant):

@@ -1,36 +1,16 @@
-"""The kernels of few query rows, keys in chunks and their merge: on the machine of gpu_shim/, and compiled by NVRTC."""
+"""The kernels of few query rows, keys in chunks and their merge, on the machine of gpu_shim/."""
 import gpu_cases
 import numpy as np
 import pytest
-from gpu_compiling import compiled, opcodes
+from gpu_cases import CODED, OPTIONS, check_shift, dtype, everything, mean_and_shift, options
 from gpu_running import EARLY, LATE
 
 from cyflash.gpu.decode import choose_decode, keys_of_chunk
-from cyflash.gpu.variants import FLAGS
 
 KINDS = [kind for kind in gpu_cases.KINDS if kind != "float32"]
 SIZES = dict(B=2, H=6, Hk=2, Lq=2, Lk=700, D=64)  # 6 rows of a tile of 16; 2 chunks, the second with 188 keys
+LENGTHS = 2, 6, 2, 700
 SHORT = keys_of_chunk(700, 64)
-rng = np.random.default_rng(11)
-SLOPES = rng.uniform(0.01, 0.3, (2, 6)).astype(np.float32)
-BIAS = np.where(rng.random((2, 6, 2, 700)) < 0.4, -np.inf, rng.standard_normal((2, 6, 2, 700))).astype(np.float32)
-OPTIONS = {  # name: (arguments, the same without the option)
-    "causal": (dict(causal=True, causal_align="top-left"), dict(causal_align="top-left")),
-    "window": (dict(window=(600, -1)), {}),
-    "window of two chunks": (dict(window=(250, -1)), {}),
-    "window right": (dict(window=(-1, 30), causal_align="top-left"), dict(causal_align="top-left")),
-    "softcap": (dict(softcap=1.5), {}),
-    "alibi": (dict(alibi_slopes=SLOPES), {}),
-    "bias": (dict(bias=BIAS), {}),
-    "bias of heads": (dict(bias=rng.standard_normal((6, 1, 700)).astype(np.float32)), {}),
-    "mask": (dict(mask=rng.random((2, 6, 2, 700)) < 0.6), {}),
-    "mask of keys": (dict(mask=rng.random((2, 1, 1, 700)) < 0.6), {}),
-    "sinks": (dict(sinks=np.float32([0.5, 3, -2, 9, 4, 1])), {}),
-    "scale": (dict(scale=0.4), {}),
-    "scale negative": (dict(scale=-0.3), {}),
-}
-EVERYTHING = dict(causal=True, window=(600, 0), softcap=2.0, alibi_slopes=SLOPES, bias=BIAS, scale=0.3,
-                  mask=OPTIONS["mask of keys"][0]["mask"], sinks=OPTIONS["sinks"][0]["sinks"])
 
 
 class Few(gpu_cases.Problem):
@@ -48,15 +28,35 @@ def kind(request):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option(kind, option):
     """Each option alone; and kernels that ignored it would be found out."""
-    problem = Few(kind, **SIZES)
-    arguments, without = OPTIONS[option]
-    result = problem.check(**arguments)
-    with pytest.raises(AssertionError):
-        problem.judge(result.Bc, **without)(result)
+    Few(kind, **SIZES).check_option(*options(*LENGTHS)[option], schedules=(EARLY, LATE))
 
 
 def test_all_options_together(kind):
-    Few(kind, **SIZES).check(**EVERYTHING)
+    """And no option is ignored among the others."""
+    every, others = everything(*LENGTHS)
+    problem = Few(kind, **SIZES)
+    result = problem.check(**every)
+    for without in others.values():
+        problem.differs(result, **without)
+
+
+def test_heads_share_keys(kind):
+    """Query heads 0 to 2 read key and value head 0: not every other one."""
+    problem = Few(kind, **SIZES)
+    result = problem.check()
+    result.out, result.lse = result.out[:, [0, 3, 1, 4, 2, 5]], result.lse[:, [0, 3, 1, 4, 2, 5]]
+    problem.differs(result)
+
+
+def test_output_types():
+    """Codes become any of them; odd columns as even ones."""
+    for name in CODED:
+        problem = Few(name, **{**SIZES, "D": 37})
+        results = []
+        for problem.out in map(dtype, ("float32", "float16", "bfloat16")):
+            results.append(problem.run().out)
+        for result in results:
+            np.testing.assert_array_equal(result.astype(float), results[0].astype(result.dtype).astype(float))
 
 
 @pytest.mark.parametrize("Lk", [1, 2, 31, 32, 33, 127, 129, SHORT - 1, SHORT, SHORT + 1, 1025, 3000])
@@ -78,10 +78,7 @@ def test_rows(kind, Lq):
     Few(kind, H=2, Hk=2, Lq=Lq, Lk=600, D=64).check(causal=True)
 
 
-@pytest.mark.parametrize("kind, D", [
-    *((kind, D) for kind in ("float16", "int8") for D in (1, 20, 40, 96, 128, 144, 256)),
-    *((kind, D) for kind in ("bfloat16", "int8-float16", "int8-bfloat16") for D in (72, 192)),
-])  # fmt: skip
+@pytest.mark.parametrize("D", [1, 20, 40, 72, 96, 128, 144, 192, 256])
 def test_head_dim(kind, D):
     """Beyond 128 two warps share the keys."""
     Few(kind, H=4, Lq=1, Lk=600, D=D).check(window=(350, -1))
@@ -117,27 +114,20 @@ def test_rows_that_see_nothing(kind):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
-@pytest.mark.parametrize("name", ["int8", "int8-float16"])
+@pytest.mark.parametrize("name", CODED)
 def test_scales_by_strides(name, granularity):
     problem = Few(name, **SIZES, granularity=granularity)
     assert problem.scales["q_scale"].strides[2] == 0
     problem.check()
 
 
-def test_shift():
+@pytest.mark.parametrize("name", ["int8-float16", "int8-bfloat16"])
+def test_shift(name):
     """What smoothing takes from K is given back as one number of each row: in the LSE, against sinks, under softcap."""
-    import bounds_gpu
-
-    problem = Few("int8-bfloat16", **SIZES)
-    q, k, v = problem.floats()
-    mean = np.random.default_rng(1).standard_normal((2, 2, 1, 64))
-    shift = (0.2 * q @ np.repeat(mean, 3, axis=1).swapaxes(2, 3)).astype(np.float32)[..., 0]
-    for options in ({}, dict(sinks=np.float32([0, 1, 2, 3, 4, 5])), dict(softcap=2.0)):
-        result = problem.run(scale=0.2, shift=np.ascontiguousarray(shift), **options)
-        case = bounds_gpu.Case(q, k + mean, v, "bfloat16", scale=0.2, **options)
-        out, lse = case.bounds
-        case.bounds = out + 1e-5, lse + 1e-5  # shift itself is rounded to float32
-        case.check(result.out, result.lse)
+    problem = Few(name, **SIZES)
+    mean, shift = mean_and_shift(problem, 3, 0.2)
+    for more in ({}, dict(sinks=np.float32([0, 1, 2, 3, 4, 5])), dict(softcap=2.0)):
+        check_shift(problem, problem.run(scale=0.2, shift=shift, **more), mean, scale=0.2, **more)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -150,9 +140,9 @@ def test_hidden_values_do_not_leak(name, schedule):
     v[0, 0, 120, 5], v[0, 1, 690, :4], v[1, 0, 64, 31] = np.nan, np.inf, -np.inf
     v[1, 1, 60, 2], v[1, 1, 70, 2] = np.inf, -np.inf
     mask = np.random.default_rng(3).random((2, 6, 2, 700)) < 0.5
-    for options in (dict(causal=True), dict(causal=True, window=(45, 0)), dict(mask=mask), {},
-                    dict(bias=np.where(mask, 0, -np.inf).astype(np.float32))):
-        problem.judge(**options)(problem.run(schedule=schedule, **options))
+    for more in (dict(causal=True), dict(causal=True, window=(45, 0)), dict(mask=mask), {},
+                 dict(bias=np.where(mask, 0, -np.inf).astype(np.float32))):
+        problem.judge(**more)(problem.run(schedule=schedule, **more))
 
 
 def test_chunks_out_of_sight_are_not_read():
@@ -232,66 +222,33 @@ BUGS = {  # name: (kind, shape, options, (file, old, new))
     "teams are not weighted": (
         "float16", SHAPE, dict(scale=2.0), ("decode.cu", "rescale<EXACT>(state[0], stand_in(highest), unit)", "1.f")),
     "O of chunks that nobody sees": (
-        "float16", SHAPE, dict(window=(80, -1)), ("merge.cu", "if (l == 0.f) continue;", "")),
+        "float16", SHAPE, dict(window=(80, -1)), ("merge.cu", "seen ? x[e] : 0.f, share", "x[e], share")),
     "no barrier before the sum": ("float16", SHAPE, {}, ("merge.cu", "barrier();  // the runs'", "// the runs'")),
     "no barrier after the maxima": ("float16", SHAPE, {}, ("merge.cu", "barrier();  // the warps'", "// the warps'")),
     "O is never rescaled": (
         "float16", SHAPE, dict(scale=1.0), ("decode.cu", "o[0][i] *= rows[0].alpha[i / 2 % 2];", ";")),
     "all rows are of one head": (
         "float16", SHAPE, STEEP, ("decode.cu", "make_head(p, part.b, row.h)", "make_head(p, part.b, 0)")),
+    "no swizzle": ("float16", SHAPE, {}, ("tiles.cuh", "mask = (1 << n) - 1", "mask = 0")),
+    "keys after the last one": (
+        "float16", {**SHAPE, "Lk": 1190}, {}, ("options.cuh", "key >= p.Lk", "key > p.Lk")),
+    "rows after the last one": (
+        "float16", {**SHAPE, "Lk": 1190}, {}, ("tiles.cuh", "first + i < rows - row", "first + i <= rows - row")),
+    "rows of the group after the last one": (
+        "float16", SHAPE, {}, ("decode.cu", "if (part.row + r >= part.rows) break;", "")),
+    "columns after the last one": (
+        "float16", {**SHAPE, "D": 40}, {}, ("tiles.cuh", "max(columns - (chunk + c) * EACH, 0)", "EACH")),
+    "channels after the last one": (
+        "float16", {**SHAPE, "D": 40}, {}, ("merge.cu", "if (channel + e >= p.D) break;", "")),
+    "causal by one": (
+        "float16", SHAPE, dict(causal=True), ("options.cuh", "key - i > head.high", "key - i > head.high + 1")),
+    "half of a row's maximum": (
+        "float16", SHAPE, dict(scale=3.0), ("weights.cuh", "return fmaxf(x, shuffle_xor(x, 2))", "return x")),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug):
-    kind, shape, options, *changes = BUGS[bug]
+    kind, shape, more, *changes = BUGS[bug]
     with pytest.raises(AssertionError):
-        Few(kind, **shape).check(changes=tuple(changes), **options)
-
-
-# Machine code
-
-PRODUCTS = {"float16": ("HMMA.16816.F32",), "bfloat16": ("HMMA.16816.F32.BF16",),
-            "int8": ("IMMA.16832.S8.S8", "IMMA.16832.U8.S8"), "int8-float16": ("IMMA.16832.S8.S8", "HMMA.16816.F32"),
-            "int8-bfloat16": ("IMMA.16832.S8.S8", "HMMA.16816.F32.BF16")}
-ARCHS = ("sm_80", "sm_90a", "sm_120")
-
-
-def check(arch, kind, D, options, aligned=True):
-    """Compile both kernels; no spills, and as many registers and bytes as leave room for BLOCKS blocks."""
-    qk, v, out = gpu_cases.KINDS[kind]
-    chosen = choose_decode(arch, 1, 8, 1, 1, 1000, D, qk, v, out, options=options, aligned=aligned)
-    split, merge = compiled(chosen.split), compiled(chosen.merge)
-    assert split.spilled == merge.spilled == 0, f"{chosen.split}: {split.log} {merge.log}"
-    blocks = dict(chosen.split.macros)["BLOCKS"]
-    assert split.registers <= min(65536 // (chosen.split.threads * blocks), 255)
-    assert merge.registers <= 65536 // (128 * 4)
-    assert chosen.split.shared_bytes <= 99 * 1024
-    assert blocks * (chosen.split.shared_bytes + 1024) <= 227 * 1024
-    return split
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills(arch, kind):
-    number = ARCHS.index(arch) + KINDS.index(kind)
-    check(arch, kind, (128, 256, 64)[number % 3], (FLAGS, ("EDGES",))[number // 3 % 2])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("EDGES",), FLAGS], ids=len)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_spills_at_all(arch, kind, options):
-    for D in range(16, 257, 16):
-        check(arch, kind, D, options)
-    check(arch, kind, 128, options, aligned=False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_opcodes(arch, kind):
-    found = opcodes(check(arch, kind, 128, ()).cubin)
-    for name in (*PRODUCTS[kind], "LDGSTS.E.BYPASS.LTC128B.128", "LDSM", "MUFU.EX2"):
-        assert any(opcode.startswith(name) for opcode in found), f"no {name} in {sorted(found)}"
-    assert not any(opcode.startswith(("LDL", "STL")) for opcode in found)
+        Few(kind, **shape).check(changes=tuple(changes), **more)

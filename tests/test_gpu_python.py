@@ -1049,3 +1049,19 @@ def test_where_kernels_are_kept(monkeypatch, tmp_path):
     assert cubins.folder() == tmp_path / ".cache" / "cyflash"
     monkeypatch.setenv(cubins.VARIABLE, "~/other")
     assert cubins.folder() == Path(tmp_path / "other")
+
+
+@pytest.mark.parametrize(("capability", "arch"), [
+    ("80", "sm_80"), ("87", "sm_86"), ("89", "sm_89"), ("90", "sm_90a"), ("120", "sm_120"), ("121", "sm_120"),
+])  # fmt: skip
+def test_what_kernels_are_compiled_for(monkeypatch, capability, arch):
+    """A compiler that does not know a device compiles for an earlier one of the same family."""
+    gpu_fake.device(monkeypatch, capability=capability)
+    assert launch.architecture(0) == arch
+
+
+def test_a_compiler_that_is_too_old(monkeypatch):
+    gpu = gpu_fake.device(monkeypatch, capability="130")
+    q = gpu.array(np.ones((4, 8), np.float32))
+    with pytest.raises(GPUUnavailableError, match=r"NVRTC 13.0 does not compile for cuda:0.*13\.0; install a newer"):
+        flash_attention(q, q, q)

@@ -177,7 +177,8 @@ KERNEL(cyflash_decode, THREADS, BLOCKS) {
         team_barrier();  // K is there
         Sum sums[1][KEYS / 2];
         float s[1][KEYS / 2];
-        multiply_qk<1, QK_PITCH, KEYS, Q_STAYS>(sums, q, 0, stage);
+        // four steps at a time: of 16 together, at D = 256 in 16 bits, the operands do not fit beside O
+        multiply_qk<1, QK_PITCH, KEYS, Q_STAYS, 4>(sums, q, 0, stage);
         const bool partial = j * KEYS < part.whole_from || j * KEYS + KEYS - 1 > part.whole_to;
         const bool hiding = HIDING && (BIAS || MASK || partial);
         soften<KEYS, ZERO>(s[0], sums[0], rows[0], p, head[0], head[1], j * KEYS, stage + AT_K_SCALE, partial,

@@ -29,6 +29,9 @@ constexpr u32 Q_FULL = AT_SCALES + STAGES * SCALE_BYTES, K_FULL = Q_FULL + 8, K_
 constexpr u32 V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
 constexpr int STEPS = CODED_P ? Bc / 32 : Bc / 16;  // of P, four registers each
 constexpr int TURNS = 1, LOOKS = TURNS + GROUPS;  // first named barriers: whose turn it is; of one group
+// What warpgroups ask for is what the block has, or a consumer waits for ever: 384 threads start with 168 registers each.
+constexpr int REGISTERS = 65536 / THREADS / 8 * 8 * (GROUPS + 1);
+static_assert(PRODUCER_REGISTERS + GROUPS * CONSUMER_REGISTERS <= REGISTERS, "registers");
 static_assert(D % 64 == 0 && Br % 64 == 0 && (Bc == 64 || Bc == 128), "tiles");
 
 // Where tile n of a block lies in a ring, and the parity of its phase.
@@ -127,26 +130,36 @@ template <int TYPE> DEVICE void start_pv(float (&o)[D / 2], const u32 (&w)[STEPS
     wgmma_commit();
 }
 
-// O = alpha O + worth P V of codes, 64 channels at a time: exact sums over the tile.
-DEVICE void multiply_codes(float (&o)[D / 2], const u32 (&w)[STEPS][4], const Rows& rows, int n) {
+// Starts P V of codes of tile n, when it is there: exact sums over the tile, 64 channels each.
+DEVICE void start_codes(int (&sums)[D / 64][32], const u32 (&w)[STEPS][4], int n) {
     mbarrier_wait(V_FULL + 8 * stage(n), parity(n));
     const u64 v = operand<TURNED_PITCH>(AT_V + stage(n) * V_BYTES);
+    wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < D / 64; part++) {
-        int sums[32];
-        wgmma_fence();
+    for (int part = 0; part < D / 64; part++)
 #pragma unroll
         for (int step = 0; step < Bc / 32; step++) {
-            wgmma<I8>(sums, w[step], onward(v, part * 64 * TURNED_PITCH + step * 32), step > 0);
+            wgmma<I8>(sums[part], w[step], onward(v, part * 64 * TURNED_PITCH + step * 32), step > 0);
         }
-        wgmma_commit();
-        wgmma_wait<0>(sums);
+    wgmma_commit();
+}
+
+// O = alpha O; alpha is seldom not 1 after the first tiles.
+DEVICE void rescale_o(float (&o)[D / 2], const float (&alpha)[2]) {
+    if (!warp_any(alpha[0] != 1.f || alpha[1] != 1.f)) return;
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            float& x = o[part * 32 + i];
-            x = fmaf(rows.worth[i / 2 % 2], (float)sums[i], x * rows.alpha[i / 2 % 2]);
-        }
-    }
+    for (int i = 0; i < D / 2; i++) o[i] *= alpha[i / 2 % 2];
+}
+
+// What a tile's weights make of O when its sums are there, by what they were at its softmax.
+struct Step {
+    float alpha[2], worth[2];
+};
+DEVICE Step step_of(const Rows& rows) { return {{rows.alpha[0], rows.alpha[1]}, {rows.worth[0], rows.worth[1]}}; }
+DEVICE void add_codes(float (&o)[D / 2], const int (&sums)[D / 64][32], const Step& step) {
+    rescale_o(o, step.alpha);
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) o[i] = fmaf(step.worth[i / 2 % 2], (float)sums[i / 32][i % 32], o[i]);
 }
 
 // Whether rows may not see all keys of a tile.
@@ -255,30 +268,39 @@ template <int TYPE> DEVICE void consume(const Params& p, const Work& work) {
         if (!CODES) release(K_EMPTY);
         soften_tile(s, sums, rows, p, work, head, 0);
         pack_tile(w, s);
+        int codes[D / 64][32];  // P V of a tile, if of codes
         for (n = 1; n < tiles && !leaks<TYPE>(work, group, n); n++) {
+            const Step step = step_of(rows);  // of tile n - 1
             wait_for_turn(group);
             start_qk(sums, group, n);
             if constexpr (TYPE == I8) {
-                multiply_codes(o, w, rows, n - 1);
-                release(V_EMPTY + 8 * stage(n - 1));
+                start_codes(codes, w, n - 1);
             } else {
                 start_pv<TYPE>(o, w, n - 1);
             }
             give_turn(1 - group);
-            wgmma_wait<CODED_P ? 0 : 1>(sums);
+            wgmma_wait<1>(sums);
             if (!CODES) release(K_EMPTY + 8 * stage(n));
             soften_tile(s, sums, rows, p, work, head, n);
-            if constexpr (TYPE != I8) {
+            worked_out(rows.l[0] + rows.l[1]);
+            if constexpr (TYPE == I8) {
+                wgmma_wait<0>(codes);
+            } else {
                 wgmma_wait<0>(o);
-                release(V_EMPTY + 8 * stage(n - 1));
-#pragma unroll
-                for (int i = 0; i < D / 2; i++) o[i] *= rows.alpha[i / 2 % 2];
+            }
+            release(V_EMPTY + 8 * stage(n - 1));
+            if constexpr (TYPE == I8) {
+                add_codes(o, codes, step);
+            } else {
+                rescale_o(o, rows.alpha);
             }
             pack_tile(w, s);
         }
         if (group == 0) wait_for_turn(0);  // the other one's last turn
         if constexpr (TYPE == I8) {
-            multiply_codes(o, w, rows, n - 1);
+            start_codes(codes, w, n - 1);
+            wgmma_wait<0>(codes);
+            add_codes(o, codes, step_of(rows));
         } else {
             start_pv<TYPE>(o, w, n - 1);
             wgmma_wait<0>(o);

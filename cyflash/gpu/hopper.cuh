@@ -101,10 +101,20 @@ template <int R> DEVICE void pin(int (&d)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) asm volatile("" : "+r"(d[i])::"memory");
 }
+template <int N, int R> DEVICE void pin(int (&d)[N][R]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) pin(d[i]);
+}
 // Waits until at most N groups are under way. d: sums that are complete then, which the compiler must not read earlier.
 template <int N, class... Sums> DEVICE void wgmma_wait(Sums&... d) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
     (pin(d), ...);
+}
+
+// The compiler works out x, which is never negative, before what follows: softmax before it waits for products, which it
+// would else wait for first.
+DEVICE void worked_out(float x) {
+    if (x < 0.f) shared_store(0, x);
 }
 
 // d (64 x N) = a (64 x K) b (K x N) + (add ? d : 0), K = 32 bytes, N = 64, 128 or 256. A warp has 16 rows of d, and of

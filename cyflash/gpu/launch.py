@@ -59,7 +59,21 @@ def capability(device):
     return int(found)
 
 
+@functools.cache
 def architecture(device):
-    """What to compile for: "sm_90a" has the instructions that only compute capability 9.0 has."""
+    """What to compile for: "sm_90a" has the instructions that only compute capability 9.0 has.
+
+    What is compiled for a capability runs on later ones with the same first number, so a compiler that is older than
+    the device will do. GPUUnavailableError where it knows none of them.
+    """
     found = capability(device)
-    return "sm_90a" if found == 90 else f"sm_{found}"
+    if found == 90:
+        return "sm_90a"
+    nvrtc, version = status.nvrtc()
+    known = [arch for arch in nvrtc.getSupportedArchs() if arch // 10 == found // 10 and arch <= found]
+    if not known:
+        raise status.GPUUnavailableError(
+            f"NVRTC {'.'.join(map(str, version))} does not compile for cuda:{device}, which has compute capability "
+            f"{found // 10}.{found % 10}; install a newer one: pip install -U 'cyflash-attn[gpu-cuda13]'"
+        )
+    return f"sm_{max(known)}"

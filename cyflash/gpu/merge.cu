@@ -36,13 +36,13 @@ KERNEL(cyflash_merge, THREADS, 4) {
 #pragma unroll 4
         for (int c = (int)((long long)part * p.chunks / PARTS); c < end; c++) {
             const float l = state[2 * c + 1];
-            if (l == 0.f) continue;  // no visible key: O was not written
             float x[4];
-            load4(x, o + (long long)c * D);
-            const float share = rescale<EXACT>(state[2 * c], stand_in(m), unit);
+            load4(x, o + (long long)c * D);  // whatever it is: loads of several chunks are on their way together
+            const bool seen = l != 0.f;      // without a visible key O was not written
+            const float share = seen ? rescale<EXACT>(state[2 * c], stand_in(m), unit) : 0.f;
             total = fmaf(l, share, total);
 #pragma unroll
-            for (int e = 0; e < 4; e++) sums[e] = fmaf(x[e], share, sums[e]);
+            for (int e = 0; e < 4; e++) sums[e] = fmaf(seen ? x[e] : 0.f, share, sums[e]);
         }
         const u32 bits[4] = {bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])};
         shared_store4(thread * 16, bits);

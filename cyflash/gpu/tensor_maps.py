@@ -53,7 +53,8 @@ def box(x, rows, row_bytes=128):
     if not can_map(x):
         raise ValueError(f"expected an array that can_map() takes, got strides {x.strides} for shape {x.shape}")
     batches, heads, length, columns = (max(n, 1) for n in x.shape)
-    strides = tuple(stride if n > 1 else 16 for n, stride in zip(x.shape[:3], x.strides[:3], strict=True))
+    whole_row = -(-columns * x.itemsize // 16) * 16  # for an axis that has no other
+    strides = tuple(stride if n > 1 else whole_row for n, stride in zip(x.shape[:3], x.strides[:3], strict=True))
     return Box(x.__array_interface__["data"][0], x.itemsize, (columns, length, heads, batches), strides[::-1],
                (row_bytes // x.itemsize, rows))
 

@@ -43,7 +43,7 @@ template <int SIZE, bool WHOLE> DEVICE void copy_chunk(u32 at, const char* sourc
 
 // Starts to copy rows [row, row + ROWS) of a matrix of `rows` rows and `columns` elements of SIZE bytes to shared
 // memory at `to`; what lies outside becomes 0. WHOLE_CHUNKS: rows begin at multiples of 16 bytes. Others are copied at
-// once, element by element, and are as visible to other threads after the next barrier.
+// once, element by element, row by row, and are as visible to other threads after the next barrier.
 //
 // A row is copied by LANES threads, which keep their columns: from one row to the next a thread adds a constant to both
 // addresses, since STEP is a multiple of 8 and so place() of its rows differs by STEP * PITCH.
@@ -54,7 +54,7 @@ DEVICE void copy_tile(u32 to, const void* from, long long stride, int row, int r
     static_assert(STEP % 8 == 0, "copy_tile");
     const int first = thread / LANES, chunk = thread % LANES;
     const char* source = (const char*)from + ((row + first) * stride + chunk * EACH) * SIZE;
-#pragma unroll
+#pragma unroll WHOLE_CHUNKS ? ROWS : 1
     for (int i = 0; i < ROWS; i += STEP) {
         if (i + STEP > ROWS && first >= ROWS - i) break;
 #pragma unroll

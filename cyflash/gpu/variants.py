@@ -12,6 +12,7 @@ passed_over = set()
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 LARGEST_HEAD_DIM = 256
 LONG = 1 << 30
+SMALL = ("sm_86", "sm_89", "sm_120", "sm_121")  # whose multiprocessors have 100 KB of shared memory
 
 
 class Variant(NamedTuple):
@@ -103,12 +104,14 @@ def _mma(arch, D, qk, v, out, flags, busy, Lq):
     not hold them up. In 16 bits at D = 128 and Bc = 32 O is 128 registers and S 32, at 64 and 64 they are 64 and 64; of
     codes, whose sums and scales need more, D = 64 fits. Otherwise 16 rows: O D / 2, S Bc / 2, Q D / 4 or less. int8 v
     needs as many again of sums, and busy threads need more: beyond 128 channels two blocks compute half of them each.
+    Where a multiprocessor has 100 KB, two blocks of 64 x 32 fit up to D = 128 and no larger ones.
     Weights of int8 v are codes of 64 keys, as the reference has them, but where that does not fit. Bytes: 56 or 64 KB
     at D = 128 in 16 bits."""
     D = round_up(D, 32 if qk == "int8" or D > 128 else 16)
     parts = 2 if D > 128 and (busy or v == "int8") else 1
-    pairs = not busy and Lq > 64 and (D <= 64 or (D <= 128 and qk != "int8"))
-    narrow = busy or D > 128 or (pairs and v != "int8" and (D > 64 or qk == "int8"))
+    small = arch in SMALL and D > 64 and v != "int8"
+    pairs = not busy and not small and Lq > 64 and (D <= 64 or (D <= 128 and qk != "int8"))
+    narrow = busy or D > 128 or small or (pairs and v != "int8" and (D > 64 or qk == "int8"))
     Br, Bc = 128 if pairs else 64, 32 if narrow else 64
     macros = (("HEAD_DIM", D), ("CHANNELS", D // parts), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("BLOCKS", 2),
               ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]), *flags)
@@ -130,16 +133,18 @@ def _hopper_takes(D, qk, v, options):
 def _hopper(D, qk, v, out, flags, options):
     """Tensor copies and wgmma: two consumers of 64 rows each and a producer.
 
-    65536 / 128 = 512 registers are shared by them as 2 * 240 + 32, or 2 * 232 + 40 where the producer brings scales. A
-    consumer holds O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and 64 176. Bytes, 16 bits,
-    2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160 KB, at 256 192 KB of 227. Codes of P are of 64 keys, as the reference
-    has them."""
+    A block starts with 168 registers a thread, the largest multiple of 8 that 384 threads can have of 65536, and its
+    three warpgroups share 3 * 168 = 504 as 2 * 240 + 24, or 2 * 232 + 40 where the producer brings scales. A consumer
+    holds O D / 2, S Bc / 2, P Bc / 4: at D = 128 and Bc = 128 160, at 256 and 64 176; of int8 v O D / 2, its sums as
+    many, S 32 and P 8: at D = 128 168. Where an element of S needs more beside it, its scales and another option or the
+    address of a mask or bias, Bc is 64: at D = 128 112. Bytes, 16 bits, 2 (Br + 4 Bc) D: at D = 64 80 KB, at 128 160,
+    at 256 192 of 227. Codes of P are of 64 keys, as the reference has them."""
     codes = qk == "int8"
     D = 64 if D <= 64 else 128 if D <= 128 else 256
     busy = set(options) - {"EDGES"}
-    crowded = busy & {"BIAS", "MASK"} if D == 64 and not codes else codes and busy
+    crowded = busy if codes else busy & {"BIAS", "MASK"}
     Br, Bc, stages = 128, 64 if D > 128 or v == "int8" or crowded else 128, 2
-    producer, consumer = (40, 232) if codes else (32, 240)
+    producer, consumer = (40, 232) if codes else (24, 240)
     macros = (("HEAD_DIM", D), ("BLOCK_Q", Br), ("BLOCK_K", Bc), ("STAGES", stages), ("PRODUCER_REGISTERS", producer),
               ("CONSUMER_REGISTERS", consumer), ("QK_TYPE", TYPES[qk]), ("V_TYPE", TYPES[v]), ("OUT_TYPE", TYPES[out]),
               *flags)

@@ -14,8 +14,9 @@ template <int MT, int PITCH> DEVICE void load_rows(u32 (&q)[MT][4], u32 at, int 
     for (int i = 0; i < MT; i++) load_matrices(q[i], at + i * 16 * PITCH);
 }
 
-// s = Q K^T. KEPT: q holds all of Q; otherwise its rows are at q_at.
-template <int MT, int PITCH, int KEYS, bool KEPT> DEVICE void multiply_qk(
+// s = Q K^T. KEPT: q holds all of Q; otherwise its rows are at q_at. UNROLL: how many steps the compiler may mix, each of
+// which has operands of its own.
+template <int MT, int PITCH, int KEYS, bool KEPT, int UNROLL = PITCH / 32> DEVICE void multiply_qk(
     Sum (&s)[MT][KEYS / 2], const u32 (&q)[KEPT ? PITCH / 32 : 1][MT][4], u32 q_at, u32 k
 ) {
     const int lane = thread_index() % 32;
@@ -24,7 +25,7 @@ template <int MT, int PITCH, int KEYS, bool KEPT> DEVICE void multiply_qk(
     for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int n = 0; n < KEYS / 2; n++) s[i][n] = CODES ? ZERO : 0;
-#pragma unroll
+#pragma unroll UNROLL
     for (int step = 0; step < PITCH / 32; step++) {
         u32 a[MT][4];
         if (KEPT) {

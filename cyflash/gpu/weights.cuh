@@ -5,8 +5,8 @@
 // eight keys 2 t and 2 t + 1; x[4 n + e] is of row g + e / 2 * 8 and key 8 n + 2 t + e % 2. A row lies in four lanes.
 //
 // Of int8 v the weights become codes, of each tile by itself (block-local):
-//     t = max_j s_j   e_j = 2^(s_j - t)   w_j = 255 e_j s_v[j]   omega = max_j w_j   p_j = rint(255 w_j / omega)
-//     O = alpha O + 2^(t - m') omega / 255^2 sum_j p_j v_j
+//     t = max_j s_j   e_j = 2^(s_j - t)   w_j = e_j s_v[j]   omega = max_j w_j   p_j = rint(255 w_j / omega)
+//     O = alpha O + 2^(t - m') omega / 255 sum_j p_j v_j
 #pragma once
 #include "options.cuh"
 #include "types.cuh"
@@ -118,7 +118,7 @@ template <int KEYS> DEVICE void scale_to_codes(float (&s)[KEYS / 2], Rows& rows,
         float v_scale[2];
         shared_load(v_scale, v_scales + (n * 8 + 2 * t) * 4);
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[4 * n + e] *= 255.f * v_scale[e % 2];
+        for (int e = 0; e < 4; e++) s[4 * n + e] *= v_scale[e % 2];
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -127,7 +127,7 @@ template <int KEYS> DEVICE void scale_to_codes(float (&s)[KEYS / 2], Rows& rows,
         for (int n = 0; n < KEYS / 8; n++) omega = fmaxf(omega, fmaxf(s[4 * n + 2 * h], s[4 * n + 2 * h + 1]));
         omega = row_max(omega);
         const float code = 255.f * reciprocal(omega);
-        rows.worth[h] *= omega * (1.f / (255.f * 255.f));
+        rows.worth[h] *= omega * (1.f / 255.f);
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll

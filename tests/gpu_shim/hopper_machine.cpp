@@ -1,9 +1,11 @@
 // The parts of hopper_machine.h.
 #include "hopper_machine.h"
+#include "scheduler.h"
 
 #include <deque>
 #include <map>
-#include <vector>
+#include <memory>
+#include <string.h>
 
 namespace shim {
 
@@ -20,8 +22,8 @@ struct NamedBarrier {
     std::vector<bool*> results;
 };
 struct Products {
-    std::vector<std::function<void()>> open;  // that no group holds yet
-    std::deque<std::vector<std::function<void()>>> groups;
+    std::vector<std::shared_ptr<Product>> open;  // that no group holds yet
+    std::deque<std::vector<std::shared_ptr<Product>>> groups;
 };
 
 static std::map<u32, Mbarrier> mbarriers;
@@ -75,7 +77,8 @@ void mbarrier_arrive(u32 at, int bytes) {
     if (state.mixed) yield();
 }
 
-void mbarrier_bytes(u32 at, int bytes) {
+// So many have landed.
+static void mbarrier_bytes(u32 at, int bytes) {
     Mbarrier& x = mbarrier(at);
     x.bytes -= bytes;
     end_phase(at, x);
@@ -84,6 +87,30 @@ void mbarrier_bytes(u32 at, int bytes) {
 void mbarrier_wait(u32 at, u32 parity) {
     Mbarrier& x = mbarrier(at);
     while (x.parity == parity) wait_in(x.waiting);
+}
+
+void copy_box(u32 at, const TensorMap& map, u32 mbarrier, int column, int row, int head, int batch) {
+    const u32 pitch = map.box_columns * map.size;
+    if (pitch != 128 && pitch != 64) fail("tensor_copy: rows of %u bytes", pitch);
+    if (map.box_rows > 256) fail("tensor_copy: box of %d rows", map.box_rows);
+    if ((size_t)map.base % 16 || map.row_stride % 16 || map.head_stride % 16 || map.batch_stride % 16) {
+        fail("tensor_copy: array is not aligned to 16 bytes");
+    }
+    check_shared(at, pitch * map.box_rows, 1024, "tensor_copy");
+    by_engine([=] {
+        for (int r = 0; r < map.box_rows; r++)
+            for (int c = 0; c < map.box_columns; c++) {
+                const bool inside = column + c >= 0 && column + c < map.columns && row + r >= 0 && row + r < map.rows &&
+                                    head < map.heads && batch < map.batches;
+                unsigned char* to = state.shared + swizzled(at + r * pitch + c * map.size, pitch);
+                const char* from = map.base + (long long)(column + c) * map.size + (row + r) * map.row_stride +
+                                   head * map.head_stride + batch * map.batch_stride;
+                if (inside) memcpy(to, from, map.size);
+                else memset(to, 0, map.size);
+            }
+        mbarrier_bytes(mbarrier, pitch * map.box_rows);
+    });
+    if (state.mixed) yield();
 }
 
 static NamedBarrier& arrive(int id, int threads) {
@@ -122,13 +149,13 @@ bool named_any(int id, int threads, bool mine) {
     return result;
 }
 
-void add_product(std::function<void()> product) {
+void add_product(Product* product) {
+    std::shared_ptr<Product> mine(product);
     if (state.early && !state.mixed) {
-        product();
-        products[state.thread / 32].open.push_back([] {});
-    } else {
-        products[state.thread / 32].open.push_back(std::move(product));
+        mine->make();
+        mine.reset();  // what is waited for has been made
     }
+    products[state.thread / 32].open.push_back(std::move(mine));
 }
 
 void products_commit() {
@@ -140,7 +167,9 @@ void products_commit() {
 void products_wait(int groups) {
     Products& mine = products[state.thread / 32];
     for (; (int)mine.groups.size() > groups; mine.groups.pop_front()) {
-        for (auto& product : mine.groups.front()) product();
+        for (auto& product : mine.groups.front()) {
+            if (product) product->make();
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 // The machine of machine.h: fibers, the scheduler, barriers, warps, asynchronous copies, and the call from Python.
-#include "hopper_machine.h"
+#include "scheduler.h"
 #include "fiber.h"
 
 #include <deque>

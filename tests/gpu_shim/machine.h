@@ -7,10 +7,9 @@
 //   MIXED  as EARLY, but products of warpgroups wait as in LATE, and who arrives at an mbarrier or starts a tensor copy
 //          lets others run
 // Shared memory begins as bytes 0xff, NaN of any kind. What is wrong ends the run with a message.
+//
+// Every variant is compiled with this, so here are no headers of the standard library, which take longer than a kernel.
 #pragma once
-
-#include <functional>
-#include <vector>
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -42,14 +41,6 @@ void collective(const char* what, void* slot, void (*work)(void**));
 void copy(u32 to, const void* from, int n, int bytes);
 void commit();
 void wait(int groups);
-
-// Waits in a queue, until somebody wakes its threads; or only until others have run.
-void wait_in(std::vector<int>& queue);
-void wake(std::vector<int>& queue);
-void yield();
-
-// Something that the machine does by itself: at once (EARLY), or when no thread can go on, in any order.
-void by_engine(std::function<void()> work);
 
 // Raises unless these bytes are shared memory, aligned; or global memory that the kernel may read.
 void check_shared(u32 at, u32 bytes, u32 alignment, const char* what);

@@ -4,8 +4,8 @@
 #include "machine.h"
 #include "numbers.h"
 #include "params.h"
+#include "tensor_cores.h"
 
-#include <math.h>
 
 #define __device__
 #define __global__
@@ -13,6 +13,20 @@
 #define DEVICE static inline
 #define KERNEL(name, threads, blocks) static void kernel_entry(const Params p)
 #define CALL_KERNEL(p, maps) kernel_entry(p)
+
+// Of <math.h>, which with what it includes takes longer to compile than a kernel.
+#define INFINITY __builtin_inff()
+extern "C" {
+float exp2f(float);
+float expf(float);
+float fmaf(float, float, float);
+float fmaxf(float, float);
+float fminf(float, float);
+float logf(float);
+float rintf(float);
+float fabsf(float);
+float copysignf(float, float);
+}
 
 template <class T> DEVICE T min(T a, T b) { return b < a ? b : a; }
 template <class T> DEVICE T max(T a, T b) { return a < b ? b : a; }
@@ -110,4 +124,17 @@ DEVICE void copy4(u32 to, const void* from, int n) { shim::copy(to, from, n, 4);
 DEVICE void copy_commit() { shim::commit(); }
 template <int N> DEVICE void copy_wait() { shim::wait(N); }
 
-#include "tensor_cores.h"
+DEVICE void load_matrices(u32 (&r)[4], u32 at) { shim::load_four(r, at, false); }
+DEVICE void load_matrices_transposed(u32 (&r)[4], u32 at) { shim::load_four(r, at, true); }
+DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    shim::multiply(shim::Numbers::F16, d, a, b0, b1);
+}
+DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    shim::multiply(shim::Numbers::BF16, d, a, b0, b1);
+}
+DEVICE void mma_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    shim::multiply(shim::Numbers::S8, d, a, b0, b1);
+}
+DEVICE void mma_u8_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    shim::multiply(shim::Numbers::U8S8, d, a, b0, b1);
+}
