@@ -23,7 +23,7 @@ from cyflash.schemes import INT8_OPTIONS, SCHEMES
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LATE = {"scipy", "rich", "matplotlib", "safetensors", "torch", "cupy", "onnxruntime", "openvino"}
+LATE = {"scipy", "rich", "matplotlib", "safetensors", "torch", "cupy", "onnxruntime", "openvino", "dask"}
 
 
 def modules_after(statement):
@@ -172,7 +172,13 @@ def modules_with_examples():
 
 @pytest.mark.parametrize("name", list(modules_with_examples()))
 def test_examples_of_docstrings_run(name):
-    found = doctest.testmod(importlib.import_module(name))
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if "cyflash-attn[" not in str(error):
+            raise
+        pytest.skip(str(error))
+    found = doctest.testmod(module)
     assert found.attempted and not found.failed
 
 
