@@ -25,7 +25,7 @@ from cyflash.bench.cases import Case
 from cyflash.bench.decode_systems import DECODE_SYSTEMS
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import INT8_SYSTEMS, SYSTEMS
-from cyflash.output import check_files
+from cyflash.output import add_json, check_files
 
 SHAPES = (
     (1, 1, 2048, 64),
@@ -39,6 +39,16 @@ SHAPES = (
 
 
 LISTS = {"suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS)}
+
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash bench": "speed beside the peers that are installed, on common shapes",
+    "cyflash bench --shapes 1,8,4096,64 --threads 1 2 --causal --plot out.png": "a shape of your own",
+    "cyflash bench --plot speed.png": "rates of all systems as bars",
+    "cyflash bench --suite --json fp32.json": "all that the README states in fp32; --int8, --decode: the same of these",
+    "cyflash bench --systems torch --isa avx2 --rounds 20": "only torch, against the build for AVX2",
+}
+STATUS = {1: "a system failed its checks: it is named, the others are measured"}
 
 
 def add_arguments(parser):
@@ -66,7 +76,7 @@ def add_arguments(parser):
     lists.add_argument(
         "--gpu", action="store_true", help="a fixed list on the GPU: cyflash beside torch's flash, cuDNN and Triton"
     )
-    add("--json", type=Path, metavar="FILE", help="write every time and setting to FILE")
+    add_json(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
 
 
