@@ -124,7 +124,11 @@ plain = [
 setup(
     packages=["cyflash", "cyflash.bench", "cyflash.compat", "cyflash.cpu", "cyflash.gpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
-    package_data={"cyflash": ["py.typed", "report_page.html"], "cyflash.gpu": ["*.cu", "*.cuh", "*.h"]},
+    package_data={
+        "cyflash": ["py.typed", "*.html", "*.css"],
+        "cyflash.bench": ["*.html"],
+        "cyflash.gpu": ["*.cu", "*.cuh", "*.h"],
+    },
     ext_modules=cythonize(
         [*plain, *(simd_extension(name, flags) for name, flags in SIMD_BUILDS.items())],
         compiler_directives={

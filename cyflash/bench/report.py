@@ -128,7 +128,8 @@ def show(outcome):
             "over rounds; its own median time. Peak: share of that of fused multiply-adds, all threads, same rounds.\n"
         )
     if outcome.int8:
-        console.print(_int8_table(outcome.int8))
+        for threads in dict.fromkeys(result.threads for result in outcome.int8):
+            console.print(_int8_table([result for result in outcome.int8 if result.threads == threads]))
         console.print(
             "Rates count 2 (D + Dv) operations for each visible pair; below each: speed against cyflash fp32 in the "
             "same rounds. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes. "
