@@ -125,7 +125,9 @@ setup(
     packages=["cyflash", "cyflash.bench", "cyflash.compat", "cyflash.cpu", "cyflash.gpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={
-        "cyflash": ["py.typed", "*.html", "*.css"],
+        "cyflash": ["py.typed", "*.pyi", "*.html", "*.css"],
+        "cyflash.cpu": ["*.pyi"],
+        "cyflash.quant": ["*.pyi"],
         "cyflash.bench": ["*.html"],
         "cyflash.gpu": ["*.cu", "*.cuh", "*.h"],
     },

@@ -14,7 +14,7 @@ EXAMPLES = {
     "cyflash completion zsh > ~/.zfunc/_cyflash": "zsh: where ~/.zshrc has fpath+=~/.zfunc before compinit",
     "cyflash completion tcsh | sudo tee /etc/profile.d/cyflash.completion.csh": "tcsh",
 }
-STATUS = {}
+STATUS: dict[int, str] = {}
 SHELLS = ("bash", "zsh", "tcsh")
 
 

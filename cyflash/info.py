@@ -20,7 +20,7 @@ EXAMPLES = {
     "cyflash info --json | jq .implementation": "the SIMD build that calls use",
     "CYFLASH_ISA=avx2 CYFLASH_NUM_THREADS=4 cyflash info": "what these variables change",
 }
-STATUS = {}
+STATUS: dict[int, str] = {}
 
 
 def add_arguments(parser):

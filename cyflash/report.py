@@ -39,7 +39,7 @@ EXAMPLES = {
     "cyflash report scales.safetensors -o report.html": "beside the observations of `cyflash calibrate`",
     "cyflash report s.safetensors -o r.html --csv heads.csv --max-rel-l1 0.01": "a line for each head; a limit",
 }
-STATUS = {}
+STATUS: dict[int, str] = {}
 
 
 def add_arguments(parser):

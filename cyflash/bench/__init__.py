@@ -85,8 +85,8 @@ def add_arguments(parser):
     )
     add_json(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
-    add("--html", type=Path, metavar="FILE.html", help="draw a page: speed against length, peers and accuracy, of all that "
-        "is measured; without a list or --shapes that of --lengths (needs matplotlib)")  # fmt: skip
+    add("--html", type=Path, metavar="FILE.html", help="draw a page: speed against length, peers and accuracy, of all "
+        "that is measured; without a list or --shapes that of --lengths (needs matplotlib)")  # fmt: skip
 
 
 def run(args):
