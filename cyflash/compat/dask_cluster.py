@@ -10,7 +10,6 @@ import time
 import dask
 import distributed
 from dask.base import is_dask_collection
-from distributed.comm.core import CommClosedError
 
 from cyflash.output import progress_bar
 
@@ -19,11 +18,6 @@ __all__ = ["Cluster"]
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 2.0  # between two looks at who works
 FAN_IN = 4  # results that one task combines
-# What a lost scheduler looks like from here, in any of its stages.
-LOST = (
-    concurrent.futures.CancelledError, distributed.client.ClosedClientError, CommClosedError, ConnectionError,
-    TimeoutError, OSError,
-)  # fmt: skip
 
 
 class Cluster:
@@ -61,17 +55,17 @@ class Cluster:
                 f"client: the task {error.task} was lost with {error.allowed_failures + 1} workers, one after the "
                 "other; perhaps they have too little memory for it: pass smaller pieces, or give workers more"
             ) from error
-        except LOST as error:
-            if isinstance(error, concurrent.futures.CancelledError) and self._alive():
+        except Exception as error:
+            if not self._alive():
+                raise RuntimeError(
+                    f"client: the scheduler at {self._address} is gone ({_short(error)}); start one and call again"
+                ) from error
+            if isinstance(error, concurrent.futures.CancelledError):
                 raise RuntimeError(
                     f"client: data that this call reads are gone from the cluster ({_short(error)}): what was "
                     "scattered to a worker that died cannot be computed again; submit or load it as a task instead"
                 ) from error
-            if not isinstance(error, concurrent.futures.CancelledError) and self._alive():
-                raise  # a task's own
-            raise RuntimeError(
-                f"client: the scheduler at {self._address} is gone ({_short(error)}); start a cluster and call again"
-            ) from error
+            raise
         finally:
             self._waiting.clear()
 
@@ -139,7 +133,7 @@ class Cluster:
     def _alive(self):
         try:
             return self.client.status == "running" and self.client.nthreads() is not None
-        except LOST:
+        except Exception:  # of many kinds, by what had begun when the scheduler went
             return False
 
 
