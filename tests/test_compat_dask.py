@@ -15,8 +15,10 @@ import pytest
 from calibrating import bits, state
 
 import cyflash
+from cyflash.arrays import Shape
 from cyflash.attention import attend
 from cyflash.capture import save_capture
+from cyflash.plan import make_plan
 from cyflash.quant import Calibrator
 
 pytest.importorskip("distributed", reason='needs the extra "dask"')
@@ -316,6 +318,22 @@ def test_shards_see_no_mask_and_unseen_shards_are_left_alone(qkv, monkeypatch):
         on_dask.flash_attention(q, shards, client=client, causal=True, mask=np.ones((LQ, LK), bool))
         assert len(recorded.calls) == 5  # the first query stands at 113, but sees all that is before it
         assert {options["mask"].shape for _, options in recorded.calls} == {(LQ, 30)}
+
+
+@pytest.mark.parametrize("align", ["bottom-right", "top-left"])
+@pytest.mark.parametrize("window", [None, (0, 0), (3, 0), (2, 4), (-1, 2), (6, -1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_shards_that_are_seen_are_those_with_a_visible_key(align, window, causal):
+    lengths = [3, 0, 4, 1, 5]
+    for queries in (1, 2, 9):
+        shape = Shape((1, sum(lengths), 4))
+        plan = make_plan(np.ones((1, queries, 4), "f"), shape, shape, causal=causal, window=window, causal_align=align)
+        distance = np.arange(queries)[:, None] + plan.offset - np.arange(sum(lengths))
+        visible = ((distance <= plan.left) & (-distance <= plan.right)).any(axis=0)
+        stops = np.cumsum(lengths).tolist()
+        places = [(i, stop - lengths[i], stop) for i, stop in enumerate(stops)]
+        expected = [(i, start, stop) for i, start, stop in places if visible[start:stop].any()]
+        assert on_dask._seen(plan, lengths) == (expected or [(0, 0, 3)])
 
 
 @pytest.mark.parametrize(
