@@ -110,6 +110,13 @@ def test_failures_are_said_and_texts_are_escaped():
     assert "Nothing was timed." in text
 
 
+def test_a_busy_machine_is_said(whole, text):
+    assert "The machine was busy" not in text
+    busy = bench_outcomes.outcome((1,), SHAPES)
+    busy.systems[1]["cyflash"] = busy.systems[1]["cyflash"] | {"threads": {"busy": 1, "cpu_over_wall": 0.5}}
+    assert "The machine was busy: cyflash got 0.50 of 1 cores." in page(busy)
+
+
 def test_systems_look_the_same_in_all_figures_and_differ():
     labels = [*bench_outcomes.FP32, *bench_outcomes.BF16, *bench_outcomes.INT8]
     looks = page_figures.looks(labels)

@@ -10,6 +10,7 @@ from string import Template
 import cyflash
 from cyflash import page as html
 from cyflash.bench import page_figures as figures
+from cyflash.bench.report import busy_notes
 from cyflash.output import as_binary, as_time
 
 __all__ = ["page"]
@@ -42,7 +43,7 @@ def page(outcome):
         "verdict": escape(_verdict(races, outcome.caches)),
         "verdict_class": "over" if failures else "",
         "numbers": _numbers(outcome, races),
-        "notes": "".join(f'<p>Failed: {escape(": ".join(one))}</p>\n' for one in failures.items()),
+        "notes": "".join(f"<p>{escape(note)}</p>\n" for note in _notes(outcome, failures)),
         "settings": _settings(outcome),
         "systems": _systems(outcome),
     }  # fmt: skip
@@ -83,6 +84,11 @@ def _verdict(races, caches):
         best = min(int8, key=lambda label: race.timings[label].median)
         words.append(f"int8 up to {_times(race.ratio('cyflash', best).value)} as fast as fp32")
     return "; ".join(words) + "."
+
+
+def _notes(outcome, failures):
+    yield from busy_notes(outcome)
+    yield from (f"Failed: {where}: {why}" for where, why in failures.items())
 
 
 def _numbers(outcome, races):

@@ -68,7 +68,7 @@ def ratios(rows, looks, than, text):
     height = ROW * len(rows) + 12
 
     def draw(figure):
-        left = 16 + 6.3 * max(map(len, rows))
+        left = 18 + 6.6 * max(map(len, rows))
         axis = axes_at(figure, left, 8, WIDTH - left - 14, height)
         values = [x for spreads in rows.values() for spread in spreads.values() for x in _ends(spread)]
         for y, spreads in enumerate(rows.values()):
