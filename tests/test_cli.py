@@ -42,7 +42,7 @@ def examples():
         yield from importlib.import_module(f"cyflash.{name}").EXAMPLES
 
 
-@pytest.mark.parametrize("example", examples())
+@pytest.mark.parametrize("example", list(examples()))
 def test_examples_of_the_help_are_right(example):
     words = shlex.split(re.split(r" [|>] ", example)[0])
     words = words[words.index("cyflash") + 1 :]
