@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -34,6 +36,10 @@ FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-
 GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
 # Tiles are templates: their bounds become constants only when Cython's inline functions really are inlined.
 MACROS = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
+# One file for Python 3.11, the first that has buffers in the limited API, and all later ones: calls take as long as
+# without, and modules are a tenth smaller. Free-threaded builds of Python have no limited API yet.
+LIMITED = platform.python_implementation() == "CPython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+LIMITED_API = [("Py_LIMITED_API", "0x030B0000")] if LIMITED else []
 CPU = "cyflash/cpu"
 SHARED = [*glob.glob(f"{CPU}/*.pxi"), *glob.glob(f"{CPU}/simd/*.h")]
 
@@ -43,9 +49,10 @@ def simd_extension(name, flags):
         f"cyflash.cpu._{name}",
         [f"{CPU}/_{name}.pyx"],
         include_dirs=[f"{CPU}/simd"],
-        define_macros=[*MACROS, ("CYFLASH_SIMD", f'"{name}.h"')],
+        define_macros=[*LIMITED_API, *MACROS, ("CYFLASH_SIMD", f'"{name}.h"')],
         extra_compile_args=[*FLAGS, *flags],
         depends=SHARED,
+        py_limited_api=LIMITED,
     )
 
 
@@ -77,6 +84,15 @@ class BuildExt(build_ext):
             print("cyflash: building without OpenMP: calls will run on one thread (`cyflash info` says so)")
         super().build_extensions()
 
+    def copy_extensions_to_source(self):
+        """Also removes modules of earlier builds under other names, which Python would take first."""
+        for extension in self.extensions:
+            path = Path(self.get_ext_fullpath(extension.name))
+            for other in path.parent.glob(f"{extension.name.rpartition('.')[2]}.*"):
+                if other.suffix in (".so", ".pyd") and other.name != path.name:
+                    other.unlink()
+        super().copy_extensions_to_source()
+
     def _compiles(self, *flags):
         with tempfile.TemporaryDirectory() as folder:
             source = os.path.join(folder, "probe.c")
@@ -97,9 +113,10 @@ plain = [
         f"cyflash.cpu.{name}",
         [f"{CPU}/{name}.pyx"],
         include_dirs=[f"{CPU}/simd"],
-        define_macros=[("CYFLASH_SIMD", '"baseline.h"')],
+        define_macros=[*LIMITED_API, ("CYFLASH_SIMD", '"baseline.h"')],
         extra_compile_args=FLAGS.copy(),
         depends=SHARED,
+        py_limited_api=LIMITED,
     )
     for name in ("detect", "observe")
 ]
@@ -107,7 +124,13 @@ plain = [
 setup(
     packages=["cyflash", "cyflash.bench", "cyflash.compat", "cyflash.cpu", "cyflash.gpu", "cyflash.quant"],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
-    package_data={"cyflash": ["py.typed", "report_page.html"], "cyflash.gpu": ["*.cu", "*.cuh", "*.h"]},
+    package_data={
+        "cyflash": ["py.typed", "*.pyi", "*.html", "*.css"],
+        "cyflash.cpu": ["*.pyi"],
+        "cyflash.quant": ["*.pyi"],
+        "cyflash.bench": ["*.html"],
+        "cyflash.gpu": ["*.cu", "*.cuh", "*.h"],
+    },
     ext_modules=cythonize(
         [*plain, *(simd_extension(name, flags) for name, flags in SIMD_BUILDS.items())],
         compiler_directives={
@@ -120,5 +143,6 @@ setup(
         },
         build_dir="build/cython",
     ),
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
     cmdclass={"build_ext": BuildExt},
 )

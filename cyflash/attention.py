@@ -8,7 +8,7 @@ import numpy as np
 
 from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
-from cyflash.flops import attention_flops
+from cyflash.flops import pairs_at
 from cyflash.foreign import same_kind_or_gpu
 from cyflash.gpu.where import on_gpu
 from cyflash.plan import UNBOUNDED, Plan, make_plan, with_config
@@ -460,13 +460,9 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
 
 
 def visible_flops(plan):
-    if min(plan.left, plan.right) >= UNBOUNDED:
-        return 2 * (plan.D + plan.Dv) * plan.Lq * plan.Lk * plan.B * plan.H
-    return attention_flops(
-        plan.B, plan.H, plan.Lq, plan.Lk, plan.D, plan.Dv,
-        causal_align="bottom-right" if plan.offset == plan.Lk - plan.Lq else "top-left",
-        window=tuple(-1 if side >= UNBOUNDED else side for side in (plan.left, plan.right)),
-    )
+    left, right = (-1 if side >= UNBOUNDED else side for side in (plan.left, plan.right))
+    pairs = pairs_at(plan.offset, plan.Lq, plan.Lk, left, right)
+    return 2 * (plan.D + plan.Dv) * pairs * plan.B * plan.H
 
 
 def _check_out(out, shape, dtype, memory, options):

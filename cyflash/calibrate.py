@@ -10,7 +10,7 @@ from pathlib import Path
 import cyflash
 from cyflash.inputs import CONTENTS, add_input_options, given_options, positive
 from cyflash.observing import How, Observations, identify, observe_files, renaming
-from cyflash.output import OBSERVED, check_files, empty_table, few, fitting, progress_bar
+from cyflash.output import OBSERVED, add_json, check_files, empty_table, few, fitting, progress_bar
 
 METHODS = ("output", "max", "percentile", "mse", "octav", "entropy")
 OBJECTIVES = ("rel_l1", "rmse", "worst_row")
@@ -21,6 +21,15 @@ LEGEND = (
     "on and on those held out; worst row: of the held-out ones."
 )
 
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash calibrate captures/*.safetensors -o scales.safetensors": "the scales that make the output's error least",
+    "cyflash calibrate captures/*.npz -o s.safetensors --workers 4": "on four processes; run it again to go on",
+    "cyflash calibrate *.npz -o s.safetensors --method percentile --granularity head": "no search; scales per head",
+    "cyflash calibrate *.npz -o s.safetensors --plan --rel-l1 0.01": "for each head the cheapest that is good enough",
+}
+STATUS = {1: "a file was left out: it is named on stderr"}
+
 
 def add_arguments(parser):
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=f".npz or .safetensors with {CONTENTS}")
@@ -29,7 +38,7 @@ def add_arguments(parser):
                         " and a later run goes on from there: it reads only new files")  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="forget what an earlier run observed")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that read (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    add_json(parser)
     parser.add_argument(
         "--rename", action="append", type=renaming, default=[], metavar="OLD=NEW",
         help="replace the regular expression OLD in the layers' names by NEW, so that several observe the same layer; "

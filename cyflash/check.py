@@ -11,13 +11,21 @@ from cyflash import flash_attention_int8, reference
 from cyflash.capture import load_capture
 from cyflash.inputs import CONTENTS, above_zero, add_input_options, given_options
 from cyflash.observing import renamed, renaming
-from cyflash.output import check_files, empty_table, few, progress_bar
+from cyflash.output import add_json, check_files, empty_table, few, progress_bar
 from cyflash.quant import Scales, compare
 
 LEGEND = (
     "Errors: relative L1 of the output against attention in float64, of all, of the worst head and of the worst row, a "
     "row's over at least the mean row of its head."
 )
+
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash check scales.safetensors --data other.safetensors": "errors of each layer; status 1 above 0.02",
+    "cyflash check s.safetensors --data *.npz --max-rel-l1 0.01 --max-worst-row 0.1": "stricter",
+    "cyflash check s.safetensors --data x.npz --json - | jq .ok": "for another program",
+}
+STATUS = {1: "a layer is above a limit"}
 
 
 def add_arguments(parser):
@@ -31,7 +39,7 @@ def add_arguments(parser):
         "--rename", action="append", type=renaming, default=[], metavar="OLD=NEW",
         help="as in `cyflash calibrate`: from the names of FILE's layers to those of SCALES",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    add_json(parser)
     add_input_options(parser)
 
 

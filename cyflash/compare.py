@@ -16,8 +16,17 @@ from cyflash.capture import load_capture
 from cyflash.comparison import draw, show, summarise
 from cyflash.inputs import CONTENTS, add_input_options, given_options, positive
 from cyflash.measure import blas_threads
-from cyflash.output import check_files, progress_bar
+from cyflash.output import add_json, check_files, progress_bar
 from cyflash.quant.evaluation import call_threads, measure_layer
+
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash compare": "on the activations of a real model in examples/data",
+    "cyflash compare mine.safetensors --causal": "on your own q, k, v, or <layer>.q, <layer>.k, <layer>.v",
+    "cyflash compare mine.npz --layout blhd --window 127 0 --plot out.png": "arrays (B, L, H, D); 128 tokens seen",
+    "cyflash compare --schemes 'int8*' --json - | jq .summary": "some schemes, and their numbers for another program",
+}
+STATUS = {1: "a scheme could not be run"}
 
 
 class Settings(NamedTuple):
@@ -42,7 +51,7 @@ def add_arguments(parser):
         help=f"which to show, by name or pattern such as 'int8*' (default: all: {'; '.join(schemes.SCHEMES)})",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of all (default: see `cyflash info`)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the table (needs matplotlib)")
     add_input_options(parser)
 

@@ -40,10 +40,12 @@ def visible_pairs(Lq, Lk, causal=False, causal_align="bottom-right", window=None
     """
     if causal_align not in ("bottom-right", "top-left"):
         raise ValueError(f"causal_align: expected 'bottom-right' or 'top-left', got {causal_align!r}")
-    off = Lk - Lq if causal_align == "bottom-right" else 0
     left, right = (-1, -1) if window is None else window
-    if causal:
-        right = 0
+    return pairs_at(Lk - Lq if causal_align == "bottom-right" else 0, Lq, Lk, left, 0 if causal else right)
+
+
+def pairs_at(off, Lq, Lk, left, right):
+    """Count the pairs (i, j) with i + off - left <= j <= i + off + right, where -1 is unbounded."""
     pairs = Lq * Lk if right < 0 else _pairs_up_to(off + right, Lq, Lk)
     if left >= 0:
         pairs -= _pairs_up_to(off - left - 1, Lq, Lk)

@@ -14,9 +14,19 @@ LIMITS = {
     "set_num_threads": "cyflash.set_num_threads",
 }
 
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash info": "what a person wants to know",
+    "cyflash info --json | jq .implementation": "the SIMD build that calls use",
+    "CYFLASH_ISA=avx2 CYFLASH_NUM_THREADS=4 cyflash info": "what these variables change",
+}
+STATUS: dict[int, str] = {}
+
 
 def add_arguments(parser):
-    parser.add_argument("--json", action="store_true", help="print cyflash.cpu_info() and cyflash.gpu_status() as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print cyflash.cpu_info() and cyflash.gpu_status() as JSON, to stdout"
+    )
 
 
 def run(args):

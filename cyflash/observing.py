@@ -32,7 +32,7 @@ from cyflash.cpu import threads
 from cyflash.files import replacing
 from cyflash.quant import Calibrator
 
-__all__ = ["UNREADABLE", "How", "Observations", "identify", "observe_files", "renamed", "renaming"]
+__all__ = ["UNREADABLE", "How", "Observations", "identify", "observe_files", "observe_layers", "renamed", "renaming"]
 
 UNREADABLE = (OSError, ValueError, TypeError)  # what a file can cause that leaves the others to be observed
 KEY = "cyflash calibrate"  # of the metadata
@@ -102,7 +102,7 @@ def observe_files(paths, how, workers):
     if workers == 1:
         for path in paths:
             try:
-                yield path, _observe(path, how.load(path), how)
+                yield path, observe_layers(path, how.load(path), how)
             except UNREADABLE as error:
                 yield path, error
         return
@@ -127,7 +127,7 @@ def observe_files(paths, how, workers):
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _observe(path, capture, how, names=None):
+def observe_layers(path, capture, how, names=None):
     """A Calibrator that has observed a file, or some of its layers."""
     calibrator = Calibrator(**how.settings)
     options = capture.options | how.options
@@ -186,7 +186,7 @@ def _begin_worker(count):
 
 def _observe_share(path, how, names, folder):
     """In a worker: observe these layers of a file; where that was saved."""
-    calibrator = _observe(path, how.load(path), how, names)
+    calibrator = observe_layers(path, how.load(path), how, names)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors", delete=False) as file:
         saved = Path(file.name)
     return calibrator.save(saved)

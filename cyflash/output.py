@@ -1,13 +1,36 @@
 """What the commands share about output: files that can be written, plots that can be drawn, numbers with units."""
 
 import os
+import sys
+from pathlib import Path
 
 __all__ = [
-    "OBSERVED", "as_binary", "as_bytes", "as_time", "check_files", "empty_table", "few", "figure_class", "fitting",
-    "progress_bar",
+    "OBSERVED", "Stdout", "add_json", "as_binary", "as_bytes", "as_time", "check_files", "empty_table", "few",
+    "figure_class", "fitting", "progress_bar",
 ]  # fmt: skip
 
 OBSERVED = ".observed.safetensors"  # what observations are called: beside scales.safetensors, scales + this
+
+
+class Stdout:
+    """Stands for the path of `--json -`. While a command runs, what a person reads goes to stderr instead (cli.py)."""
+
+    def __init__(self):
+        self.stream = sys.stdout
+
+    def write_text(self, text):
+        self.stream.write(text)
+
+    def __str__(self):
+        return "stdout"
+
+
+def add_json(parser):
+    """Add --json FILE to a parser."""
+    parser.add_argument(
+        "--json", type=lambda text: Stdout() if text == "-" else Path(text), metavar="FILE",
+        help="also write every number to FILE, or with - to stdout, alone",
+    )  # fmt: skip
 
 
 def check_files(json=None, plot=None):
@@ -16,7 +39,7 @@ def check_files(json=None, plot=None):
     Parameters
     ----------
     json, plot : Path, optional
-        Where the results are to go.
+        Where the results are to go. Stdout can always be written.
 
     Raises
     ------
@@ -27,7 +50,7 @@ def check_files(json=None, plot=None):
     ImportError
         For a plot without matplotlib.
     """
-    for path in filter(None, (json, plot)):
+    for path in filter(None, (None if isinstance(json, Stdout) else json, plot)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: no folder {path.parent}")
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

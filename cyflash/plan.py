@@ -41,9 +41,12 @@ class Plan(NamedTuple):
 
 def make_plan(
     q, k, v, *, causal=False, causal_align="bottom-right", scale=None, window=None, softcap=0.0, bias=None, mask=None,
-    alibi_slopes=None, sinks=None,
+    alibi_slopes=None, sinks=None, offset=None,
 ):
-    """Check arrays q, k, v (of checked dtypes) and the options of `flash_attention` against each other."""
+    """Check arrays q, k, v (of checked dtypes) and the options of `flash_attention` against each other.
+
+    offset: an integer wins over causal_align: k and v are then a piece of longer ones, at any place before or after q.
+    """
     B, H, Lq, D = (1,) * (4 - q.ndim) + q.shape
     Hk, Lk, Dv = _key_value_shape(q, k, v)
     if not isinstance(causal_align, str) or causal_align not in ("bottom-right", "top-left"):
@@ -56,7 +59,7 @@ def make_plan(
         B, H, Hk, Lq, Lk, D, Dv,
         scale=1.0 / math.sqrt(D) if scale is None else _scale(scale),
         softcap=_softcap(softcap),
-        offset=Lk - Lq if causal_align == "bottom-right" else 0,
+        offset=offset if offset is not None else Lk - Lq if causal_align == "bottom-right" else 0,
         left=left,
         right=right,
         bias=None if bias is None else broadcast_bias("bias", bias, rows),

@@ -36,7 +36,7 @@ FORMAT = "cyflash.QuantizedTensor"  # what a file says that it holds
 # {LayerScales: functions}, told {"q", "k", "v": (values that saturated, values in all)} of the float operands of each
 # call with this `quant` that have static scales; cyflash.quant.watch sets it. Replaced, never changed: a call reads it
 # once, without a lock.
-watched = {}
+watched: dict = {}
 
 # Some 7 us of a thread's time: below that, waking another one does not pay.
 ELEMENTS_PER_THREAD = 1 << 16
@@ -306,7 +306,7 @@ class QuantizedTensor:
         granularity = None if self.granularity is None else checked_granularity(self.granularity)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "granularity", checked_against(scale, granularity, self.shape))
-        heads, L, D = self.shape[:-2], *self.shape[-2:]
+        heads, (L, D) = self.shape[:-2], self.shape[-2:]
         if self.mean is not None:
             self._keep("mean", self.mean, (*heads, 1, D))
         if self.fp32_rows is not None:

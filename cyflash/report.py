@@ -14,7 +14,7 @@ import cyflash
 from cyflash.files import replacing
 from cyflash.inputs import above_zero, positive
 from cyflash.measure import blas_threads
-from cyflash.output import OBSERVED, check_files, figure_class
+from cyflash.output import OBSERVED, add_json, check_files, figure_class
 from cyflash.quant.diagnosis import (
     CAUSES,
     FP32,
@@ -34,6 +34,13 @@ HISTOGRAMS = {"q": "q", "k": "k", "k_centred": "k", "v": "v"}
 DRAWN_PER_OCTAVE = 4
 WORST = 10
 
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash report scales.safetensors -o report.html": "beside the observations of `cyflash calibrate`",
+    "cyflash report s.safetensors -o r.html --csv heads.csv --max-rel-l1 0.01": "a line for each head; a limit",
+}
+STATUS: dict[int, str] = {}
+
 
 def add_arguments(parser):
     parser.add_argument("scales", type=Path, metavar="SCALES", help="the scales, a file of `cyflash calibrate`")
@@ -44,7 +51,7 @@ def add_arguments(parser):
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page to write (needs matplotlib)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    add_json(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a line for each layer and head to FILE")
     parser.add_argument(
         "--max-rel-l1", type=above_zero, default=0.02, metavar="X",
@@ -67,7 +74,7 @@ def run(args):
     from cyflash.report_page import page  # matplotlib, late
 
     if args.json:
-        _write(args.json, json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"Numbers: {args.json}")
     if args.csv:
         write_csv(report, args.csv)

@@ -1,22 +1,19 @@
-"""The figures of `cyflash report` as SVG to put into a page: its colours and fonts are the page's, light or dark.
+"""The figures of `cyflash report`, as SVG (svg.py).
 
     error_map, cause_map, plan_map      layer x head
     histograms                          the values of one layer
     front                               error against speed
 """
 
-import io
 import itertools
-import re
-from html import escape
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import ListedColormap, to_hex
-from matplotlib.figure import Figure
+from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cyflash.quant.diagnosis import CAUSES, FP32
+from cyflash.svg import INK, PAPER, axes_at, is_light, svg
 
 __all__ = [
     "CAUSE_COLOURS",
@@ -37,52 +34,9 @@ CAUSE_COLOURS = {"qk": "#0072b2", "p": "#e69f00", "v": "#009e73", None: "#8a8f98
 RUNG_COLOURS = ("#56b4e9", "#f0e442", "#009e73", "#e69f00", "#cc79a7", "#0072b2", "#d55e00", "#ddcc77", "#882255",
                 "#44aa99", "#332288", "#8a8f98")  # fmt: skip
 CAUSE_NAMES = {"qk": "QK", "p": "P", "v": "V", None: "-"}
-INK, PAPER = "#010203", "#fdfcfb"  # stand for the page's colours until the figure is text
-STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "cyflash", "font.size": 8, "font.family": "sans-serif",
-    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "text.parse_math": False,
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-}  # fmt: skip
-PIXEL = 1 / 96  # of CSS, in inches
 CELL, SMALL_CELL = (25, 19), (11, 11)
 MOST_NUMBERS = 1200  # in one map
 LONGEST_LABEL = 16
-
-_numbers = itertools.count()
-
-
-def _svg(draw, width, height, text):
-    """The SVG that draw(figure) makes, `width` x `height` CSS pixels; text: what it shows, in words."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * PIXEL, height * PIXEL), dpi=96)
-        draw(figure)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    own = f"f{next(_numbers)}-"  # ids are the page's, not the figure's
-    svg = re.sub(r'\bid="', f'id="{own}', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)
-    svg = re.sub(r"<svg[^>]*>", "", svg, count=1)
-    svg = re.sub(r'font-family: [^;"]*', "font-family: var(--font)", svg)
-    svg = re.sub(r'font: ([^;"\']*px) [^;"]*', r"font: \1 var(--font)", svg)  # as other versions of matplotlib write it
-    svg = svg.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
-    box = f"0 0 {width * 0.75:g} {height * 0.75:g}"
-    return (
-        f'<svg role="img" aria-label="{escape(text)}" viewBox="{box}" width="{width:g}" height="{height:g}">'
-        f"<title>{escape(text)}</title>{svg}"
-    )
-
-
-def _axes(figure, left, top, width, height):
-    """Axes at a place in CSS pixels, from the upper left."""
-    whole_width, whole_height = figure.get_size_inches() / PIXEL
-    return figure.add_axes(
-        (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
-    )
-
 
 # Layer x head
 
@@ -102,7 +56,7 @@ def error_map(layers, key, limit, text):
         return min(value / top, 1.0) ** power if np.isfinite(value) else 1.0
 
     def bar(figure, left, above, width):
-        axis = _axes(figure, left, above, width, 9)
+        axis = axes_at(figure, left, above, width, 9)
         axis.pcolormesh(np.linspace(0, 1, 65), (0, 1), np.arange(64)[None], cmap=colours, rasterized=True)
         axis.set(yticks=[], xlim=(0, 1))
         ticks = {0.0: "left", top: "right"} | ({} if power == 1.0 else {top / 4: "center"})
@@ -157,7 +111,7 @@ def _map(layers, values, colour, word, text, bar=None):
     inner = columns * width
 
     def draw(figure):
-        axis = _axes(figure, left, top, inner, rows * height)
+        axis = axes_at(figure, left, top, inner, rows * height)
         shown = np.isfinite(values) | np.isinf(values)
         known = ListedColormap([colour(x) for x in values[shown]]) if shown.any() else None
         order = np.full(values.shape, np.nan)
@@ -171,7 +125,7 @@ def _map(layers, values, colour, word, text, bar=None):
         if with_words:
             for row, column in np.argwhere(shown):
                 value = values[row, column]
-                ink = "#000000" if _light(colour(value)) else "#ffffff"
+                ink = "#000000" if is_light(colour(value)) else "#ffffff"
                 axis.text(column + 0.5, row + 0.54, word(value), color=ink, fontsize=6.6, ha="center", va="center")
         step = max(1, int(np.ceil(14 / width)))
         heads = range(0, columns, step)
@@ -186,7 +140,7 @@ def _map(layers, values, colour, word, text, bar=None):
         if bar:
             bar(figure, left, top + rows * height + 8, inner)
 
-    return _svg(draw, max(left + inner + 8, 170), top + rows * height + below, text)
+    return svg(draw, max(left + inner + 8, 170), top + rows * height + below, text)
 
 
 def _percent(value):
@@ -197,11 +151,6 @@ def _percent(value):
     if x < 0.005:
         return "0"
     return f"{x:.2f}".lstrip("0") if x < 0.095 else f"{x:.1f}" if x < 9.95 else f"{x:.0f}"
-
-
-def _light(colour):
-    r, g, b = (int(to_hex(colour)[n : n + 2], 16) / 255 for n in (1, 3, 5))
-    return 0.299 * r + 0.587 * g + 0.114 * b > 0.5
 
 
 def short_labels(names):
@@ -235,10 +184,10 @@ def histograms(layer, text):
 
     def draw(figure):
         for n, (part, title) in enumerate(PANELS.items()):
-            axis = _axes(figure, 14 + (n % 2) * (width + 24), 18 + (n // 2) * (height + 48), width, height)
+            axis = axes_at(figure, 14 + (n % 2) * (width + 24), 18 + (n // 2) * (height + 48), width, height)
             _histogram(axis, layer["histograms"][part], title)
 
-    return _svg(draw, 2 * width + 46, 2 * height + 88, text)
+    return svg(draw, 2 * width + 46, 2 * height + 88, text)
 
 
 def _histogram(axis, values, title):
@@ -291,7 +240,7 @@ def front(rows, layers, text):
     colours = [rung_colour([row["rung"] for row in rows], n) for n in range(len(rows))]
 
     def draw(figure):
-        axis = _axes(figure, 44, 10, 380, 264)
+        axis = axes_at(figure, 44, 10, 380, 264)
         for n in range(len(rows)):
             own = [layer["rungs"][n] for layer in layers if layer["rungs"]]
             points = np.array([(1 / x["time"], 100 * x["error"]["rel_l1"]) for x in own])
@@ -307,7 +256,7 @@ def front(rows, layers, text):
             axis.plot((own_x, x), (own_y, y), color=INK, linewidth=0.6, zorder=3, clip_on=False)
             axis.scatter(own_x, own_y, s=16, color=colours[n], edgecolors=INK, linewidths=0.5, zorder=3, clip_on=False)
             axis.scatter(x, y, s=118, color=colours[n], edgecolors=INK, linewidths=0.7, zorder=4, clip_on=False)
-            ink = "#000000" if _light(colours[n]) else "#ffffff"
+            ink = "#000000" if is_light(colours[n]) else "#ffffff"
             axis.text(x, y, str(n + 1), ha="center", va="center_baseline", fontsize=7.5, color=ink, zorder=5)
         axis.set_xlabel("speed, float32 = 1: faster to the right", fontsize=8)
         axis.set_ylabel("relative L1 error, %", fontsize=8)
@@ -316,7 +265,7 @@ def front(rows, layers, text):
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(length=2, pad=2, labelsize=7.5)
 
-    return _svg(draw, 436, 316, text)
+    return svg(draw, 436, 316, text)
 
 
 def _apart(points, distance=15.0):

@@ -3,7 +3,6 @@
     page(report)    the numbers of report.describe() -> one self-contained page
 """
 
-import re
 import statistics
 from collections import Counter
 from html import escape
@@ -11,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from cyflash import report_figures as figures
+from cyflash.page import chosen, figure, key, style, table, terms
 from cyflash.quant.diagnosis import FP32
 from cyflash.report_figures import CAUSE_COLOURS, CAUSE_NAMES, share
 
@@ -35,6 +35,7 @@ def page(report):
     """
     layers = [layer for layer in report["layers"] if layer["heads"]]
     parts = {
+        "style": style(),
         "version": escape(report["cyflash"]),
         "title": f"Scales: {escape(Path(report['scales']).name)}",
         "verdict": escape(report["verdict"]),
@@ -44,7 +45,7 @@ def page(report):
         "notes": "".join(f'<p class="faint">{escape(note)}</p>\n' for note in report["notes"]),
         "limit": _limit(report),
         "settings": _settings(report),
-        "rungs": _terms(report["rungs"]),
+        "rungs": terms(report["rungs"]),
         **_values(report),
     }
     if layers:
@@ -59,56 +60,15 @@ def page(report):
     if report["planned"]:
         parts["plan"] = _plan(layers)
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
-    return Template(_chosen(template, errors=bool(layers), plan=report["planned"])).substitute(parts)
-
-
-def _chosen(template, **kept):
-    """The template with or without its optional sections."""
-    for name, keep in kept.items():
-        replacement = r"\1" if keep else ""
-        template = re.sub(rf"<!-- if {name} -->\n?(.*?)<!-- end {name} -->\n?", replacement, template, flags=re.DOTALL)
-    return template
+    return Template(chosen(template, errors=bool(layers), plan=report["planned"])).substitute(parts)
 
 
 # Pieces of HTML
 
 
-def _table(headers, rows, caption=""):
-    """headers: {text: class}; rows of cells, each text or (text, class); the first cell of a row is its header."""
-    head = "".join(f'<th scope="col" class="{kind}">{escape(text)}</th>' for text, kind in headers.items())
-    body = "\n".join(_row(row, headers.values()) for row in rows)
-    caption = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="scroll" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
 def _headers(names):
     """Columns of words are set to the left, those of numbers to the right."""
     return {name: "text" if name in WORDS else "" for name in names}
-
-
-def _row(row, kinds):
-    cells = [cell if isinstance(cell, tuple) else (cell, "") for cell in row]
-    line = ""
-    for (text, own), kind in zip(cells, kinds, strict=True):
-        tag = "td" if line else 'th scope="row"'
-        line += f'<{tag} class="{" ".join(filter(None, (kind, own)))}">{escape(text)}</{tag[:2]}>'
-    return f"<tr>{line}</tr>"
-
-
-def _figure(svg, caption):
-    """caption: HTML."""
-    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
-
-
-def _key(colour, text):
-    return f'<span><span class="key" style="background:{colour}"></span>{escape(text)}</span>'
-
-
-def _terms(terms):
-    return "\n".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(text))}</dd>" for name, text in terms.items())
 
 
 def _percent(x):
@@ -177,21 +137,21 @@ def _maps(report, layers):
     limit, worst = report["max_rel_l1"], report["settings"].get("target", {}).get("worst")
     mark = f"The mark, {100 * worst:g}\u00a0%, is the plan's target." if worst else "Of the query that fares worst."
     keys = " &nbsp;".join(
-        _key(CAUSE_COLOURS[cause], f"{CAUSE_NAMES[cause]}: {text}")
+        key(CAUSE_COLOURS[cause], f"{CAUSE_NAMES[cause]}: {text}")
         for cause, text in (("qk", "codes of Q and K"), ("p", "codes of P"), ("v", "codes of V"), (None, "in float32"))
         if any(head["cause"] == cause for layer in layers for head in layer["heads"])
     )
     return "\n".join(
         (
-            _figure(
+            figure(
                 figures.error_map(layers, "rel_l1", limit, _in_words(layers, "rel_l1", "relative L1 error")),
                 f"<b>Relative L1 error, %.</b> The mark in the bar is {_limit(report)}.",
             ),
-            _figure(
+            figure(
                 figures.error_map(layers, "worst_row", worst, _in_words(layers, "worst_row", "error of the worst row")),
                 f"<b>Worst row, %.</b> {mark}",
             ),
-            _figure(figures.cause_map(layers, _causes_in_words(report)), f"<b>What causes it.</b> {keys}"),
+            figure(figures.cause_map(layers, _causes_in_words(report)), f"<b>What causes it.</b> {keys}"),
         )
     )
 
@@ -226,7 +186,7 @@ def _by_layer(layers):
                 *(str(causes[cause]) for cause in ("qk", "p", "v", None)),
             )
         )  # fmt: skip
-    return f"<details><summary>By layer, as a table</summary>{_table(_headers(names), rows)}</details>"
+    return f"<details><summary>By layer, as a table</summary>{table(_headers(names), rows)}</details>"
 
 
 def _all_heads(layers):
@@ -244,8 +204,7 @@ def _all_heads(layers):
         )
         for layer, head in heads
     ]  # fmt: skip
-    table = _table(_headers(names), rows)
-    return f"<details><summary>By head, as a table</summary>{table}</details>"
+    return f"<details><summary>By head, as a table</summary>{table(_headers(names), rows)}</details>"
 
 
 def _worst(report):
@@ -265,7 +224,7 @@ def _worst(report):
                 _percent(fix["rel_l1"]) if needs else "", _ratio(fix["time"]) if needs else "",
             )
         )  # fmt: skip
-    return _table(_headers(names), rows)
+    return table(_headers(names), rows)
 
 
 def _plan(layers):
@@ -273,7 +232,7 @@ def _plan(layers):
     rungs = sorted(counts, key=lambda rung: (rung == FP32, -counts[rung], rung))
     said = "; ".join(f"{rung}: {_heads(counts[rung])}" for rung in rungs)
     keys = "<br>".join(
-        _key(figures.rung_colour(rungs, n), f"{n + 1}: {rung} ({_heads(counts[rung])})")
+        key(figures.rung_colour(rungs, n), f"{n + 1}: {rung} ({_heads(counts[rung])})")
         for n, rung in enumerate(rungs)
     )
     svg = figures.plan_map(layers, rungs, f"Map of the rung of each head by layer. {said}.")
@@ -289,7 +248,7 @@ def _plan(layers):
         )
         for layer, part in named
     ]  # fmt: skip
-    return f'<div class="side">\n{_figure(svg, keys)}\n{_table(headers, rows)}\n</div>'
+    return f'<div class="side">\n{figure(svg, keys)}\n{table(headers, rows)}\n</div>'
 
 
 def _heads(count):
@@ -308,7 +267,7 @@ def _front(report, layers):
         )
         for n, row in enumerate(rows, 1)
     ]  # fmt: skip
-    return f"<figure>{svg}</figure>\n{_table(headers, cells)}"
+    return f"<figure>{svg}</figure>\n{table(headers, cells)}"
 
 
 def _values(report):
@@ -331,11 +290,11 @@ def _values(report):
         for layer in layers for part, values in layer["histograms"].items()
     ]  # fmt: skip
     few = len(shown) < len(layers)
-    table = _table(headers, rows)
+    all_values = table(headers, rows)
     return {
         "histograms": "\n".join(cards),
         "histograms_shown": f"Shown: the {len(shown)} layers with the largest errors." if few else "",
-        "all_values": f"<details><summary>All layers as a table</summary>{table}</details>",
+        "all_values": f"<details><summary>All layers as a table</summary>{all_values}</details>",
     }
 
 
@@ -366,7 +325,7 @@ def _settings(report):
     }
     if options := _options(report["layers"]):
         settings["Attention options"] = options
-    return _terms(settings)
+    return terms(settings)
 
 
 def _options(layers):

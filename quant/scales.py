@@ -119,7 +119,7 @@ class Scales(Mapping):
     def __eq__(self, other):
         return self._contents() == other._contents() if isinstance(other, Scales) else NotImplemented
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def save(self, path):
         """Write to a `.safetensors` file, which appears only when it is complete. The same scales give the same bytes.

@@ -162,13 +162,13 @@ def test_the_numbers_as_json(tmp_path, files, capsys):
 def reads(monkeypatch):
     """The files that are observed, as they are."""
     seen = []
-    observe = observing._observe
+    observe = observing.observe_layers
 
     def noted(path, *args):
         seen.append(path.name)
         return observe(path, *args)
 
-    monkeypatch.setattr(observing, "_observe", noted)
+    monkeypatch.setattr(observing, "observe_layers", noted)
     return seen
 
 
@@ -239,17 +239,17 @@ def test_what_was_left_out_of_a_layer_is_shown(tmp_path, files, capsys):
 
 def test_an_interruption_loses_only_the_file_at_work(tmp_path, files, monkeypatch, capsys):
     out = tmp_path / "s.safetensors"
-    observe = observing._observe
+    observe = observing.observe_layers
 
     def interrupted(path, *args):
         if path == files[2]:
             raise KeyboardInterrupt
         return observe(path, *args)
 
-    monkeypatch.setattr(observing, "_observe", interrupted)
+    monkeypatch.setattr(observing, "observe_layers", interrupted)
     assert calibrate(out, *files) == 130
     assert not out.exists() and same_contents(observed(out), by_hand(files[:2]), tmp_path)
-    monkeypatch.setattr(observing, "_observe", observe)
+    monkeypatch.setattr(observing, "observe_layers", observe)
     assert calibrate(out, *files) == 0
     straight = tmp_path / "straight.safetensors"
     calibrate(straight, *files)

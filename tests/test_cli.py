@@ -3,6 +3,9 @@
 import importlib
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -24,11 +27,34 @@ def cyflash_command(*arguments, **options):
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_is_a_module_with_help(name, capsys):
     module = importlib.import_module(f"cyflash.{name}")
-    assert callable(module.add_arguments) and callable(module.run)
+    assert callable(module.add_arguments) and callable(module.run) and module.EXAMPLES
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert stopped.value.code == 0
-    assert f"usage: cyflash {name}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: cyflash {name}" in out
+    assert all(f"  {example}\n" in out for example in module.EXAMPLES)
+    documented = dict(re.findall(r"^  (\d+) +(.*)", out.partition("exit status:")[2], re.M))
+    assert documented == {str(number): text for number, text in {**cli.STATUS, **module.STATUS}.items()}
+
+
+def examples():
+    for name in cli.COMMANDS:
+        yield from importlib.import_module(f"cyflash.{name}").EXAMPLES
+
+
+@pytest.mark.parametrize("example", list(examples()))
+def test_examples_of_the_help_are_right(example):
+    words = shlex.split(re.split(r" [|>] ", example)[0])
+    words = words[words.index("cyflash") + 1 :]
+    assert cli.command_parser(words).parse_args(words).command == words[0]
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "completion"])
+def test_every_command_that_finds_numbers_has_json(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert "--json" in capsys.readouterr().out
 
 
 def test_python_m_cyflash_works_anywhere(tmp_path):
@@ -57,7 +83,9 @@ def test_wrong_use_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert "usage: cyflash" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch(r"cyflash( info)?: error: .*; cyflash( info)? --help lists the options\n", said.err)
 
 
 def test_a_command_imports_only_what_it_needs(tmp_path):
@@ -72,6 +100,8 @@ def test_a_command_imports_only_what_it_needs(tmp_path):
 
 class Failing:
     """A command that raises."""
+
+    EXAMPLES, STATUS = {}, {}
 
     def __init__(self, error):
         self.error = error
@@ -143,6 +173,133 @@ def test_names_that_the_terminal_cannot_show_are_no_error(tmp_path, encoding):
     got = cyflash_command("compare", path, env=environment, encoding=encoding)
     assert got.returncode == 0, got.stderr
     assert "1 layer" in got.stdout and got.stdout.count("int8 tensor") == 2
+
+
+# Streams: what is said where
+
+
+@pytest.fixture
+def capture(tmp_path):
+    """Two observations of a layer that are quick."""
+    arrays = np.random.default_rng(0).standard_normal((3, 2, 2, 64, 8), dtype=np.float32)
+    return save_capture(tmp_path / "x.npz", {"a": tuple(arrays)})
+
+
+def test_json_to_stdout_comes_alone(capture, tmp_path):
+    scales = tmp_path / "s.safetensors"
+    for keys, *arguments in (
+        ({"layers", "summary"}, "compare", capture, "--schemes", "int8 token"),
+        ({"layers", "settings"}, "calibrate", capture, "-o", scales, "--method", "max"),
+        ({"layers", "ok"}, "check", scales, "--data", capture, "--max-rel-l1", "1"),
+        ({"layers", "verdict"}, "report", scales, "-o", tmp_path / "r.html"),
+        ({"races"}, "bench", "--shapes", "1,1,64,16", "--threads", "1", "--rounds", "1", "--systems", "numpy"),
+    ):
+        got = cyflash_command(*map(str, arguments), "--json", "-", cwd=tmp_path)
+        assert got.returncode == 0, got.stderr
+        assert keys <= json.loads(got.stdout).keys()
+        assert len(got.stderr.splitlines()) > 1  # what a person reads
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"r.html", "s.observed.safetensors", "s.safetensors", "x.npz"}
+
+
+class Terminal:
+    """A pseudo-terminal, and what was written to it."""
+
+    def __init__(self):
+        self._own, self.end = __import__("pty").openpty()
+
+    def read(self):
+        os.close(self.end)
+        text = b""
+        while True:
+            try:
+                more = os.read(self._own, 65536)
+            except OSError:  # the other end is closed
+                more = b""
+            if not more:
+                os.close(self._own)
+                return text.decode()
+            text += more
+
+
+COLOUR = re.compile(r"\x1b\[[\d;]*3\dm")
+TERMINAL = {"TERM": "xterm-256color", "COLUMNS": "100"}
+
+
+def on_terminal(stream, arguments, **variables):
+    """What a command writes to a terminal and to a pipe; stream: which of its two is the terminal."""
+    pytest.importorskip("pty", reason="needs pseudo-terminals")
+    environment = {name: x for name, x in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    terminal = Terminal()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: terminal.end}
+    command = [sys.executable, "-P", "-m", "cyflash", *arguments]
+    process = subprocess.Popen(command, text=True, env=environment | TERMINAL | variables, **streams)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return terminal.read(), out if stream == "stderr" else err
+
+
+def test_colours_on_a_terminal_only():
+    shown, _ = on_terminal("stdout", ["info"])
+    assert COLOUR.search(shown)
+    shown, _ = on_terminal("stdout", ["info"], NO_COLOR="1")
+    assert "avx2" in shown and not COLOUR.search(shown)
+    assert "\x1b" not in cyflash_command("info").stdout
+
+
+def test_progress_is_shown_on_a_terminal_that_stderr_is(capture, tmp_path):
+    arguments = ["calibrate", str(capture), "-o", str(tmp_path / "s.safetensors"), "--method", "max", "--restart"]
+    shown, out = on_terminal("stderr", arguments)
+    assert "reading files" in shown and "choosing scales" in shown
+    assert "\x1b" not in out and "Scales: " in out
+    shown, err = on_terminal("stdout", arguments)
+    assert err == "" and "reading files" not in shown and "Scales: " in shown
+
+
+# cyflash completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts_are_in_their_language(shell, capsys, tmp_path):
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("cyflash", "calibrate", "--max-rel-l1" if shell != "tcsh" else "max-rel-l1"))
+    if shutil.which(shell) and shell != "tcsh":
+        (tmp_path / "script").write_text(script)
+        got = subprocess.run([shell, "-n", tmp_path / "script"], capture_output=True, text=True)
+        assert got.returncode == 0, got.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("che", "check"),
+        ("check --max", "--max-rel-l1 --max-worst-row"),
+        ("calibrate x.npz --method o", "output octav"),
+        ("completion ", "bash zsh tcsh"),
+        ("report sca", "scales.safetensors"),
+        ("compare --plot sca", "scales.safetensors"),
+    ],
+)
+def test_bash_completes(line, expected, capsys, tmp_path):
+    pytest.importorskip("shtab")
+    bash = shutil.which("bash") or pytest.skip("there is no bash here")
+    cli.main(["completion", "bash"])
+    (tmp_path / "scales.safetensors").touch()
+    words = ["cyflash", *line.split(" ")]
+    script = capsys.readouterr().out + (
+        f"COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}\n"
+        "_shtab_cyflash cyflash; echo ${COMPREPLY[@]}\n"
+    )
+    got = subprocess.run([bash, "--norc"], input=script, capture_output=True, text=True, cwd=tmp_path)
+    assert got.stdout.split() == expected.split(), got.stderr
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "pip install 'cyflash-attn[completion]'" in capsys.readouterr().err
 
 
 # cyflash info

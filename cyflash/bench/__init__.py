@@ -9,7 +9,9 @@
     decode.py    `--decode`: caches, ragged batches and 16 bits; its own decode_cases.py and decode_systems.py
     gpu.py       `--gpu`: kernels of the GPU beside torch's and Triton's; its own gpu_systems.py and gpu_worker.py;
                  gpu_triton.py: a peer in Triton
+    lengths.py   `--lengths`: all of these at many lengths
     report.py    progress, tables, JSON, plot
+    page.py      `--html`: a page of plots, by page_figures.py and page.html
 
 Times are wall-clock seconds of one call with inputs, compiled models and threads ready. A ratio is the median time of a
 peer over that of cyflash in the same rounds; its interval is a 95 % bootstrap over rounds. GFLOP/s count
@@ -21,12 +23,13 @@ import sys
 from pathlib import Path
 
 from cyflash import cpu_info, set_implementation
-from cyflash.bench import decode, gpu, int8, report, suite
+from cyflash.bench import decode, gpu, int8, lengths, report, suite
 from cyflash.bench.cases import Case
 from cyflash.bench.decode_systems import DECODE_SYSTEMS
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import INT8_SYSTEMS, SYSTEMS
-from cyflash.output import check_files
+from cyflash.files import replacing
+from cyflash.output import add_json, check_files, figure_class
 
 SHAPES = (
     (1, 1, 2048, 64),
@@ -39,7 +42,18 @@ SHAPES = (
 )
 
 
-LISTS = {"suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS)}
+LISTS = {"suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS),
+         "lengths": (lengths, lengths.ALL_SYSTEMS)}  # fmt: skip
+
+# Commands, and what they do: shown by --help.
+EXAMPLES = {
+    "cyflash bench": "speed beside the peers that are installed, on common shapes",
+    "cyflash bench --shapes 1,8,4096,64 --threads 1 2 --causal --plot out.png": "a shape of your own",
+    "cyflash bench --html speed.html": "plots: speed against length, peers, accuracy",
+    "cyflash bench --suite --json fp32.json": "all that the README states in fp32; --int8, --decode: the same of these",
+    "cyflash bench --systems torch --isa avx2 --rounds 20": "only torch, against the build for AVX2",
+}
+STATUS = {1: "a system failed its checks: it is named, the others are measured"}
 
 
 def add_arguments(parser):
@@ -65,10 +79,15 @@ def add_arguments(parser):
         "--decode", action="store_true", help="a fixed list: KV caches, torch, speed of memory, ragged batches, bf16"
     )
     lists.add_argument(
+        "--lengths", action="store_true", help="a fixed list: fp32, int8 and peers at lengths from 128 to 8192"
+    )
+    lists.add_argument(
         "--gpu", action="store_true", help="a fixed list on the GPU: cyflash beside torch's flash, cuDNN and Triton"
     )
-    add("--json", type=Path, metavar="FILE", help="write every time and setting to FILE")
+    add_json(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the rates of all systems into FILE (needs matplotlib)")
+    add("--html", type=Path, metavar="FILE.html", help="draw a page: speed against length, peers and accuracy, of all "
+        "that is measured; without a list or --shapes that of --lengths (needs matplotlib)")  # fmt: skip
 
 
 def run(args):
@@ -100,7 +119,12 @@ def run(args):
     0
     """
     if args.gpu:
+        if args.html:
+            raise ValueError("--html: is not for --gpu; leave out one of them")
         return gpu.run(args)
+    if args.html:
+        _check_page(args.html)
+        args.lengths = args.lengths or not (args.shapes or args.causal or any(getattr(args, name) for name in LISTS))
     chosen = next((name for name in LISTS if getattr(args, name)), None)
     fixed_list, known = LISTS.get(chosen, (None, SYSTEMS))
     systems, skipped = _systems(args.systems, known)
@@ -126,7 +150,21 @@ def run(args):
     report.show(outcome)
     if args.plot:
         report.plot(outcome, args.plot)
+    if args.html:
+        from cyflash.bench.page import page  # matplotlib, late
+
+        with replacing(args.html) as temporary:
+            temporary.write_text(page(outcome), encoding="utf-8")
+        print(f"Page: {args.html}")
     return 1 if outcome.all_failures() else 0
+
+
+def _check_page(path):
+    """Say before measuring that a page cannot be written."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"{path}: expected a name that ends in .html")
+    check_files(path)
+    figure_class("--html")
 
 
 def _peers(outcome, args, systems, threads, environments, limit, progress):

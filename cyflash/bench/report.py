@@ -118,7 +118,7 @@ def show(outcome):
         console = Console(width=140)  # a file or a pipe has no width of its own
     console.print(_machine(outcome.environment))
     console.print(_systems_table(outcome))
-    for note in _busy_notes(outcome):
+    for note in busy_notes(outcome):
         console.print(f"[yellow]{note}")
     for threads in dict.fromkeys(result.threads for result in outcome.races):
         console.print(_race_table([result for result in outcome.races if result.threads == threads], threads))
@@ -128,7 +128,8 @@ def show(outcome):
             "over rounds; its own median time. Peak: share of that of fused multiply-adds, all threads, same rounds.\n"
         )
     if outcome.int8:
-        console.print(_int8_table(outcome.int8))
+        for threads in dict.fromkeys(result.threads for result in outcome.int8):
+            console.print(_int8_table([result for result in outcome.int8 if result.threads == threads]))
         console.print(
             "Rates count 2 (D + Dv) operations for each visible pair; below each: speed against cyflash fp32 in the "
             "same rounds. Error: relative L1 against float64 on standard normal inputs, the largest of the shapes. "
@@ -181,7 +182,7 @@ def _systems_table(outcome):
     return table
 
 
-def _busy_notes(outcome):
+def busy_notes(outcome):
     """Where cyflash did not get the cores that it was given: the figures then say little."""
     for threads, systems in outcome.systems.items():
         got = systems["cyflash"]["threads"]["cpu_over_wall"]

@@ -277,7 +277,7 @@ class OpenVINO(System):
     name = "openvino"
     needs = ("openvino",)
     precision = "f32"
-    formats = ("f32",)  # of the arrays in and out
+    formats: tuple[str, ...] = ("f32",)  # of the arrays in and out
 
     def __init__(self, threads):
         super().__init__(threads)

@@ -8,7 +8,8 @@ MOST_BLOCKS = 2**31 - 1  # on the first axis of a grid, the only one that is use
 # More dynamic shared memory than this a kernel must ask for when it is loaded.
 SHARED_WITHOUT_ASKING = 48 * 1024
 
-_loaded, _lock = {}, threading.Lock()
+_loaded: dict = {}
+_lock = threading.Lock()
 
 
 def load(device, variant):
