@@ -7,7 +7,6 @@ The mask that is passed is what counts, as it is for transformers' eager attenti
 """
 import functools
 
-import numpy as np
 import torch
 from transformers.utils import output_capturing
 
@@ -84,7 +83,7 @@ def _require_nothing_else(others, dropout):
             "output_attentions: the weights are never held; use attn_implementation='eager' to look at them"
         )
     for name, value in others.items():
-        if value is not None and name not in HARMLESS:
+        if value is not None and value is not False and name not in HARMLESS:
             way_out = INSTEAD.get(name, "use attn_implementation='eager'")
             raise NotImplementedError(f"{name}: cyflash's attention cannot honour it; {way_out}")
 

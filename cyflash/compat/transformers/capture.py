@@ -6,7 +6,7 @@ import numpy as np
 
 from cyflash.capture import OPTIONS, save_capture
 from cyflash.compat.transformers.layers import own_settings
-from cyflash.compat.transformers.registry import register
+from cyflash.compat.transformers.registry import register_names
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def capture(model, into=None):
         Layers have the names that its modules have in it, such as "model.layers.0.self_attn".
     into : Calibrator or path, optional
         A path ending in .npz or .safetensors: a capture file is written at the end, with a layer
-        ``call<n>.<name>`` for the n-th call of each layer, which `cyflash calibrate --rename 'call\\\\d+\\\\.='` takes for
+        ``call<n>.<name>`` for the n-th call of each layer; `cyflash calibrate --rename 'call[0-9]+[.]='` takes them for
         one. Default: a new Calibrator.
 
     Yields
@@ -77,7 +77,7 @@ def capture(model, into=None):
     settings = own_settings(model)
     configs = {id(x.config): x.config for x in model.modules() if hasattr(x, "set_attn_implementation")}
     before = [(config, config._attn_implementation) for config in configs.values()]
-    register()
+    register_names()
     model.set_attn_implementation("cyflash")
     for one in settings.values():
         one.watcher = watch
@@ -110,7 +110,7 @@ class _File:
                     f"layer {name!r}: a capture file holds no {option}, got one of shape {np.shape(value)}; run "
                     "sequences without padding, or capture into a Calibrator"
                 )
-        plain = {option: value.tolist() if isinstance(value, np.ndarray) else value for option, value in options.items()}
+        plain = {option: x.tolist() if isinstance(x, np.ndarray) else x for option, x in options.items()}
         if self.options is None:
             self.options, self.first = plain, name
         elif plain != self.options:

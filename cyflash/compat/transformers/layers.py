@@ -1,6 +1,6 @@
 """What is kept with a model's modules: their names in the model, how they run int8, and who watches them.
 
-Only scales of a model and `capture` need it. It is an attribute of the modules, so that it lives and is copied with them.
+Only scales of a model and `capture` need it. It is an attribute of the modules, so it lives and is copied with them.
 """
 from collections.abc import Mapping
 from pathlib import Path

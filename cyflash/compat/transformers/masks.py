@@ -8,9 +8,9 @@
 import inspect
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from torch.utils._pytree import tree_map
 
 from cyflash.compat.transformers.tensors import as_array
 

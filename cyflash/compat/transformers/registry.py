@@ -45,8 +45,8 @@ def register(model=None, *, int8=None):
     NotImplementedError with the argument's name: gradients, dropout in training, output_attentions, head_mask, tensors
     on a GPU, continuous batching, and any argument that is not known here.
 
-    transformers takes every name with "flash" in it for a package of GPU kernels that it has to load, and models for one
-    of theirs; `register` replaces the function that says so, `is_flash_attention_requested`, by one that knows better.
+    transformers takes every name with "flash" in it for a package of GPU kernels that it has to load; `register`
+    replaces the function that says so, `is_flash_attention_requested`, by one that knows better.
 
     "cyflash-int8" quantises what an ordinary cache holds anew for each token; a `Cache` keeps codes.
 
@@ -63,16 +63,21 @@ def register(model=None, *, int8=None):
     torch.Size([1, 3, 32])
     """
     how = None if int8 is None else layers.checked_how(int8, model)
-    _tell_from_flash_attention()
-    for name, function in FUNCTIONS.items():
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, mask_of)
+    register_names()
     if model is None:
         layers.default = how or {}
         return
     for settings in layers.own_settings(model).values():
         settings.how = how
     model.set_attn_implementation("cyflash" if how is None else "cyflash-int8")
+
+
+def register_names():
+    """The part that is the same in each call of `register`."""
+    _tell_from_flash_attention()
+    for name, function in FUNCTIONS.items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, mask_of)
 
 
 def _tell_from_flash_attention():
