@@ -108,7 +108,7 @@ setup(
     packages=[
         "cyflash", "cyflash.bench", "cyflash.compat", "cyflash.compat.transformers", "cyflash.cpu", "cyflash.gpu",
         "cyflash.quant",
-    ],  # fmt: skip
+    ],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={"cyflash": ["py.typed", "report_page.html"], "cyflash.gpu": ["*.cu", "*.cuh", "*.h"]},
     ext_modules=cythonize(

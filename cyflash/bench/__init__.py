@@ -7,6 +7,7 @@
     suite.py     `--suite`: the fixed list of comparisons in fp32
     int8.py      `--int8`: the same of int8 with fp32, bfloat16 and itself
     decode.py    `--decode`: caches, ragged batches and 16 bits; its own decode_cases.py and decode_systems.py
+    models.py    `--transformers`: models beside torch's attention; models_cases.py, models_systems.py, sentences.py
     gpu.py       `--gpu`: kernels of the GPU beside torch's and Triton's; its own gpu_systems.py
     report.py    progress, tables, JSON, plot
 
@@ -20,9 +21,10 @@ import sys
 from pathlib import Path
 
 from cyflash import cpu_info, set_implementation
-from cyflash.bench import decode, gpu, int8, report, suite
+from cyflash.bench import decode, gpu, int8, models, report, suite
 from cyflash.bench.cases import Case
 from cyflash.bench.decode_systems import DECODE_SYSTEMS
+from cyflash.bench.models_systems import MODELS_SYSTEMS
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import INT8_SYSTEMS, SYSTEMS
 from cyflash.output import check_files
@@ -38,13 +40,17 @@ SHAPES = (
 )
 
 
-LISTS = {"suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS)}
+LISTS = {
+    "suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS),
+    "transformers": (models, MODELS_SYSTEMS),
+}  # fmt: skip
 
 
 def add_arguments(parser):
     """Adds the options of `cyflash bench` to an argparse parser."""
     peers = ", ".join(name for name in SYSTEMS if name != "cyflash")
-    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash") + "; --decode: torch"
+    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash")
+    int8_peers += "; --decode, --transformers: torch"
     add = parser.add_argument
     add("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="L queries on L keys (default: 7 common shapes)")
     add("--causal", action="store_true", help="causal attention; only visible pairs count as work")
@@ -62,6 +68,9 @@ def add_arguments(parser):
     )
     lists.add_argument(
         "--decode", action="store_true", help="a fixed list: KV caches, torch, speed of memory, ragged batches, bf16"
+    )
+    lists.add_argument(
+        "--transformers", action="store_true", help="a fixed list: models of transformers beside torch's attention"
     )
     lists.add_argument(
         "--gpu", action="store_true", help="a fixed list on the GPU: cyflash beside torch's flash, cuDNN and Triton"

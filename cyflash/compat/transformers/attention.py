@@ -93,11 +93,7 @@ def _visible(module, query, key, mask, is_causal, sliding_window):
     B, H, Lq, Lk = *query.shape[:3], key.shape[2]
     if mask is None:
         return _without_mask(module, Lq, Lk, is_causal, sliding_window)
-    try:
-        fits = mask.ndim == 4 and torch.broadcast_shapes(mask.shape, (B, H, Lq, Lk)) == (B, H, Lq, Lk)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if mask.ndim != 4 or any(n not in (1, whole) for n, whole in zip(mask.shape, (B, H, Lq, Lk), strict=True)):
         raise ValueError(
             f"attention_mask: expected a shape that broadcasts to (B, H, Lq, Lk) = {(B, H, Lq, Lk)}, got "
             f"{tuple(mask.shape)}"
