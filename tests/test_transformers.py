@@ -1,6 +1,10 @@
 """transformers with attn_implementation "cyflash" and "cyflash-int8": the logits and texts of eager attention; rules,
 not dense masks; and an error for whatever cannot be honoured."""
 import copy
+import doctest
+import importlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -486,3 +490,26 @@ def test_compiled_models_break_the_graph_at_attention():
     with torch.no_grad():
         found = compiled(**arguments).logits.double()[arguments["attention_mask"].bool()].numpy()
     assert abs(found - expected).max() < 1e-5
+
+
+# Documents
+
+
+@pytest.mark.parametrize("name", ["registry", "cache", "capture"])
+def test_examples_of_the_docstrings(name):
+    module = importlib.import_module(f"cyflash.compat.transformers.{name}")
+    found = doctest.testmod(module)
+    assert found.attempted > 5 and not found.failed
+
+
+def test_the_readme_runs(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.partition("## Models of transformers")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    made("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    names = {"FOLDER": tmp_path / "model", "tokens": inputs("llama", "left"), "texts": inputs("llama", batch=4)}
+    exec(block, names)
+    assert names["text"].shape[1] > 24
+    assert names["model"].config._attn_implementation == "cyflash-int8"
+    assert list(Scales.load("scales.safetensors")) == [f"model.layers.{i}.self_attn" for i in range(2)]
