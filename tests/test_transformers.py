@@ -475,7 +475,9 @@ def test_the_name_is_not_taken_for_flash_attention():
     for name, config in CONFIGS.items():
         made_so = MODELS[config][0]._from_config(config(), attn_implementation="cyflash")
         assert made_so.config._attn_implementation == "cyflash", name
-    for function in (generic.is_flash_attention_requested, masking_utils.is_flash_attention_requested):
+    later = importlib.import_module("transformers.models.falcon.modeling_falcon")  # a module that asks, imported since
+    for module in (generic, masking_utils, later):
+        function = module.is_flash_attention_requested
         assert not function(requested_attention_implementation="cyflash-int8")
         assert function(requested_attention_implementation="flash_attention_2")
         assert not function(requested_attention_implementation=None)

@@ -95,6 +95,22 @@ def test_encoder_and_decoder():
         assert caches.cross_attention_cache.get_seq_length() == 24
 
 
+def test_layers_that_read_another_ones():
+    """Gemma-3n: the last layers have no keys and values of their own."""
+    config = tf.Gemma3nTextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=64, hidden_size_per_layer_input=8, head_dim=16,
+        intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=WINDOW,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, arguments = tf.Gemma3nForCausalLM(config).eval().requires_grad_(False), inputs("gemma2", "left")
+    cache = Cache(model, 64, "fp32")
+    expected = generated(model, "eager", arguments)
+    assert torch.equal(generated(model, "cyflash", arguments, cache), expected)
+    assert [hasattr(layer, "kv") for layer in cache.layers] == [True, True, False, False]
+
+
 # What it holds
 
 

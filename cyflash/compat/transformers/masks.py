@@ -57,9 +57,11 @@ def visible_sides(mask_function):
         return None
     held = inspect.getclosurevars(mask_function).nonlocals
     if code is _ALL_OF:
-        sides = [visible_sides(one) for one in held["mask_functions"]]
+        sides = [visible_sides(one) for one in held.get("mask_functions", [None])]
         return None if None in sides else tuple(map(_narrower, *sides)) if len(sides) > 1 else sides[0]
-    window = held["sliding_window"]
+    window = held.get("sliding_window")
+    if not isinstance(window, int):
+        return None
     return (window - 1, -1) if code is _NOT_BEFORE else (window, window)
 
 
