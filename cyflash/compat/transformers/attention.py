@@ -32,15 +32,16 @@ INSTEAD = {
 
 def attention(module, query, key, value, attention_mask, **options):
     """"cyflash": in the precision of the arrays. Returns ((B, Lq, H, Dv), None)."""
-    return _attend(False, module, query, key, value, attention_mask, **options)
+    attend = _uncompiled if torch.compiler.is_compiling() else _attend
+    return attend(False, module, query, key, value, attention_mask, **options)
 
 
 def attention_int8(module, query, key, value, attention_mask, **options):
     """"cyflash-int8": both products in int8."""
-    return _attend(True, module, query, key, value, attention_mask, **options)
+    attend = _uncompiled if torch.compiler.is_compiling() else _attend
+    return attend(True, module, query, key, value, attention_mask, **options)
 
 
-@torch.compiler.disable  # NumPy arrays and compiled modules: a graph breaks here
 def _attend(
     int8, module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, is_causal=None, softcap=None,
     sliding_window=None, s_aux=None, position_bias=None, **others,
@@ -72,6 +73,9 @@ def _attend(
     return result, None
 
 
+_uncompiled = torch.compiler.disable(_attend)  # NumPy arrays and compiled modules: a graph breaks here
+
+
 def _require_nothing_else(others, dropout):
     if dropout:
         raise NotImplementedError(
@@ -93,13 +97,15 @@ def _visible(module, query, key, mask, is_causal, sliding_window):
     B, H, Lq, Lk = *query.shape[:3], key.shape[2]
     if mask is None:
         return _without_mask(module, Lq, Lk, is_causal, sliding_window)
+    if isinstance(mask, Mask) and mask.made_dense is None and mask.sizes == (B, 1, Lq, Lk):
+        return mask.options()
     if mask.ndim != 4 or any(n not in (1, whole) for n, whole in zip(mask.shape, (B, H, Lq, Lk), strict=True)):
         raise ValueError(
             f"attention_mask: expected a shape that broadcasts to (B, H, Lq, Lk) = {(B, H, Lq, Lk)}, got "
             f"{tuple(mask.shape)}"
         )
     if isinstance(mask, Mask):
-        if mask.made_dense is None:
+        if mask.made_dense is None:  # of one sequence, for all
             return mask.options()
         mask = mask.made_dense
     if mask.dtype == torch.bool:

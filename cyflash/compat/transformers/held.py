@@ -9,6 +9,8 @@ class Held(torch.Tensor):
     asks for its numbers, such as another attn_implementation, raises: a copy of them would be made for each token.
     """
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # __torch_dispatch__ sees all that asks for numbers
+
     @staticmethod
     def __new__(cls, layer, part, shape, dtype):
         held = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)

@@ -72,9 +72,12 @@ def _narrower(*sides):
 class Mask(torch.Tensor):
     """Which of (B, 1, Lq, Lk) pairs are visible, by rules."""
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # __torch_dispatch__ sees all that asks for numbers
+
     @staticmethod
     def __new__(cls, shape, left, right, offset, seen, padding):
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)
+        mask.sizes = tuple(shape)
         mask.left, mask.right, mask.offset, mask.seen = left, right, offset, seen
         mask.padding = padding  # (B, Lk) of bool, False hides; or None
         mask.made_dense = None

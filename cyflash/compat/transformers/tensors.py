@@ -1,10 +1,19 @@
-"""Tensors of torch on the CPU as NumPy arrays: the same memory, read or written in place."""
+"""Tensors of torch on the CPU as NumPy arrays: the same memory, read or written in place.
+
+Between the products of a model nothing of this is in the processor's caches, so what has to be asked of every tensor is
+asked once: by `numpy()`, which says no where a question is due.
+"""
 import numpy as np
 import torch
 
 
 def as_array(name, tensor):
     """The memory of a tensor as a NumPy array with its shape and strides; bfloat16 is that of ml_dtypes."""
+    if tensor.dtype is not torch.bfloat16:
+        try:
+            return tensor.numpy()
+        except (RuntimeError, TypeError):  # on another device, or with a gradient
+            pass
     if tensor.device.type != "cpu":
         raise NotImplementedError(
             f"{name}: expected a tensor on the CPU, got one on {tensor.device}; write model.to('cpu'), or use another "
