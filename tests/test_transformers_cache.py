@@ -218,6 +218,22 @@ def test_rows_come_and_go():
     assert abs(last_logits(model, inputs("gemma2"), ours) - last_logits(model, inputs("gemma2"), None)).max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bf16"])
+def test_rows_that_were_chosen_are_those_rows(dtype):
+    """To the bit, as if the batch had been these rows from the beginning; and on their own from then on."""
+    model, arguments = made("gemma2"), inputs("gemma2", batch=3)
+    found = {"fp32_sinks": 2, "k_scale": 0.05, "v_scale": 0.05} if dtype == "int8" else None
+    scales = found and {name: LayerScales(**found) for name in NAMES}
+    chosen, direct = Cache(model, 64, dtype, scales), Cache(model, 64, dtype, scales)
+    last_logits(model, arguments, chosen)
+    chosen.batch_select_indices(torch.tensor([2, 0]))
+    chosen.batch_repeat_interleave(2)
+    last_logits(model, {name: x[[2, 2, 0, 0]] for name, x in arguments.items()}, direct)
+    for step in range(3):
+        token = {"input_ids": torch.tensor([[7], [8], [9], [step]])}
+        assert np.array_equal(*(last_logits(model, token, cache) for cache in (chosen, direct)))
+
+
 # Scales
 
 
