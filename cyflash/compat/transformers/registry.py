@@ -48,7 +48,7 @@ def register(model=None, *, int8=None):
     transformers takes every name with "flash" in it for a package of GPU kernels that it has to load; `register`
     replaces the function that says so, `is_flash_attention_requested`, by one that knows better.
 
-    On Linux torch and cyflash share one OpenMP: `torch.set_num_threads` counts for both, unless cyflash is told otherwise.
+    Where torch and cyflash share one OpenMP, as on Linux, `torch.set_num_threads` is the default of cyflash as well.
 
     "cyflash-int8" quantises what an ordinary cache holds anew for each token; a `Cache` keeps codes.
 
