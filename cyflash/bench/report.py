@@ -22,7 +22,8 @@ BUSY_BELOW = 0.9
 
 @dataclass
 class Row:
-    """`unit`: "x" for a ratio, "of peak", "us" or "MB"; no spread where it could not be measured: `note` says why."""
+    """`unit`: "x" for a ratio, "of peak", "us", "MB" or "cosine"; no spread where it could not be measured: `note` says
+    why."""
 
     what: str
     spread: Spread | None
@@ -305,7 +306,9 @@ def _rows_table(rows):
 
 
 def _in_unit(value, unit):
-    return "" if value is None else f"{value:.{1 if unit in ('us', 'MB') else 2 if value < 10 else 1}f}"
+    if value is None:
+        return ""
+    return f"{value:.{5 if unit == 'cosine' else 1 if unit in ('us', 'MB') else 2 if value < 10 else 1}f}"
 
 
 def _ratio(spread):

@@ -23,6 +23,7 @@ class Candidate:
     read: Callable[[object], np.ndarray]
     note: str = ""
     keep: tuple = field(default=(), repr=False)  # what must live as long as the call
+    seconds: Callable[[], float] | None = None  # of the last call, where only a part of it counts
 
 
 class System:
