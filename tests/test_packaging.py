@@ -190,8 +190,6 @@ def test_examples_of_docstrings_run(name):
         if "cyflash-attn[" not in str(error):
             raise
         pytest.skip(str(error))
-    if name == "cyflash.compat.torch":
-        pytest.importorskip("torch")
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
 

@@ -12,9 +12,12 @@ import weakref
 from functools import partial
 from os import PathLike
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
+try:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.overrides import TorchFunctionMode
+except ImportError as error:
+    raise ImportError(f"cyflash.compat.torch needs torch; pip install 'cyflash-attn[torch]' ({error})") from error
 
 from cyflash import sdpa
 from cyflash.attention import attend, attend_int8
