@@ -99,7 +99,8 @@ def entry(module, node, name):
         yield code("python", call(name, node.args))
         yield from sections(doc)
         return
-    yield code("python", constructor(node))
+    if shown := constructor(node):
+        yield code("python", shown)
     yield from sections(doc)
     for owner, method in methods(module, node):
         yield f"### {name}.{method.name}\n"
@@ -137,20 +138,23 @@ def methods(module, node):
 
 
 def constructor(node):
-    """The call that makes one: that of __init__, or of the fields of a dataclass or NamedTuple."""
+    """The call that makes one: that of __init__, or of the fields of a dataclass or NamedTuple; None for others, which
+    are exceptions."""
     for one in node.body:
         if isinstance(one, ast.FunctionDef) and one.name == "__init__":
             return call(node.name, one.args, skip=1)
     fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
-    arguments = [one.target.id + (f"={default_of(one.value)}" if one.value else "") for one in fields]
-    return wrapped(node.name, arguments)
+    return wrapped(node.name, [*map(field, fields)]) if fields else None
 
 
-def default_of(value):
-    """field(default=...) of a dataclass is its default."""
+def field(node):
+    """`_: KW_ONLY` is the star of a dataclass, and field(default=...) a default."""
+    if ast.unparse(node.annotation).endswith("KW_ONLY"):
+        return "*"
+    value = node.value
     if isinstance(value, ast.Call):
         value = {keyword.arg: keyword.value for keyword in value.keywords}.get("default", value)
-    return ast.unparse(value)
+    return argument(ast.arg(node.target.id), value)
 
 
 def call(name, arguments, skip=0):
@@ -215,7 +219,7 @@ def text_of(text):
 
 def escaped(line):
     """Outside of code, `<` and `*` mean themselves."""
-    pieces = re.split(r"(`[^`]*`)", line)
+    pieces = re.split(r"(``.*?``|`[^`]*`)", line)
     return "".join(re.sub(r"([*<])", r"\\\1", piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
 
 

@@ -13,7 +13,8 @@ def tables(text):
     """{(title, row, column): figure} of Markdown tables."""
     found = {}
     for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
-        (title, *columns), _, *rows = ([cell.strip() for cell in line[1:-1].split(" | ")] for line in table.splitlines())
+        lines = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in table.splitlines()]
+        (title, *columns), _, *rows = lines
         for label, *cells in rows:
             found |= {(title, label, column): float(cell) for column, cell in zip(columns, cells, strict=True)}
     return found
