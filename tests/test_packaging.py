@@ -94,8 +94,8 @@ def test_options_of_the_readme_are_those_of_flash_attention():
     assert documented == {name: repr(default).replace("'", '"') for name, default in options.items()}
 
 
-def test_names_of_the_readme_exist():
-    table = README.partition("## Coming from")[2].partition("\n## ")[0]
+def test_names_of_the_documents_exist():
+    table = (ROOT / "docs/coming-from.md").read_text().partition("## The Rust engines")[2]
     ours = " ".join(row for row in re.findall(r"^\|.*\|(.*)\|$", table, re.M) if "planned" not in row)
     names = set(re.findall(r"`((?:Flash|flash_)\w+(?:\.\w+)?)", ours)) | set(re.findall(r"\bcyflash\.(\w+)\(", README))
     assert {"FlashAttentionConfig.for_head_dim", "flash_attention", "set_implementation"} <= names
@@ -103,8 +103,9 @@ def test_names_of_the_readme_exist():
         operator.attrgetter(name)(cyflash)
 
 
-def test_the_map_of_the_readme_is_true():
-    paths = re.findall(r"^([\w/.]+) {2,}\w", README.partition("## Where things are")[2], re.M)
+def test_the_map_of_the_sources_is_true():
+    map_ = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2]
+    paths = re.findall(r"^([\w/.]+) {2,}\w", map_, re.M)
     assert "cyflash/attention.py" in paths
     assert not [path for path in paths if not (ROOT / path).exists()]
 
