@@ -81,8 +81,8 @@ def commands_in(text):
 
 def missing(needs):
     """What is not here, as a reason, or None."""
-    if "gpu" in needs and not (status := cyflash.gpu_status())["available"]:
-        return f"no GPU: {status['reason']}"
+    if "gpu" in needs and not (status := cyflash.gpu_status()).available:
+        return f"no GPU: {status.reason}"
     absent = [name for name in needs if name != "gpu" and importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)}: not installed" if absent else None
 
