@@ -390,38 +390,65 @@ class _Call(NamedTuple):
 
 def describe(
     q, k, v, memory, config, *, kinds, pv=None, causal=None, scale=None, return_lse=False, out=None, num_threads=None,
-    dropout_p=None, seed=None, dtype=None, out_shape=None, pairs=None, **options,
+    dropout_p=None, seed=None, dtype=None, out_shape=None, pairs=None, out_is_new=False, **options,
 ):
     """Check the options that all precisions share, and allocate the output. Tile sizes are cut to the problem's, which
     changes no bit, so that small calls stay small.
 
     memory: the arrays that q, k and v lie in. kinds: of keys and values as they are stored; pv: how codes of values are
     multiplied. Where q, k and v are only the shapes that the sequences fit in, dtype and out_shape are those of the
-    output, and pairs is the sum of Lq * Lk.
+    output, and pairs is the sum of Lq * Lk. out_is_new: our own caller made out for this call, as it has to be.
     """
     causal, scale = with_config(config, q, causal, scale, dropout_p, seed)
-    block_size_q, block_size_kv = (None, None) if config is None else (config.block_size_q, config.block_size_kv)
-    plan = make_plan(q, k, v, causal=False if causal is None else causal, scale=scale, **options)
-
-    shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape
+    blocks = (None, None) if config is None else (config.block_size_q, config.block_size_kv)
     dtype = output_dtype(q) if dtype is None else dtype
+    build = cpu.active()
+    plan, Br, Bc, native, visible = _settled(
+        q.shape, k.shape, v.shape, build, (*kinds, arrays.kind_of(dtype), pv), blocks,
+        causal=False if causal is None else causal, scale=scale, **options,
+    )
+    shape = (*q.shape[:-1], plan.Dv) if out_shape is None else out_shape
     if out is None:
         out = np.empty(shape, dtype)
-    else:
+    elif not out_is_new:
         _check_out(out, shape, dtype, memory, options)
     lse = np.empty(shape[:-1], np.float32) if return_lse else None
-    build = cpu.active()
-    native = kinds == ("bf16", "bf16") and arrays.kind_of(dtype) == "bf16" and build.SHAPE["BF16_GROUP"] == 2
-    kind = "bf16" if native else "int8" if kinds[0] == "int8" else "fp32"
-    converts = kinds not in (("fp32", "fp32"), ("int8", "int8")) or (kind == "int8" and pv not in (None, "int8"))
-    Br, Bc = cpu.tile_sizes_of(build, block_size_q, block_size_kv, kind, converts)
-    panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
-    Br = min(Br, -(-plan.Lq // panel) * panel) or panel
-    Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
-    flops = visible_flops(plan) if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
+    flops = visible if pairs is None else 2 * (plan.D + plan.Dv) * plan.H * pairs
     work = flops if plan.Lq >= FEW_ROWS else flops * FEW_ROWS // max(plan.Lq, 1)
     count = threads.for_call(1 + int(work / FLOPS_PER_THREAD), num_threads)
     return _Call(plan, out, lse, flops, build, Br, Bc, count, native, options.get("causal_align") == "top-left")
+
+
+def _settled(*shapes_and_kinds, window=None, bias=None, mask=None, alibi_slopes=None, sinks=None, **options):
+    """`_settle`, remembered for calls without arrays among their options: a model makes the same one again and again,
+    and between its products the code and the data of a dozen checks have to come from memory each time."""
+    if bias is mask is alibi_slopes is sinks is None:
+        # True and 1 are equal, but not as good, in a window too: lru_cache tells types apart, though not within tuples
+        sides = window if not isinstance(window, tuple) else (*window, *map(type, window))
+        try:
+            return _remembered(*shapes_and_kinds, sides, window=window, **options)
+        except TypeError:  # an option that cannot be hashed
+            pass
+    return _settle(
+        *shapes_and_kinds, window=window, bias=bias, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, **options
+    )
+
+
+def _settle(q_shape, k_shape, v_shape, build, kinds, blocks, sides=None, **options):
+    """(Plan, Br, Bc, whether products are of bfloat16, visible FLOPs); kinds: of k, v and the output, and pv."""
+    plan = make_plan(*map(arrays.Shape, (q_shape, k_shape, v_shape)), **options)
+    k, v, out, pv = kinds
+    native = k == v == out == "bf16" and build.SHAPE["BF16_GROUP"] == 2
+    kind = "bf16" if native else "int8" if k == "int8" else "fp32"
+    converts = (k, v) not in (("fp32", "fp32"), ("int8", "int8")) or (kind == "int8" and pv not in (None, "int8"))
+    Br, Bc = cpu.tile_sizes_of(build, *blocks, kind, converts)
+    panel, rows = build.SHAPE["PANEL"], build.SHAPE["ROWS"]
+    Br = min(Br, -(-plan.Lq // panel) * panel) or panel
+    Bc = min(Bc, -(-plan.Lk // rows) * rows) or rows
+    return plan, Br, Bc, native, visible_flops(plan)
+
+
+_remembered = functools.lru_cache(maxsize=256, typed=True)(_settle)
 
 
 def output_dtype(q):

@@ -20,6 +20,8 @@ from cyflash.quantized import (
 )
 from cyflash.stored import KEYS_UNIT, Stored
 
+PACKINGS = {"q": None, "k": "keys", "v": "values"}  # of the kernels' `encode`
+
 
 class Settings(NamedTuple):
     """How a call quantises, all defaults filled in and all conflicts ruled out."""
@@ -218,44 +220,82 @@ def prepare(q, k, v, settings, build, threads, others=0):
     Dv = operands["v"].shape[3]
     padded = -(-Lk // KEYS_UNIT) * KEYS_UNIT
     packed_v = packs_v(v, settings)
-    wanted = {
-        f"{name}_codes": (x.shape, np.int8)
-        for name, x in operands.items() if x.dtype != np.int8 and (name != "v" or packed_v)
-    }
-    wanted["k"] = (B, Hk, padded, -(-D // 4) * 4), np.int8
-    wanted["k_correction"] = (B, Hk, padded), np.int32
+    wanted = {"k": ((B, Hk, padded, -(-D // 4) * 4), np.int8), "correction": ((B, Hk, padded), np.int32)}
+    if operands["q"].dtype != np.int8:
+        wanted["q"] = operands["q"].shape, np.int8
     if packed_v:
         wanted["v"] = (B, Hk, padded // 4, -(-Dv // 16) * 16), np.int32
+    else:
+        del operands["v"]
     room = arrays.together(others, **wanted)
+    room["correction"][:, :, Lk:] = 0
 
     watchers = quantized.watched.get(settings.quant, ())
-    counts = {} if watchers else None
-    q_codes, q_scale, _ = _codes("q", q, settings, build, threads, room, counts)
-    k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads, room, counts)
+    scales, mean, counts = _encode(operands, settings, build, threads, room, q.ndim, bool(watchers))
     where = np.arange(B)[:, None], np.zeros(B, np.intp), np.full(B, Lk)
-    room["k_correction"][:, :, Lk:] = 0
-    build.pack_keys(k_codes, room["k"], room["k_correction"], *where, threads)
-    if packed_v:
-        v_codes, v_scale, _ = _codes("v", v, settings, build, threads, room, counts)
-        build.pack_values(v_codes, room["v"], *where, threads)
-    else:
+    if operands["k"].dtype == np.int8:
+        build.pack_keys(arrays.rows_in_place(operands["k"]), room["k"], room["correction"], *where, threads)
+    if not packed_v:
         require_finite("v", v)
-        v_scale = None
+    elif operands["v"].dtype == np.int8:
+        build.pack_values(arrays.rows_in_place(operands["v"]), room["v"], *where, threads)
     for tell in watchers:
         tell(counts)
     floats = float_operands(q, k, v, settings) if settings.fp32_sinks else (None, None, None)
     values = room["v"] if packed_v else arrays.four_axes(arrays.rows_in_place(v))
     stored = Stored(
         "int8", None, room["k"], values, D, Dv, "int8" if packed_v else arrays.kind_of(values.dtype),
-        k_correction=room["k_correction"],
-        k_scale=_per_key("k", k_scale, (B, Hk, Lk), padded, settings),
-        v_scale=None if v_scale is None else _per_key("v", v_scale, (B, Hk, Lk), padded, settings),
-        k_mean=None if k_mean is None else _of_heads(k_mean, k_codes.shape),
-        fp32_sinks=settings.fp32_sinks,
-        float_k=floats[1],
-        float_v=floats[2],
+        k_correction=room["correction"], k_scale=scales["k"], v_scale=scales.get("v"), k_mean=mean,
+        fp32_sinks=settings.fp32_sinks, float_k=floats[1], float_v=floats[2],
     )
-    return floats[0], stored, Codes(q_codes, _spread(q_scale, q_codes.shape[:3]), settings.pv)
+    q_codes = room["q"] if "q" in room else arrays.rows_in_place(operands["q"])
+    return floats[0], stored, Codes(q_codes, scales["q"], settings.pv)
+
+
+def _encode(operands, settings, build, threads, room, ndim, counted):
+    """Write the codes of all floats among `operands` to `room`, as they are read.
+
+    Returns ({name: scales}, mean of the keys, counts): scales of queries are (B, H, Lq), others and the mean as in a
+    Stored; counts {name: (values that saturate, values)} are of static scales, if `counted`. Errors show an operand
+    with its last `ndim` axes.
+    """
+    threads = quantized.threads_for(sum(x.size for x in operands.values()), threads)
+    scales, encodings, mean, finite = {}, {}, None, True
+    for name, x in operands.items():
+        scale, centre = settings.scales[name], settings.k_mean if name == "k" else None
+        scale, centre = (None if y is None else arrays.four_axes(y) for y in (scale, centre))
+        skip = settings.fp32_sinks if name != "q" else 0
+        if x.dtype != np.int8:
+            operands[name] = x = arrays.rows_in_place(x)
+            scale, centre, fine = quantized.ranged(
+                x, quantized.POOLED[settings.granularity[name]], scale=scale, mean=centre,
+                smooth=settings.smooth and name == "k", skip=skip, threads=threads, build=build,
+            )
+            finite = finite and fine
+        scales[name] = _scales(scale, x.shape, x.shape[2] if name == "q" else room["k"].shape[2], name == "q")
+        if centre is not None:
+            mean = _of_heads(centre, x.shape) if x.dtype == np.int8 else centre[:, :, 0]
+        if x.dtype != np.int8 and x.size:
+            encodings[name] = quantized.Encoding(
+                x, room[name], None if centre is None else centre[:, :, 0],
+                quantized.by_row(scale, x.shape), scales[name][:, :, : x.shape[2]] if scale is None else None, skip,
+                counted and settings.scales[name] is not None, PACKINGS[name],
+                room["correction"] if name == "k" else None,
+            )
+    saturated = build.encode(list(encodings.values()), threads) if finite else [-1]
+    if min(saturated, default=0) < 0:
+        _raise_not_finite(operands, ndim)
+    counts = {}
+    for (name, encoding), count in zip(encodings.items(), saturated, strict=True):
+        if encoding.counted:
+            counts[name] = count, encoding.x[:, :, encoding.skip :].size
+    return scales, mean, counts
+
+
+def _raise_not_finite(operands, ndim):
+    for name, x in operands.items():
+        if x.dtype != np.int8 and not arrays.finite(x).all():
+            raise ValueError(quantized.not_finite(name, x, ndim))
 
 
 def prepare_queries(q, scale, pv, build, threads):
@@ -292,26 +332,6 @@ def _float_rows(x, n):
     return x if x.dtype == np.float32 else x[..., :n, :].astype(np.float32)
 
 
-def _codes(name, x, settings, build, threads, room, counts):
-    """(codes, scale, mean) of one operand, each with four axes; what saturates goes into the counts, if there are any.
-    """
-    scale, mean = settings.scales[name], settings.k_mean if name == "k" else None
-    scale, mean = (None if y is None else arrays.four_axes(y) for y in (scale, mean))
-    codes = memory_of(x)
-    if codes.dtype == np.int8:
-        return arrays.four_axes(arrays.rows_in_place(codes)), scale, mean
-    sinks = settings.fp32_sinks if name != "q" else 0
-    saturated = None if counts is None or scale is None else np.zeros(1, np.intp)
-    result = quantise_call(
-        name, arrays.four_axes(arrays.rows_in_place(x)), settings.granularity[name], scale=scale, mean=mean,
-        smooth=settings.smooth and name == "k", fp32_sinks=sinks,
-        threads=threads, build=build, ndim=x.ndim, codes=room[f"{name}_codes"], saturated=saturated,
-    )
-    if saturated is not None:
-        counts[name] = (int(saturated[0]), x[..., sinks:, :].size)
-    return result
-
-
 def require_finite(name, x):
     """Raise where x, an array of floats, has NaN or inf."""
     finite = arrays.finite(x)
@@ -327,14 +347,16 @@ def _spread(scale, shape):
     return np.broadcast_to(scale[..., 0], shape)
 
 
-def _per_key(name, scale, shape, padded, settings):
-    """(B, Hk, padded) where each token has a scale, else (B, Hk, 1)."""
-    B, Hk, Lk = shape
-    found = settings.scales[name] is None and settings.granularity[name] == "token"
-    if scale.shape[2] == 1 and not found:
-        return _spread(scale, (B, Hk, 1))
-    room = np.ones((B, Hk, padded), np.float32)
-    room[:, :, :Lk] = scale[..., 0]
+def _scales(scale, shape, length, by_row):
+    """One for each of `length` tokens, those beyond an array of `shape` being 1, or where one is enough and not by_row
+    (B, H, 1). scale: with four axes, or None: to be written."""
+    B, H, L, _ = shape
+    if scale is not None and (by_row or scale.shape[2] == 1):
+        return _spread(scale, (B, H, L if by_row else 1))
+    room = np.empty((B, H, length), np.float32)
+    room[:, :, L:] = 1
+    if scale is not None:
+        room[:, :, :L] = scale[..., 0]
     return room
 
 

@@ -12,6 +12,7 @@ import numbers
 import operator
 from dataclasses import KW_ONLY, dataclass, fields
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,9 @@ __all__ = ["LayerScales", "QuantizedTensor", "checked_granularity", "checked_sca
 
 GRANULARITIES = ("tensor", "head", "token")
 PRODUCTS = ("int8", "bf16", "fp32")
+
+# Axes of (B, H) along which a call's dynamic scales are shared; None: each token has one.
+POOLED = {"tensor": (1,), "head": (), "token": None}
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # its inverse is finite, that of a denormal need not be
@@ -111,7 +115,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
     direct = arrays.rows_in_place(data)  # data itself, unless its last axis is strided
     found, mean = _encode(
         "x", arrays.four_axes(arrays.rows_in_place(x)), arrays.four_axes(direct),
-        {"tensor": (0, 1), "head": (), "token": None}[granularity],
+        (0, 1) if granularity == "tensor" else POOLED[granularity],
         scale=None if scale is None else arrays.four_axes(scale), smooth=bool(smooth), skip=skip,
         threads=threads.for_call(1 + x.size // ELEMENTS_PER_THREAD), build=cpu.active(), ndim=x.ndim,
     )
@@ -176,50 +180,90 @@ def quantise_call(
     """
     codes = np.empty(x.shape, np.int8) if codes is None else codes
     found, mean = _encode(
-        name, arrays.rows_in_place(x), codes, {"tensor": (1,), "head": (), "token": None}[granularity],
-        scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=min(threads, 1 + x.size // ELEMENTS_PER_THREAD),
+        name, arrays.rows_in_place(x), codes, POOLED[granularity],
+        scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=threads_for(x.size, threads),
         build=cpu.active() if build is None else build, ndim=ndim, saturated=saturated,
     )
     return codes, found, mean
 
 
+def threads_for(size, most):
+    """How many threads, `most` at most, are worth their while for so many numbers."""
+    return min(most, 1 + size // ELEMENTS_PER_THREAD)
+
+
+class Encoding(NamedTuple):
+    """What the kernels' `encode` does with one array of floats, no axis of which is empty."""
+
+    x: np.ndarray  # (B, H, L, D), the last axis contiguous
+    # int8 (B, H, at least L, at least D), the last axis contiguous; to be packed: `k` or `v` of a Stored
+    codes: np.ndarray
+    mean: np.ndarray | None  # float32 (B, H, D) to subtract, the last axis contiguous
+    given: np.ndarray | None  # float32 (B, H, L) scales, finite, at least SMALLEST_SCALE; None: each token's own ...
+    found: np.ndarray | None = None  # ... which is written here, (B, H, L)
+    skip: int = 0  # so many first rows get codes 0, and do not count
+    counted: bool = False  # count what saturates; wants `given`
+    packing: str | None = None  # "keys", "values", or None for rows
+    correction: np.ndarray | None = None  # int32 (B, H, at least L), the last axis contiguous: of keys, see Stored
+
+
 def _encode(
     name, x, codes, pooled, *, scale=None, mean=None, smooth=False, skip=0, threads, build, ndim, saturated=None
 ):
-    """Write the codes of x (B, H, L, D); return (scale, mean), four axes each. x and codes: last axes contiguous.
+    """Write the codes of x (B, H, L, D); return (scale, mean), four axes each. x and codes: last axes contiguous."""
+    B, H, L, _ = x.shape
+    scale, mean, finite = ranged(
+        x, pooled, scale=scale, mean=mean, smooth=smooth, skip=skip, threads=threads, build=build
+    )
+    given = scale
+    if given is None:
+        scale = np.empty((B, H, L, 1), np.float32)
+    if x.size and finite:
+        encoding = Encoding(
+            x, codes, None if mean is None else mean[:, :, 0], by_row(given, x.shape), scale[..., 0], skip,
+            saturated is not None,
+        )
+        (count,) = build.encode([encoding], threads)
+        finite = count >= 0
+        if saturated is not None:
+            saturated[0] = count
+    if not finite:
+        raise ValueError(not_finite(name, x, ndim))
+    return scale, mean
 
-    pooled: the axes of (B, H) along which a dynamic scale is shared; None for a scale per token.
+
+def by_row(scale, shape):
+    """A scale with four axes as (B, H, L) for an array of `shape`."""
+    return None if scale is None else np.broadcast_to(scale, (*shape[:3], 1))[..., 0]
+
+
+def ranged(x, pooled, *, scale, mean, smooth, skip, threads, build):
+    """What codes of x (B, H, L, D) depend on: (scale, mean, whether all is finite, as far as was looked).
+
+    pooled: the axes of (B, H) along which a dynamic scale is shared; None for a scale per token, which is found while
+    encoding: the scale is None then. mean: (B, H, 1, D) in C order, or None.
     """
-    B, H, L, D = x.shape
+    B, H, _, D = x.shape
     if mean is not None:
         mean = np.array(np.broadcast_to(mean, (B, H, 1, D)), np.float32, order="C")
     elif smooth:
         mean = np.zeros((B, H, 1, D), np.float32)
-    centre = None if mean is None else mean[:, :, 0]
-    by_token = scale is None and pooled is None
-    finite = True
-    if smooth or (scale is None and not by_token):
+    finite, wanted = True, scale is None and pooled is not None
+    if smooth or wanted:
         top = np.zeros((B, H), np.float32)
         if x.size:
-            finite = build.find_range(x, skip, smooth, centre, top, threads)
-        if scale is None and not by_token:
+            finite = build.find_range(x, skip, smooth, None if mean is None else mean[:, :, 0], top, threads)
+        if wanted:
             scale = scale_of(top.max(pooled, keepdims=True, initial=0.0))[:, :, None, None]
-    if by_token:
-        scale = np.empty((B, H, L, 1), np.float32)
-    if x.size and finite:
-        by_row = (scale if by_token else np.broadcast_to(scale, (B, H, L, 1)))[..., 0]
-        given, found = (None, by_row) if by_token else (by_row, None)
-        finite = build.encode(x, centre, given, found, skip, codes, threads, saturated)
-    if not finite:
-        raise ValueError(_not_finite(name, x, ndim))
-    return scale, mean
+    return scale, mean, finite
 
 
 def scale_of(top):
     return np.maximum(np.minimum(top, FLOAT32_MAX) / LARGEST_CODE, SMALLEST_SCALE)
 
 
-def _not_finite(name, x, ndim):
+def not_finite(name, x, ndim):
+    """What an error says of an array (B, H, L, D), shown with its last `ndim` axes."""
     place = np.unravel_index(np.argmin(arrays.finite(x)), x.shape)
     shown = tuple(int(i) for i in place[4 - ndim :])
     return (
@@ -320,7 +364,7 @@ class QuantizedTensor:
         if x.shape != shape:
             raise ValueError(f"{name}: expected shape {shape} beside data {self.shape}, got {x.shape}")
         if not np.isfinite(x).all():
-            raise ValueError(_not_finite(name, arrays.four_axes(x), x.ndim))
+            raise ValueError(not_finite(name, arrays.four_axes(x), x.ndim))
         object.__setattr__(self, name, np.array(x, order="C", subok=False))
 
     def mapped(self, function):

@@ -18,6 +18,7 @@ from cyflash import FlashAttentionConfig, arrays, flash_attention, flash_attenti
 from cyflash.attention import attend_stored
 from cyflash.cpu import observe
 from cyflash.quant import histogram
+from cyflash.quantized import Encoding
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_ALL = 0, mmap.PROT_READ | mmap.PROT_WRITE
@@ -318,7 +319,7 @@ def pages_of_a_cache():
 def quantising():
     """The passes that quantise: neither inputs nor outputs are touched outside, whatever the tails."""
     build = cyflash.cpu.active()
-    fences = [Fence(1 << 15) for _ in range(6)]
+    fences = [Fence(1 << 15) for _ in range(9)]
     for D in (1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 64, 67, 100):
         for L in (1, 4, 15, 17, 40):
             x = cases.arrays(1, 2, Lq=L, D=D)[0]
@@ -329,10 +330,17 @@ def quantising():
                 x, mean, top, found = (next(put).put(y, at_end) for y in (x, *zeros))
                 given = next(put).put(np.ones_like(found), at_end)
                 codes = next(put).put(np.zeros(x.shape, np.int8), at_end)
+                k = next(put).put(np.zeros((1, 2, L, -(-D // 4) * 4), np.int8), at_end)
+                v = next(put).put(np.zeros((1, 2, -(-L // 4), -(-D // 16) * 16), np.int32), at_end)
+                correction = next(put).put(np.zeros((1, 2, L), np.int32), at_end)
                 for skip in (0, 1):
                     assert build.find_range(x, skip, True, mean, top, 1)
-                    assert build.encode(x, mean, None, found, skip, codes, 1)
-                    assert build.encode(x, None, given, None, skip, codes, 1)
+                    for how in (
+                        Encoding(x, codes, mean, None, found, skip), Encoding(x, codes, None, given, None, skip, True),
+                        Encoding(x, k, mean, None, found, skip, False, "keys", correction),
+                        Encoding(x, v, None, given, None, skip, False, "values"),
+                    ):
+                        assert build.encode([how], 1)[0] >= 0
 
 
 def converting():

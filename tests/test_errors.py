@@ -180,6 +180,19 @@ def test_out_between_the_inputs_is_no_overlap():
     assert np.array_equal(out, expected)
 
 
+@pytest.mark.parametrize("good_one, bad_one", [
+    ({"causal": True}, {"causal": 1}), ({"window": (1, 0)}, {"window": (True, False)}),
+    ({"scale": 1}, {"scale": True}), ({"softcap": 1.0}, {"softcap": True}),
+], ids=str)
+def test_what_is_equal_to_a_good_option_is_not_as_good(good_one, bad_one):
+    """A plan is remembered by its options, and True == 1."""
+    for function in (flash_attention, cyflash.flash_attention_int8):
+        function(**good(), **good_one)
+        with pytest.raises(ValueError, match=next(iter(bad_one))):
+            function(**good(), **bad_one)
+        function(**good(), **good_one)
+
+
 def test_positional_options_are_refused():
     with pytest.raises(TypeError):
         flash_attention(*good().values(), True)

@@ -12,7 +12,7 @@ from halves import KINDS, as_kind, assert_same_bits, dtype_of, exact
 import cyflash
 from cyflash import arrays, cpu, reference
 from cyflash.quant import QuantizedTensor, quantize
-from cyflash.quantized import GRANULARITIES, quantise_call
+from cyflash.quantized import GRANULARITIES, Encoding, quantise_call
 
 
 @pytest.fixture(params=KINDS)
@@ -243,7 +243,7 @@ def test_ml_dtypes_is_not_imported_without_need():
 def test_the_passes_refuse_other_dtypes():
     x = np.ones((1, 1, 3, 4))
     with pytest.raises(KeyError):
-        cpu.active().encode(x, None, np.ones((1, 1, 3), np.float32), None, 0, np.empty(x.shape, np.int8), 1)
+        cpu.active().encode([Encoding(x, np.empty(x.shape, np.int8), None, np.ones((1, 1, 3), np.float32))], 1)
 
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cyflash import cpu
+from cyflash.quantized import Encoding
 
 F32 = np.float32
 MAX, TINY = np.finfo(F32).max, np.finfo(F32).tiny
@@ -69,8 +70,8 @@ def encode(x, scale=None, mean=None, skip=0, threads=1):
     """(codes, scales); None where a value is not finite."""
     codes = np.full(x.shape, 99, np.int8)
     found = np.full(x.shape[:3], np.nan, F32) if scale is None else None
-    finite = cpu.active().encode(x, mean, scale, found, skip, codes, threads)
-    return (codes, scale if found is None else found) if finite else None
+    (count,) = cpu.active().encode([Encoding(x, codes, mean, scale, found, skip)], threads)
+    return (codes, scale if found is None else found) if count >= 0 else None
 
 
 def verify(x, skip=0, static=0.03):
@@ -228,9 +229,47 @@ def test_scales_and_means_may_be_broadcast_and_outputs_strided(build):
     mean = np.broadcast_to(random(24), (2, 3, 24))
     codes = np.full((2, 20, 3, 30), 99, np.int8)
     view = codes.transpose(0, 2, 1, 3)[..., :24]
-    assert cpu.active().encode(x, mean, scale, None, 0, view, 1)
+    assert cpu.active().encode([Encoding(x, view, mean, scale)], 1) == [0]
     np.testing.assert_array_equal(view, expected_codes(x, mean, scale, 0))
     assert (codes[..., 24:] == 99).all()
     found = np.full((20, 2, 3), np.nan, F32)
-    assert cpu.active().encode(x, mean, None, found.transpose(1, 2, 0), 0, view, 2)
+    assert cpu.active().encode([Encoding(x, view, mean, None, found.transpose(1, 2, 0))], 2) == [0]
     np.testing.assert_array_equal(found.transpose(1, 2, 0), expected_scale(x, mean, 0))
+
+
+@pytest.mark.parametrize("L, D", [(1, 1), (3, 5), (16, 16), (37, 64), (66, 67), (260, 20), (515, 130)])
+def test_what_is_packed_while_it_is_encoded_is_what_the_packers_make_of_codes(build, L, D):
+    x, module = random(2, 3, L, D), cpu.active()
+    rows = encode(x)[0]
+    padded, where = -(-L // 16) * 16, (np.arange(2)[:, None], np.zeros(2, np.intp), np.full(2, L))
+    keys = [np.full((2, 3, padded, -(-D // 4) * 4), 99, np.int8) for _ in range(2)]
+    corrections = [np.full((2, 3, padded), 99, np.int32) for _ in range(2)]
+    values = [np.full((2, 3, padded // 4, -(-D // 16) * 16), 99, np.int32) for _ in range(2)]
+    module.pack_keys(rows, keys[0], corrections[0], *where, 2)
+    module.pack_values(rows, values[0], *where, 2)
+    found = [np.empty(x.shape[:3], F32) for _ in range(2)]
+    how = [
+        Encoding(x, keys[1], None, None, found[0], packing="keys", correction=corrections[1]),
+        Encoding(x, values[1], None, None, found[1], packing="values"),
+    ]
+    assert module.encode(how, 3) == [0, 0]
+    for pair in (keys, corrections, values, found):
+        np.testing.assert_array_equal(*pair)
+    np.testing.assert_array_equal(corrections[0][:, :, :L], -128 * rows.sum(3, dtype=np.int32))
+
+
+def test_arrays_that_are_encoded_together_keep_their_own_counts(build):
+    shapes = ((1, 2, 300, 8), (2, 1, 5, 70), (1, 1, 600, 3))
+    arrays = [random(*shape) for shape in shapes]
+    arrays[1][1, 0, 4, 69] = np.inf
+    scales = [np.full(shape[:3], 0.005, F32) for shape in shapes]
+    how = [
+        Encoding(x, np.empty(x.shape, np.int8), None, scale, counted=n != 2)
+        for n, (x, scale) in enumerate(zip(arrays, scales, strict=True))
+    ]
+    saturated = int((np.abs(np.rint(arrays[0] * (F32(1) / F32(0.005)))) > 127).sum())
+    assert saturated > 0
+    assert cpu.active().encode(how, 3) == [saturated, -1, 0]
+    for n in (0, 2):
+        mean = np.zeros_like(arrays[n][:, :, 0])
+        np.testing.assert_array_equal(how[n].codes, expected_codes(arrays[n], mean, scales[n], 0))

@@ -9,6 +9,7 @@ import pytest
 
 from cyflash import cpu, flash_attention_int8
 from cyflash.quant import LayerScales, Scales, quantize, watch, watching
+from cyflash.quantized import Encoding
 
 F32 = np.float32
 NOTHING = {"q": (0, 0), "k": (0, 0), "v": (0, 0)}
@@ -132,11 +133,10 @@ def test_watching_changes_no_bit(build):
 def test_the_pass_writes_the_same_codes_when_it_counts(build, skip):
     x = arrays()[1]
     scale, mean = np.full(x.shape[:3], 0.01, F32), np.ones((2, 2, 40), F32)
-    codes, saturated = [np.empty(x.shape, np.int8) for _ in range(2)], np.full(1, -7, np.intp)
-    assert cpu.active().encode(x, mean, scale, None, skip, codes[0], 2)
-    assert cpu.active().encode(x, mean, scale, None, skip, codes[1], 2, saturated)
+    codes = [np.empty(x.shape, np.int8) for _ in range(2)]
+    how = [Encoding(x, one, mean, scale, None, skip, bool(counted)) for counted, one in enumerate(codes)]
+    assert cpu.active().encode(how, 2) == [0, expected(x, 0.01, 1, skip)[0]]
     np.testing.assert_array_equal(*codes)
-    assert saturated[0] == expected(x, 0.01, 1, skip)[0]
 
 
 def test_a_planned_layer_is_counted_part_by_part(build):
@@ -291,13 +291,13 @@ def test_a_call_that_outlives_the_watch_is_not_counted(monkeypatch):
     q, k, v = arrays()
     scales = {"a": LayerScales(0.01)}
     w = watch(scales)
-    pack_keys = cpu.active().pack_keys
+    encode = cpu.active().encode
 
     def ends_the_watch(*args):
         w.__exit__(None, None, None)
-        pack_keys(*args)
+        return encode(*args)
 
-    monkeypatch.setattr(cpu.active(), "pack_keys", ends_the_watch)
+    monkeypatch.setattr(cpu.active(), "encode", ends_the_watch)
     w.__enter__()
     flash_attention_int8(q, k, v, quant=scales["a"])
     assert w.counts == {"a": NOTHING}

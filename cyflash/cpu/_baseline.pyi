@@ -1,9 +1,12 @@
 """What every SIMD build has: the same kernel, compiled for other instructions (driver.pxi and what it includes)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cyflash.quantized import Encoding
 
 KINDS: dict[str, int]
 SHAPE: dict[str, int]
@@ -40,16 +43,7 @@ def tile_bytes(
 def find_range(
     x: NDArray[Any], skip: int, smooth: bool, mean: NDArray[np.float32] | None, top: NDArray[np.float32], threads: int
 ) -> bool: ...
-def encode(
-    x: NDArray[Any],
-    mean: NDArray[np.float32] | None,
-    given: NDArray[np.float32] | None,
-    found: NDArray[np.float32] | None,
-    skip: int,
-    codes: NDArray[np.int8],
-    threads: int,
-    saturated: NDArray[np.intp] | None = None,
-) -> bool: ...
+def encode(encodings: Sequence[Encoding], threads: int) -> list[int]: ...
 def pack_keys(
     codes: NDArray[np.int8],
     k: NDArray[np.int8],

@@ -15,17 +15,41 @@ cdef void pack_key_rows(
     Py_ssize_t D
 ) noexcept nogil:
     """n keys, one after another."""
-    cdef Py_ssize_t key, d
-    cdef int total
+    cdef Py_ssize_t key
     for key in range(n):
-        total = 0
-        for d in range(D):
-            total += k[d]
-        memcpy(packed, k, D)
-        memset(packed + D, 0, width - D)
-        correction[key] = -128 * total
-        packed += width
-        k += stride
+        memcpy(packed + key * width, k + key * stride, D)
+    end_key_rows(packed, width, correction, n, D)
+
+
+cdef void end_key_rows(
+    signed char* packed, Py_ssize_t width, int* correction, Py_ssize_t n, Py_ssize_t D
+) noexcept nogil:
+    """What goes with the codes of n keys, which are there. Sums are dot products with bytes that are 1."""
+    cdef Py_ssize_t first = 0, words = width // 4, i, j
+    cdef vi ones = vi_set(0x01010101)
+    cdef vi sums[LANES]
+    cdef int totals[LANES]
+    cdef signed char* row
+    cdef const int* x
+    while first < n:
+        for i in range(LANES):
+            sums[i] = vi_set(0)
+            if first + i >= n:
+                continue
+            row = packed + (first + i) * width
+            x = <const int*> row
+            if width > D:
+                memset(row + D, 0, width - D)
+            for j in range(words // LANES):
+                sums[i] = vi_dot_bytes(sums[i], ones, vi_load(x + j * LANES))
+            if words % LANES:
+                sums[i] = vi_dot_bytes(
+                    sums[i], ones, vi_load_part(x + words // LANES * LANES, words % LANES),
+                )
+        vf_store(<float*> totals, vf_bits(vi_sums(sums)))
+        for i in range(min(<Py_ssize_t> LANES, n - first)):
+            correction[first + i] = -128 * totals[i]
+        first += LANES
 
 
 cdef void pack_value_rows(

@@ -1,7 +1,8 @@
 # From floats to int8 codes, x ~ code * scale + mean: one reading pass for means and greatest sizes, one writing pass.
 #
 #     find_range()    mean of each channel, and the greatest |x - mean|, of each head of each sequence
-#     encode()        codes; scales per token are found on the way, while their rows are in the first-level cache
+#     encode()        codes; scales per token are found on the way, while their rows are in the first-level cache; codes
+#                     of keys and values are packed (pack.pxi) there as well
 #
 #     scale = max(min(greatest |x - mean|, FLT_MAX) / 127, FLT_MIN)        never 0, inf or NaN
 #     code  = clip(rint((x - mean) * (1 / scale)), -127, 127)              rounded half to even
@@ -24,6 +25,9 @@ cdef extern from "simd.h" nogil:
 cdef enum:
     RUN = 256     # rows of a task; a multiple of LANES
     COLUMNS = 4   # vectors of channels that are in registers together
+    # Rows that are asked for before they are read: where heads lie beside each other, each row is a short piece of a
+    # long one, and no hardware prefetcher foresees the next.
+    ROWS_AHEAD = 16
 
 # A run is summed in units that keep the sum of RUN of the largest floats finite, with a bit to spare for rounding.
 cdef float SUM_UNIT = 1.0 / (2 * RUN)
@@ -63,6 +67,7 @@ cdef inline void range_of_columns(
     for j in range(vectors):
         l[j], h[j], t[j] = vf_set(INFINITY), vf_set(-INFINITY), vf_set(0.0)
     for i in range(rows):
+        prefetch_rows(x, stride, i + ROWS_AHEAD, min(rows, i + ROWS_AHEAD + 1), vectors * LANES * size_of(kind))
         for j in range(vectors):
             a = load_column(x + i * stride, j, vectors, n, kind)
             l[j] = vf_min(a, l[j])
@@ -121,26 +126,26 @@ cdef bint merge_runs(
     written if `smooth`, else read; NULL for 0. top: the greatest |x - mean|, 0 without rows.
     """
     cdef Py_ssize_t d, r
-    cdef float low, high, least, greatest, all_low, all_high, centre
+    cdef float low, high, least, greatest, everylow, everyhigh, centre
     cdef double total
     cdef const float* run
     cdef bint finite = True
     top[0] = 0.0
     for d in range(D):
         total = 0.0
-        least = all_low = INFINITY
-        greatest = all_high = -INFINITY
+        least = everylow = INFINITY
+        greatest = everyhigh = -INFINITY
         for r in range(n):
             run = runs + r * 3 * D + d
             low, high = run[0], run[D]
             total += run[2 * D]
-            all_low, all_high = min(all_low, low), max(all_high, high)
+            everylow, everyhigh = min(everylow, low), max(everyhigh, high)
             if r >= skipped:
                 least, greatest = min(least, low), max(greatest, high)
         finite &= total - total == 0.0
         if smooth:
             # rounding must not carry the mean out of the channel's range, nor that of the largest floats to infinity
-            mean[d] = <float> min(max(total / (<double> SUM_UNIT * L), <double> all_low), <double> all_high)
+            mean[d] = <float> min(max(total / (<double> SUM_UNIT * L), <double> everylow), <double> everyhigh)
         centre = mean[d] if mean != NULL else 0.0
         if n > skipped:
             top[0] = max(top[0], max(greatest - centre, centre - least))
@@ -310,6 +315,7 @@ cdef inline Py_ssize_t encode_elements(
     cdef int j
     while first < rows:
         n = min(rows - first, <Py_ssize_t> LANES)
+        prefetch_rows(x, x_stride, first + n, min(rows, first + n + LANES), D * size_of(kind))
         skipped = min(max(skip - first, <Py_ssize_t> 0), n)
         if given != NULL:
             for i in range(n):
@@ -374,37 +380,140 @@ cdef Py_ssize_t encode_run(
     )
 
 
-def encode(
-    x not None, const float[:, :, :] mean, const float[:, :, :] given,
-    float[:, :, :] found, Py_ssize_t skip, signed char[:, :, :, :] codes not None, int threads,
-    Py_ssize_t[:] saturated=None,
-):
-    """Writes the codes of x; returns whether every value of x is finite.
+cdef enum Packing:
+    ROWS_OF_CODES, AS_KEYS, AS_VALUES
 
-    x, codes: (B, H, L, D), no axis empty, the last ones contiguous; x float32, float16 or bfloat16. mean: (B, H, D),
-    the last axis contiguous, or None for 0. given: (B, H, L) scales of at least FLT_MIN, finite; or None, and then each
-    token's own is written to `found`, (B, H, L). saturated: one number, beside `given`: receives how many values
-    saturate from row `skip` on; None to save the time. Nothing written is of use where it returns False.
+PACKINGS = {None: ROWS_OF_CODES, "keys": AS_KEYS, "values": AS_VALUES}
+
+
+cdef struct Encoding:
+    # One array to encode (Encoding of quantized.py): strides along B, H and L, in elements but for `source`'s.
+    Floats source
+    Py_ssize_t H, L, D, skip, runs, tasks, first_task
+    const float* mean
+    Py_ssize_t mean_stride[2]
+    const float* given
+    Py_ssize_t given_stride[3]
+    float* found
+    Py_ssize_t found_stride[3]
+    signed char* codes
+    Py_ssize_t codes_stride[3]
+    int* correction
+    Py_ssize_t correction_stride[2]
+    Packing packing
+    bint counted
+
+
+cdef int describe_encoding(Encoding* e, how) except -1:
+    """Where the arrays lie, which the caller holds."""
+    cdef const float[:, :, :] mean = how.mean
+    cdef const float[:, :, :] given = how.given
+    cdef float[:, :, :] found = how.found
+    cdef int[:, :, :] correction = how.correction
+    cdef signed char[:, :, :, :] codes = how.codes.view(np.int8)
+    cdef int i
+    e.source = floats_of(how.x)
+    e.H, e.L, e.D = how.x.shape[1], how.x.shape[2], how.x.shape[3]
+    e.skip, e.packing, e.counted = how.skip, PACKINGS[how.packing], how.counted
+    e.runs = (e.L + RUN - 1) // RUN
+    e.tasks = how.x.shape[0] * e.H * e.runs
+    e.codes = &codes[0, 0, 0, 0]
+    for i in range(3):
+        e.codes_stride[i] = codes.strides[i]
+        if given is not None:
+            e.given_stride[i] = given.strides[i] // <Py_ssize_t> sizeof(float)
+        if found is not None:
+            e.found_stride[i] = found.strides[i] // <Py_ssize_t> sizeof(float)
+    for i in range(2):
+        if mean is not None:
+            e.mean_stride[i] = mean.strides[i] // <Py_ssize_t> sizeof(float)
+        if correction is not None:
+            e.correction_stride[i] = correction.strides[i] // <Py_ssize_t> sizeof(int)
+    if mean is not None:
+        e.mean = &mean[0, 0, 0]
+    if given is not None:
+        e.given = &given[0, 0, 0]
+    if found is not None:
+        e.found = &found[0, 0, 0]
+    if correction is not None:
+        e.correction = &correction[0, 0, 0]
+    return 0
+
+
+cdef Py_ssize_t encode_task(const Encoding* e, Py_ssize_t task, signed char* room) noexcept nogil:
+    """Run number `task`, as encode_run() says it; `room`, RUN x D, is for codes that are packed otherwise than in rows.
     """
-    cdef Py_ssize_t H = x.shape[1], L = x.shape[2], D = x.shape[3], heads = x.shape[0] * H
-    cdef Py_ssize_t n = (L + RUN - 1) // RUN
-    cdef Py_ssize_t task, b, h, begin, count, total = 0, wrong = 0
-    cdef Py_ssize_t codes_stride = codes.strides[2]
-    cdef Floats source = floats_of(x)
-    cdef Py_ssize_t given_stride = given.strides[2] // <Py_ssize_t> sizeof(float) if given is not None else 0
-    cdef Py_ssize_t found_stride = found.strides[2] // <Py_ssize_t> sizeof(float) if found is not None else 0
-    cdef bint centre = mean is not None, static = given is not None, counted = saturated is not None
-    threads = <int> min(<Py_ssize_t> threads, heads * n)
-    for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
-        b, h, begin = task // n // H, task // n % H, task % n * RUN
-        count = encode_run(
-            at(&source, b, h, begin), source.stride[2], source.kind, &mean[b, h, 0] if centre else NULL,
-            &given[b, h, begin] if static else NULL, given_stride,
-            &found[b, h, begin] if not static else NULL, found_stride,
-            skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride, counted,
+    cdef Py_ssize_t b = task // e.runs // e.H, h = task // e.runs % e.H, begin = task % e.runs * RUN
+    cdef Py_ssize_t n = min(e.L - begin, <Py_ssize_t> RUN), stride = e.codes_stride[2], count
+    cdef signed char* place = e.codes + b * e.codes_stride[0] + h * e.codes_stride[1]
+    cdef signed char* codes = place + begin * stride
+    if e.packing == AS_VALUES:
+        codes, stride = room, e.D
+    count = encode_run(
+        at(&e.source, b, h, begin), e.source.stride[2], e.source.kind,
+        e.mean + b * e.mean_stride[0] + h * e.mean_stride[1] if e.mean != NULL else NULL,
+        e.given + b * e.given_stride[0] + h * e.given_stride[1] + begin * e.given_stride[2]
+        if e.given != NULL else NULL, e.given_stride[2],
+        e.found + b * e.found_stride[0] + h * e.found_stride[1] + begin * e.found_stride[2]
+        if e.found != NULL else NULL, e.found_stride[2],
+        e.skip - begin, n, e.D, codes, stride, e.counted,
+    )
+    if e.packing == AS_KEYS:
+        end_key_rows(
+            codes, stride, e.correction + b * e.correction_stride[0] + h * e.correction_stride[1] + begin, n, e.D,
         )
-        wrong += count < 0
-        total += count
-    if counted:
-        saturated[0] = total
-    return wrong == 0
+    elif e.packing == AS_VALUES:
+        pack_value_rows(place, e.codes_stride[2] // 4, begin, room, e.D, n, e.D)
+    return count
+
+
+def encode(encodings not None, int threads):
+    """Writes the codes of some arrays, each as an Encoding (quantized.py) says. Returns for each how many of its values
+    saturate from row `skip` on, 0 where that is not counted, or -1: a value is not finite, and nothing written is of
+    use. May raise MemoryError before anything is written."""
+    cdef Py_ssize_t n = len(encodings), tasks = 0, widest = 0, i, task
+    cdef Encoding* every = <Encoding*> calloc(n, sizeof(Encoding))
+    cdef Py_ssize_t* counts = NULL
+    cdef signed char* room = NULL
+    cdef list totals = []
+    try:
+        if every == NULL:
+            raise MemoryError(f"cannot allocate what is to be known of {n} arrays")
+        for i in range(n):
+            describe_encoding(&every[i], encodings[i])
+            every[i].first_task = tasks
+            tasks += every[i].tasks
+            if every[i].packing == AS_VALUES:
+                widest = max(widest, every[i].D)
+        threads = <int> min(<Py_ssize_t> threads, tasks)
+        counts = <Py_ssize_t*> malloc(tasks * sizeof(Py_ssize_t))
+        room = <signed char*> malloc(threads * RUN * widest + 1)
+        if counts == NULL or room == NULL:
+            raise MemoryError(f"cannot allocate {threads * RUN * widest} bytes for codes on {threads} threads")
+        for task in prange(tasks, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
+            counts[task] = encode_one_of(every, n, task, room + omp_get_thread_num() * RUN * widest)
+        for i in range(n):
+            totals.append(total_of(counts + every[i].first_task, every[i].tasks))
+    finally:
+        free(room)
+        free(counts)
+        free(every)
+    return totals
+
+
+cdef Py_ssize_t encode_one_of(const Encoding* every, Py_ssize_t n, Py_ssize_t task, signed char* room) noexcept nogil:
+    """Task number `task` of n arrays, of which few are asked for at once."""
+    cdef Py_ssize_t i = n - 1
+    while every[i].first_task > task:
+        i -= 1
+    return encode_task(&every[i], task - every[i].first_task, room)
+
+
+cdef Py_ssize_t total_of(const Py_ssize_t* counts, Py_ssize_t n) noexcept nogil:
+    """The sum, or -1 where one of them is."""
+    cdef Py_ssize_t i, total = 0
+    for i in range(n):
+        if counts[i] < 0:
+            return -1
+        total += counts[i]
+    return total

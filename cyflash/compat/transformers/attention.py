@@ -1,16 +1,16 @@
 """The attention functions "cyflash" and "cyflash-int8", as `transformers.AttentionInterface` calls them.
 
-    query, key, value, mask, what the model passes -> options of cyflash -> flash_attention, flash_attention_int8, or
+    query, key, value, mask, what the model passes -> options of cyflash -> attend or attend_int8 (attention.py), or
     flash_attention_with_kvcache where keys and values are those of a Cache (cache.py)
 
 The mask that is passed is what counts, as it is for transformers' eager attention. What cannot be honoured raises.
 """
-import functools
 
 import torch
 from transformers.utils import output_capturing
 
 import cyflash
+from cyflash.attention import attend, attend_int8
 from cyflash.compat.transformers.held import Held
 from cyflash.compat.transformers.layers import settings_of
 from cyflash.compat.transformers.masks import Mask
@@ -32,14 +32,14 @@ INSTEAD = {
 
 def attention(module, query, key, value, attention_mask, **options):
     """"cyflash": in the precision of the arrays. Returns ((B, Lq, H, Dv), None)."""
-    attend = _uncompiled if torch.compiler.is_compiling() else _attend
-    return attend(False, module, query, key, value, attention_mask, **options)
+    run = _uncompiled if torch.compiler.is_compiling() else _attend
+    return run(False, module, query, key, value, attention_mask, **options)
 
 
 def attention_int8(module, query, key, value, attention_mask, **options):
     """"cyflash-int8": both products in int8."""
-    attend = _uncompiled if torch.compiler.is_compiling() else _attend
-    return attend(True, module, query, key, value, attention_mask, **options)
+    run = _uncompiled if torch.compiler.is_compiling() else _attend
+    return run(True, module, query, key, value, attention_mask, **options)
 
 
 def _attend(
@@ -68,8 +68,10 @@ def _attend(
         return result, None
     k, v = (as_array(name, x)[:, :, :keys] for name, x in (("key", key), ("value", value)))
     settings.observe(q, k, v, options)
-    attend = functools.partial(cyflash.flash_attention_int8, **settings.int8()) if int8 else cyflash.flash_attention
-    attend(q, k, v, out=out, **options)
+    if int8:
+        attend_int8(q, k, v, out=out, out_is_new=True, **settings.int8(), **options)
+    else:
+        attend(q, k, v, out=out, out_is_new=True, **options)
     return result, None
 
 
