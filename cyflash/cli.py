@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import textwrap
+import traceback
 
 # name -> what it does. Each is a module of this package with add_arguments(parser), run(args) -> exit status, and what
 # --help shows: EXAMPLES {command: what it does} and STATUS {exit status: when}, beside those that all have.
@@ -61,7 +62,8 @@ def main(argv=None):
         return 130
     except ERRORS as error:
         if args.traceback:
-            raise
+            traceback.print_exc()
+            return 2
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"cyflash {args.command}: error: {message}", file=sys.stderr)
         return 2
@@ -98,6 +100,12 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**options, formatter_class=_HelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said by the command's own parser, so that the error points to the right --help
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; {self.prog} --help lists the options\n")

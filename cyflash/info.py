@@ -3,7 +3,7 @@
 import json
 
 import cyflash
-from cyflash.output import as_binary
+from cyflash.output import Stdout, add_json, as_binary, check_files
 
 # Where a thread count can come from: key of cpu_info()["thread_limits"] -> how a person sets it.
 LIMITS = {
@@ -24,16 +24,16 @@ STATUS: dict[int, str] = {}
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "--json", action="store_true", help="print cyflash.cpu_info() and cyflash.gpu_status() as JSON, to stdout"
-    )
+    text = "also write cyflash.cpu_info() and cyflash.gpu_status() to FILE; without FILE, or with -, to stdout, alone"
+    add_json(parser, nargs="?", const="-", help=text)
 
 
 def run(args):
+    check_files(args.json)
     info = found()
     if args.json:
-        print(json.dumps(info, indent=1))
-    else:
+        args.json.write_text(json.dumps(info, indent=1) + "\n")
+    if not isinstance(args.json, Stdout):
         show(info)
     return 0
 

@@ -25,12 +25,10 @@ class Stdout:
         return "stdout"
 
 
-def add_json(parser):
-    """Add --json FILE to a parser."""
-    parser.add_argument(
-        "--json", type=lambda text: Stdout() if text == "-" else Path(text), metavar="FILE",
-        help="also write every number to FILE, or with - to stdout, alone",
-    )  # fmt: skip
+def add_json(parser, **options):
+    """Add --json FILE to a parser; options: others of add_argument."""
+    settings = {"metavar": "FILE", "help": "also write every number to FILE, or with - to stdout, alone", **options}
+    parser.add_argument("--json", type=lambda text: Stdout() if text == "-" else Path(text), **settings)
 
 
 def check_files(json=None, plot=None):

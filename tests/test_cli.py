@@ -78,14 +78,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"cyflash {cyflash.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["explain"], ["info", "--unknown"]])
-def test_wrong_use_exits_with_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "prog"), [([], "cyflash"), (["explain"], "cyflash"), (["info", "--unknown"], "cyflash info")]
+)
+def test_wrong_use_exits_with_2(arguments, prog, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert re.fullmatch(r"cyflash( info)?: error: .*; cyflash( info)? --help lists the options\n", said.err)
+    assert re.fullmatch(rf"{prog}: error: .*; {prog} --help lists the options\n", said.err)
 
 
 def test_a_command_imports_only_what_it_needs(tmp_path):
@@ -138,10 +140,11 @@ def test_an_error_of_several_lines_is_said_in_one(failing, capsys):
     assert capsys.readouterr().err == "cyflash info: error: first second\n"
 
 
-def test_traceback_shows_where_it_was(failing):
+def test_traceback_shows_where_it_was_and_the_exit_status_stays(failing, capsys):
     failing(ValueError("here"))
-    with pytest.raises(ValueError, match="here"):
-        cli.main(["--traceback", "info"])
+    assert cli.main(["--traceback", "info"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("ValueError: here\n")
 
 
 def test_mistakes_of_ours_keep_their_traceback(failing):
@@ -339,6 +342,16 @@ def test_info_as_json(capsys):
     assert got.pop("version") == cyflash.__version__
     assert got.pop("gpu") == cyflash.gpu_status()._asdict()
     assert got == json.loads(json.dumps(known))
+
+
+def test_info_as_json_goes_where_it_is_told(capsys, tmp_path):
+    assert cli.main(["info", "--json", "-"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert cli.main(["info", "--json", str(tmp_path / "info.json")]) == 0
+    assert "SIMD build" in capsys.readouterr().out
+    assert json.loads((tmp_path / "info.json").read_text()) == alone
+    assert cli.main(["info", "--json", str(tmp_path / "none" / "info.json")]) == 2
+    assert "no folder" in capsys.readouterr().err
 
 
 def test_info_with_a_gpu(capsys, monkeypatch):

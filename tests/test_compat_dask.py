@@ -542,17 +542,6 @@ def test_what_is_no_client(client):
         on_dask.observe(Calibrator(), [], client=other)
 
 
-def test_the_readme(client, captures, qkv):
-    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## On a cluster")[2]
-    block = text.partition("```python\n")[2].partition("```")[0]
-    q, k, v = qkv
-    names = {"Calibrator": Calibrator, "capture_files": captures, "q": q, "shards": shards_of(client, k, v)}
-    exec(block.replace("tcp://scheduler:8786", client.scheduler.address), names)
-    names["client"].close()
-    assert names["calibrator"].layers == ("a", "b")
-    assert np.abs(names["out"] - cyflash.reference.attention(q, k, v, causal=True)).max() < TOLERANCE
-
-
 # --- What a person sees -----------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +124,24 @@ def test_commands_are_those_of_the_command_line(path, tmp_path, monkeypatch, cap
                         cli.command_parser(command).parse_args(command)
                 except SystemExit as end:  # --help and --version, or an error
                     assert not end.code, f"{path.name}:{block.line}: {capsys.readouterr().err}"
+
+
+def test_commands_of_the_readme_are_those_of_the_command_line(capsys):
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in blocks_of(text) for line in block.text.splitlines() if line.startswith("cyflash ")]
+    commands = [command for line in lines for command in commands_in(re.split(r" {3,}", line)[0])]
+    assert {command[0] for command in commands} == set(cli.COMMANDS) - {"completion"}
+    for command in commands:
+        try:
+            cli.command_parser(command).parse_args(command)
+        except SystemExit:
+            pytest.fail(f"cyflash {shlex.join(command)}: {capsys.readouterr().err}")
+
+
+def test_the_readme_names_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = re.findall(r"\bExtras, as in .*?: (.*?)\.$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert set(re.findall(r"`([\w-]+)`", named)) == set(extras)
 
 
 def without_code(text):

@@ -142,9 +142,14 @@ def test_the_int8_part_of_the_readme_runs(capsys):
     assert names["out"].shape == (2, 8, 1024, 64)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 6 and said[1].startswith("int8 tensor 0.0")
-    documented = re.findall(r"^\| `(\w+)`(?:, `(\w+)`, `(\w+)`)? \|", int8, re.M)
+
+
+def test_options_and_schemes_of_int8_are_documented():
+    text = (ROOT / "docs/int8-settings.md").read_text()
+    options = text.partition("\n## Options\n")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)`(?:, `(\w+)`, `(\w+)`)? \|", options, re.M)
     assert {name for names in documented for name in names if name} == set(INT8_OPTIONS)
-    schemes = re.findall(r"^\| `(int8 [\w, ]+)`", int8, re.M)
+    schemes = re.findall(r"^\| `(int8 [\w, ]+)`", text, re.M)
     assert schemes == [name for name in SCHEMES if "int8" in name]
 
 
@@ -157,15 +162,23 @@ def test_the_calibration_part_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     assert Path("scales.safetensors").is_file()
 
 
-def test_the_serving_part_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_serving_part_of_the_readme_runs():
     quick_start, serving = (
         README.partition(f"\n## {name}\n")[2].partition("\n## ")[0] for name in ("Quick start", "Serving")
     )
-    names = {"LayerScales": cyflash.LayerScales}
+    names = {}
     exec(re.findall(r"```python\n(.*?)```", quick_start, re.S)[0], names)
     (block,) = re.findall(r"```python\n(.*?)```", serving, re.S)
     exec(block, names)
+    assert names["cache"].dtype == np.int8 and names["cache"].lengths.tolist() == [1025, 701]
+    assert names["out"].shape == (2, 8, 1, 64)
+
+
+def test_the_document_on_serving_does_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, names = (ROOT / "docs/serving.md").read_text().partition("\n## Measured\n")[0], {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, names)
     assert cyflash.KVCache.load("cache.safetensors").lengths.tolist() == [1020, 700]
     assert names["cache"].dtype == np.int8 and names["cache"].window == (1023, 0)
     assert names["pages"].lengths.tolist() == [1024, 1024] and names["pages"].free_pages == 1024 - 1024 // 64

@@ -54,7 +54,7 @@ EXAMPLES = {
     "cyflash bench": "speed beside the peers that are installed, on common shapes",
     "cyflash bench --shapes 1,8,4096,64 --threads 1 2 --causal --plot out.png": "a shape of your own",
     "cyflash bench --html speed.html": "plots: speed against length, peers, accuracy",
-    "cyflash bench --suite --json fp32.json": "all that the README states in fp32; --int8, --decode: the same of these",
+    "cyflash bench --suite --json fp32.json": "all that the documents say in fp32; --int8, --decode: the same of these",
     "cyflash bench --transformers": "models of transformers beside torch's own attention",
     "cyflash bench --systems torch --isa avx2 --rounds 20": "only torch, against the build for AVX2",
 }
