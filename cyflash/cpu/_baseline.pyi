@@ -10,6 +10,7 @@ from cyflash.quantized import Encoding
 
 KINDS: dict[str, int]
 SHAPE: dict[str, int]
+PACKINGS: dict[str | None, int]
 
 def forward(
     q: NDArray[Any] | None,
