@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc):
     if "build" in metafunc.fixturenames:
         import cyflash
 
-        metafunc.parametrize("build", list(cyflash.cpu_info()["builds"]), indirect=True)
+        metafunc.parametrize("build", list(cyflash.cpu.BUILDS), indirect=True)
 
 
 @pytest.fixture
@@ -35,9 +35,8 @@ def build(request):
     """The name of a SIMD build, which every call in the test uses; skipped where it does not run."""
     import cyflash
 
-    status = cyflash.cpu_info()["builds"][request.param]
-    if not status["runs"]:
-        pytest.skip(f"{request.param}: {status['reason']}")
+    if reason := cyflash.cpu.why_not(request.param):
+        pytest.skip(f"{request.param}: {reason}")
     with cyflash.set_implementation(request.param):
         yield request.param
         assert _build_that_ran() == request.param
@@ -53,7 +52,7 @@ def one_build(request):
 
     names = cyflash.cpu.runnable()
     with cyflash.set_implementation(names[zlib.crc32(request.node.name.encode()) % len(names)]):
-        yield cyflash.cpu_info()["implementation"]
+        yield cyflash.cpu.name_of(cyflash.cpu.active())
 
 
 def _build_that_ran():
