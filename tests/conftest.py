@@ -23,6 +23,15 @@ def folder_of_all_processes(tmp_path_factory):
     os.environ["CYFLASH_TEST_FOLDER"] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each process takes tests that are neighbours, which share what takes long to make, and in the end another's."""
+    if config.option.dist == "load":  # what `-n 2` means
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+
+
 def pytest_generate_tests(metafunc):
     if "build" in metafunc.fixturenames:
         import cyflash
