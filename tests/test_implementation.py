@@ -70,7 +70,7 @@ def test_an_unknown_name_is_refused():
 
 
 def test_the_machine_is_asked_once(monkeypatch):
-    """In a virtual machine a CPUID takes tens of microseconds; choosing a build asked for hundreds of them."""
+    """In a virtual machine a CPUID takes 10 us and more; choosing a build asked for hundreds of them."""
     found = detect.features()
     monkeypatch.setattr(detect, "read_cpuid", lambda *leaf: pytest.fail("it is asked again"))
     assert detect.features() == found

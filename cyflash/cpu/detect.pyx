@@ -56,7 +56,7 @@ def read_cpuid(unsigned int leaf, unsigned int subleaf):
     return tuple(registers[i] for i in range(4))
 
 
-cdef object _features = None  # once found: a virtual machine answers each CPUID in some 30 us, and there are dozens
+cdef object _features = None  # once found: a virtual machine answers each CPUID in 10 us or more: dozens of them
 
 
 def features():
