@@ -8,7 +8,7 @@ from typing import NamedTuple
 FLAGS = ("EDGES", "SOFTCAP", "ALIBI", "BIAS", "MASK")  # EDGES: causal or a window
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 # Sources that `choose` takes no kernel of where another one will do: measurements and tests compare kernels by it.
-passed_over = set()
+passed_over: set[str] = set()
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 LARGEST_HEAD_DIM = 256
 LONG = 1 << 30
