@@ -16,6 +16,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+from sharing import Shared
 
 from cyflash import reference
 
@@ -40,7 +41,7 @@ class Report(NamedTuple):
     max_ratio: float  # largest error over that of plain float32 NumPy (NaN when not measured)
 
 
-class Case:
+class Case(metaclass=Shared):
     """One set of arguments with its expected result and bounds; `check` judges a computed one."""
 
     def __init__(self, q, k, v, **options):

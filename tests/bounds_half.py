@@ -25,6 +25,7 @@ import bounds
 import numpy as np
 from bounds import RMS_FACTOR, RMS_OUTPUTS, RMS_ROWS, SAFETY, TINY, Report
 from halves import exact
+from sharing import Shared
 
 from cyflash import reference
 
@@ -34,7 +35,7 @@ LARGEST_EXPONENT = {"float16": 15, "bfloat16": 127}
 WEIGHT = 2.0**-8                                    # relative rounding of a weight to bfloat16
 
 
-class Case:
+class Case(metaclass=Shared):
     """One set of arguments with its expected result and bounds; `check` judges a computed one.
 
     q, k, v: float32, float16 or bfloat16, each its own. native: the products are in bfloat16.

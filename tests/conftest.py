@@ -23,11 +23,20 @@ def folder_of_all_processes(tmp_path_factory):
     os.environ["CYFLASH_TEST_FOLDER"] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each process takes tests that are neighbours, which share what takes long to make, and in the end another's."""
+    if config.option.dist == "load":  # what `-n 2` means
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+
+
 def pytest_generate_tests(metafunc):
     if "build" in metafunc.fixturenames:
         import cyflash
 
-        metafunc.parametrize("build", list(cyflash.cpu_info()["builds"]), indirect=True)
+        metafunc.parametrize("build", list(cyflash.cpu.BUILDS), indirect=True)
 
 
 @pytest.fixture
@@ -35,9 +44,8 @@ def build(request):
     """The name of a SIMD build, which every call in the test uses; skipped where it does not run."""
     import cyflash
 
-    status = cyflash.cpu_info()["builds"][request.param]
-    if not status["runs"]:
-        pytest.skip(f"{request.param}: {status['reason']}")
+    if reason := cyflash.cpu.why_not(request.param):
+        pytest.skip(f"{request.param}: {reason}")
     with cyflash.set_implementation(request.param):
         yield request.param
         assert _build_that_ran() == request.param
@@ -53,7 +61,7 @@ def one_build(request):
 
     names = cyflash.cpu.runnable()
     with cyflash.set_implementation(names[zlib.crc32(request.node.name.encode()) % len(names)]):
-        yield cyflash.cpu_info()["implementation"]
+        yield cyflash.cpu.name_of(cyflash.cpu.active())
 
 
 def _build_that_ran():

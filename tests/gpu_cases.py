@@ -4,6 +4,7 @@ import bounds_int8
 import gpu_running
 import ml_dtypes
 import numpy as np
+import pytest
 
 from cyflash import reference_int8
 
@@ -18,6 +19,18 @@ KINDS = {  # name: (q and k, v, out)
 
 
 CODED = [kind for kind in KINDS if "int8" in kind]
+
+
+def pairs(kinds, sizes, first=0):
+    """Parameters: every kind with every size, each second pair of them among the slow tests.
+
+    Each pair is a kernel of its own to compile. How columns are cut depends on the size and on the bytes of an element,
+    so a fault in a tail shows in the neighbouring kind as well.
+    """
+    return [
+        pytest.param(kind, size, marks=[pytest.mark.slow] * ((i + j + first) % 2))
+        for i, kind in enumerate(kinds) for j, size in enumerate(sizes)
+    ]  # fmt: skip
 
 
 def dtype(name):

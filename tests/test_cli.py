@@ -173,7 +173,7 @@ def test_names_that_the_terminal_cannot_show_are_no_error(tmp_path, encoding):
     x = np.ones((5, 4), np.float32)
     path = save_capture(tmp_path / "x.npz", {"слой": (x, x, x)})
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
-    got = cyflash_command("compare", path, env=environment, encoding=encoding)
+    got = cyflash_command("compare", path, "--schemes", "int8 tensor", env=environment, encoding=encoding)
     assert got.returncode == 0, got.stderr
     assert "1 layer" in got.stdout and got.stdout.count("int8 tensor") == 2
 

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from broken_schemes import ONE_NAN
+from made_up_costs import MadeUp
 
 import cyflash
 from cyflash import measure, schemes
@@ -19,8 +20,11 @@ FIELDS = KEYS[1:7]
 
 
 @pytest.fixture(autouse=True)
-def one_short_round(monkeypatch):
+def costs(request, monkeypatch):
+    """Of one short round, where a test is marked to measure them; else they are made up."""
     monkeypatch.setattr(evaluation, "interleaved_times", partial(measure.interleaved_times, rounds=1, seconds=0.0))
+    if not request.node.get_closest_marker("measured"):
+        monkeypatch.setattr(evaluation, "CallProcess", MadeUp)
 
 
 @pytest.fixture
@@ -29,6 +33,7 @@ def qkv():
     return tuple(rng.standard_normal((heads, 60, 16), dtype=np.float32) for heads in (4, 2, 2))
 
 
+@pytest.mark.measured
 def test_the_default_is_every_scheme_of_the_command(qkv):
     rows = evaluate(*qkv)
     assert [row["scheme"] for row in rows] == list(schemes.SCHEMES)
@@ -70,6 +75,7 @@ def test_options_are_those_of_the_calls_and_of_the_reference(qkv, name):
     assert fp32["rel_l1"] < 1e-6 < int8["rel_l1"] < 0.05
 
 
+@pytest.mark.measured
 def test_schemes_of_ones_own(qkv):
     scales = cyflash.LayerScales(q_scale=0.03, k_scale=0.03, v_scale=0.03)
     mine = {"per head": {"granularity": "head"}, "static": {"quant": scales}}

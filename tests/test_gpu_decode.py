@@ -2,7 +2,7 @@
 import gpu_cases
 import numpy as np
 import pytest
-from gpu_cases import CODED, OPTIONS, check_shift, dtype, everything, mean_and_shift, options
+from gpu_cases import CODED, OPTIONS, check_shift, dtype, everything, mean_and_shift, options, pairs
 from gpu_running import EARLY, LATE
 
 from cyflash.gpu.decode import choose_decode, keys_of_chunk
@@ -78,7 +78,7 @@ def test_rows(kind, Lq):
     Few(kind, H=2, Hk=2, Lq=Lq, Lk=600, D=64).check(causal=True)
 
 
-@pytest.mark.parametrize("D", [1, 20, 40, 72, 96, 128, 144, 192, 256])
+@pytest.mark.parametrize("kind, D", pairs(KINDS, [1, 20, 40, 72, 96, 128, 144, 192, 256]))
 def test_head_dim(kind, D):
     """Beyond 128 two warps share the keys."""
     Few(kind, H=4, Lq=1, Lk=600, D=D).check(window=(350, -1))

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from gpu_cases import CODED, OPTIONS, Problem, check_shift, dtype, everything, mean_and_shift, options
+from gpu_cases import CODED, OPTIONS, Problem, check_shift, dtype, everything, mean_and_shift, options, pairs
 from gpu_running import EARLY, LATE, MIXED
 
 from cyflash.gpu import tensor_maps, variants
@@ -69,7 +69,7 @@ def test_shapes(kind, shape):
     check(Problem(kind, **shape), source="hopper.cu" if takes(kind, shape["D"], ()) else "mma.cu")
 
 
-@pytest.mark.parametrize("D", [16, 48, 80, 112, 144, 208])
+@pytest.mark.parametrize("kind, D", pairs(KINDS, [16, 48, 80, 112, 144, 208]))
 def test_head_dim(kind, D):
     """Columns of the last box that lie outside the array are 0, and not written."""
     problem = Problem(kind, H=2, Hk=2, Lq=20, Lk=150, D=D)

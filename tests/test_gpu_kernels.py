@@ -14,6 +14,7 @@ from gpu_cases import (
     everything,
     mean_and_shift,
     options,
+    pairs,
 )
 from gpu_running import EARLY, LATE
 
@@ -50,12 +51,12 @@ def test_heads_share_keys(kind):
     problem.differs(result)
 
 
-@pytest.mark.parametrize("D", [1, 16, 20, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("kind, D", pairs(KINDS, [1, 16, 20, 40, 64, 96, 128, 192, 256]))
 def test_head_dim(kind, D):
     Problem(kind, H=2, Lq=40, Lk=70, D=D).check()
 
 
-@pytest.mark.parametrize("D", [1, 20, 40, 64, 96, 128])
+@pytest.mark.parametrize("kind, D", pairs(KINDS, [1, 20, 40, 64, 96, 128], 1))
 def test_head_dim_of_many_rows(kind, D):
     """Blocks of more rows, where registers allow it."""
     Problem(kind, H=2, Lq=140, Lk=100, D=D).check(causal=True)

@@ -66,7 +66,16 @@ def check_opcodes(built, wanted):
     assert not any(opcode.startswith(("LDL", "STL")) for opcode in found)
 
 
-@pytest.mark.parametrize("kernel, kind, arch", KERNELS)
+def quick(kernel, kind, arch):
+    """Not those that get the very source and macros of sm_120 (variants.SMALL), but for one kind each."""
+    return arch not in ("sm_86", "sm_89") or kind == {"sm_86": "float16", "sm_89": "int8"}[arch]
+
+
+def slow_but(wanted, cases):
+    return [pytest.param(*case, marks=[] if wanted(*case) else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("kernel, kind, arch", slow_but(quick, KERNELS))
 def test_machine_code(kernel, kind, arch):
     """Each kernel for each architecture, with other sizes and options each time."""
     number = ARCHS.index(arch) + list(KINDS).index(kind) + (kernel == "decode")
@@ -89,15 +98,19 @@ def test_machine_code_of_hopper(kind, D):
     check_opcodes(check(variant), (*WIDE_PRODUCTS[kind], *HOPPER))
 
 
-@pytest.mark.parametrize("D", HOPPER_HEAD_DIMS)
-@pytest.mark.parametrize("kind", HALVES)
-def test_softmax_runs_beside_products(kind, D):
+def edges_in_turns(kind, D, options):
+    """A kernel takes seconds to compile; with EDGES its loop is the same but for a tile at either end."""
+    return (HALVES.index(kind) + HOPPER_HEAD_DIMS.index(D) + len(options)) % 2
+
+
+@pytest.mark.parametrize("kind, D, options", slow_but(
+    edges_in_turns, itertools.product(HALVES, HOPPER_HEAD_DIMS, ((), ("EDGES",)))))
+def test_softmax_runs_beside_products(kind, D, options):
     """Between the wait for S and that for P V, which were started together, the exponentials of a whole tile."""
-    for options in ((), ("EDGES",)):
-        for one in variants("hopper", kind, "sm_90a", D, options) or ():
-            code = " ".join(listing(check(one).cubin)).split("WARPGROUP.DEPBAR.LE")
-            most = max(part.count("MUFU.EX2") for part in code[1:-1] if "GMMA" not in part)
-            assert most >= dict(one.macros)["BLOCK_K"] / 2
+    for one in variants("hopper", kind, "sm_90a", D, options) or ():
+        code = " ".join(listing(check(one).cubin)).split("WARPGROUP.DEPBAR.LE")
+        most = max(part.count("MUFU.EX2") for part in code[1:-1] if "GMMA" not in part)
+        assert most >= dict(one.macros)["BLOCK_K"] / 2
 
 
 def test_other_variants_compile():

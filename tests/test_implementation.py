@@ -69,6 +69,14 @@ def test_an_unknown_name_is_refused():
         cyflash.set_implementation("avx1024")
 
 
+def test_the_machine_is_asked_once(monkeypatch):
+    """In a virtual machine a CPUID takes 10 us and more; choosing a build asked for hundreds of them."""
+    found = detect.features()
+    monkeypatch.setattr(detect, "read_cpuid", lambda *leaf: pytest.fail("it is asked again"))
+    assert detect.features() == found
+    assert cpu.runnable()
+
+
 def test_set_implementation_restores():
     before = cyflash.cpu_info()["implementation"]
     with cyflash.set_implementation("baseline"):

@@ -56,8 +56,18 @@ def read_cpuid(unsigned int leaf, unsigned int subleaf):
     return tuple(registers[i] for i in range(4))
 
 
+cdef object _features = None  # once found: a virtual machine answers each CPUID in 10 us or more: dozens of them
+
+
 def features():
     """Names of the features of FEATURES that this CPU has and this operating system has enabled."""
+    global _features
+    if _features is None:
+        _features = _find_features()
+    return _features
+
+
+cdef object _find_features():
     osxsave = read_cpuid(1, 0)[ECX] >> 27 & 1
     enabled = xcr0() if osxsave else 0
     return frozenset(
