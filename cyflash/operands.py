@@ -234,10 +234,12 @@ def prepare(q, k, v, settings, build, threads, others=0):
     k_codes, k_scale, k_mean = _codes("k", k, settings, build, threads, room, counts)
     where = np.arange(B)[:, None], np.zeros(B, np.intp), np.full(B, Lk)
     room["k_correction"][:, :, Lk:] = 0
-    build.pack_keys(k_codes, room["k"], room["k_correction"], *where, threads)
+    with threads as count:
+        build.pack_keys(k_codes, room["k"], room["k_correction"], *where, count)
     if packed_v:
         v_codes, v_scale, _ = _codes("v", v, settings, build, threads, room, counts)
-        build.pack_values(v_codes, room["v"], *where, threads)
+        with threads as count:
+            build.pack_values(v_codes, room["v"], *where, count)
     else:
         require_finite("v", v)
         v_scale = None

@@ -17,6 +17,7 @@ import numpy as np
 
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
+from cyflash.cpu.team import Team
 from cyflash.files import read_safetensors, replacing, safetensors_path
 from cyflash.foreign import HOLDERS, as_numpy, maker, same_kind
 from cyflash.gpu.where import on_gpu
@@ -130,7 +131,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
 
 
 def quantise_call(
-    name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=1, build=None, ndim=4,
+    name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=None, build=None, ndim=4,
     codes=None, saturated=None,
 ):
     """What a call of attention uses for one float argument: `quantize`, but with one scale per sequence for "tensor".
@@ -150,8 +151,8 @@ def quantise_call(
         Subtract the mean over tokens.
     fp32_sinks : int
         How many of the first tokens have codes 0 and no part in dynamic scales; at most L.
-    threads : int
-        At most so many; bits do not depend on it.
+    threads : Team, optional
+        At most so many; bits do not depend on it. Default: one.
     build : module, optional
         The SIMD build; default `cpu.active()`.
     ndim : int
@@ -177,7 +178,8 @@ def quantise_call(
     codes = np.empty(x.shape, np.int8) if codes is None else codes
     found, mean = _encode(
         name, arrays.rows_in_place(x), codes, {"tensor": (1,), "head": (), "token": None}[granularity],
-        scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=min(threads, 1 + x.size // ELEMENTS_PER_THREAD),
+        scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks,
+        threads=(threads or Team(1)).at_most(1 + x.size // ELEMENTS_PER_THREAD),
         build=cpu.active() if build is None else build, ndim=ndim, saturated=saturated,
     )
     return codes, found, mean
@@ -201,7 +203,8 @@ def _encode(
     if smooth or (scale is None and not by_token):
         top = np.zeros((B, H), np.float32)
         if x.size:
-            finite = build.find_range(x, skip, smooth, centre, top, threads)
+            with threads as count:
+                finite = build.find_range(x, skip, smooth, centre, top, count)
         if scale is None and not by_token:
             scale = scale_of(top.max(pooled, keepdims=True, initial=0.0))[:, :, None, None]
     if by_token:
@@ -209,7 +212,8 @@ def _encode(
     if x.size and finite:
         by_row = (scale if by_token else np.broadcast_to(scale, (B, H, L, 1)))[..., 0]
         given, found = (None, by_row) if by_token else (by_row, None)
-        finite = build.encode(x, centre, given, found, skip, codes, threads, saturated)
+        with threads as count:
+            finite = build.encode(x, centre, given, found, skip, codes, count, saturated)
     if not finite:
         raise ValueError(_not_finite(name, x, ndim))
     return scale, mean
