@@ -166,6 +166,7 @@ def find_range(
     cdef Py_ssize_t size = heads * n * 3 * D * <Py_ssize_t> sizeof(float), wrong = 0
     cdef float* runs = <float*> malloc(size)
     cdef float* part
+    cdef uint64_t environment
     if runs == NULL:
         raise MemoryError(f"cannot allocate {size} bytes for the ranges of {heads} heads")
     threads = <int> min(<Py_ssize_t> threads, heads * n)
@@ -175,16 +176,20 @@ def find_range(
             begin = run * RUN if run < skipped else skip + (run - skipped) * RUN
             end = min(begin + RUN, skip if run < skipped else L)
             part = runs + task * 3 * D
+            environment = enter_environment()
             range_of_run(
                 at(&source, head // H, head % H, begin), source.stride[2], end - begin, D, source.kind,
                 part, part + D, part + 2 * D,
             )
+            leave_environment(environment)
         for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
+            environment = enter_environment()
             wrong += not merge_runs(
                 runs + head * n * 3 * D, n, skipped, L, D,
                 &mean[head // H, head % H, 0] if centre else NULL, smooth,
                 &top[head // H, head % H],
             )
+            leave_environment(environment)
     finally:
         free(runs)
     return wrong == 0
@@ -394,15 +399,18 @@ def encode(
     cdef Py_ssize_t given_stride = given.strides[2] // <Py_ssize_t> sizeof(float) if given is not None else 0
     cdef Py_ssize_t found_stride = found.strides[2] // <Py_ssize_t> sizeof(float) if found is not None else 0
     cdef bint centre = mean is not None, static = given is not None, counted = saturated is not None
+    cdef uint64_t environment
     threads = <int> min(<Py_ssize_t> threads, heads * n)
     for task in prange(heads * n, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
         b, h, begin = task // n // H, task // n % H, task % n * RUN
+        environment = enter_environment()
         count = encode_run(
             at(&source, b, h, begin), source.stride[2], source.kind, &mean[b, h, 0] if centre else NULL,
             &given[b, h, begin] if static else NULL, given_stride,
             &found[b, h, begin] if not static else NULL, found_stride,
             skip - begin, min(L - begin, <Py_ssize_t> RUN), D, &codes[b, h, begin, 0], codes_stride, counted,
         )
+        leave_environment(environment)
         wrong += count < 0
         total += count
     if counted:
