@@ -30,7 +30,10 @@ if X86:
 
 # -O3: distributions build Python, and so extensions, at -O2, where the tiles are not unrolled (a third of the speed).
 # -ffp-contract=off: one order of roundings whatever the tile width; the kernels ask for fma where they want it.
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-g0"]
+# -fno-fast-math: whatever CFLAGS say. It would lose NaN and masks, and linked with it a module makes the whole process
+# flush denormals: LINK_FLAGS take back every flag that GCC does that for.
+FLAGS = ["-O3", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-g0"]
+LINK_FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 # Where the compiler knows them: without these GCC 12 spills two operands of the 8 x 3 tile (181 instead of 231 GFLOP/s
 # at D = 64) and moves registers about in its inner loop.
 GCC_FLAGS = ["-fno-ivopts", "-fira-region=all"]
@@ -51,6 +54,7 @@ def simd_extension(name, flags):
         include_dirs=[f"{CPU}/simd"],
         define_macros=[*LIMITED_API, *MACROS, ("CYFLASH_SIMD", f'"{name}.h"')],
         extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=LINK_FLAGS.copy(),
         depends=SHARED,
         py_limited_api=LIMITED,
     )
@@ -107,18 +111,20 @@ class BuildExt(build_ext):
                 return False
 
 
-# What every CPU runs: finding out what this one is, and the integers of calibration.
+# What every CPU runs: finding out what this one is, threads and forks, and the integers of calibration.
 plain = [
     Extension(
         f"cyflash.cpu.{name}",
         [f"{CPU}/{name}.pyx"],
-        include_dirs=[f"{CPU}/simd"],
+        include_dirs=[CPU, f"{CPU}/simd"],
         define_macros=[*LIMITED_API, ("CYFLASH_SIMD", '"baseline.h"')],
         extra_compile_args=FLAGS.copy(),
-        depends=SHARED,
+        extra_link_args=LINK_FLAGS.copy(),
+        libraries=["dl"] if sys.platform == "linux" else [],  # fork.h asks which OpenMP it has
+        depends=[*SHARED, *glob.glob(f"{CPU}/*.h")],
         py_limited_api=LIMITED,
     )
-    for name in ("detect", "observe")
+    for name in ("detect", "team", "observe")
 ]
 
 setup(

@@ -8,6 +8,7 @@ import numpy as np
 
 from cyflash import arrays, cpu, operands, parts
 from cyflash.cpu import threads
+from cyflash.cpu.team import Team
 from cyflash.flops import pairs_at
 from cyflash.foreign import same_kind_or_gpu
 from cyflash.gpu.where import on_gpu
@@ -278,7 +279,7 @@ def attend_int8(
     if settings.fp32_sinks == call.plan.Lk:  # nothing is left for codes
         q, k, v = operands.float_operands(q, k, v, settings)
         return run(call, q, floats(k, v, kinds_of(k, v)))
-    others = call.out.nbytes + call.threads * call.tile_bytes(
+    others = call.out.nbytes + call.threads.most * call.tile_bytes(
         k_kind="int8", v_kind="int8", product=settings.pv, precise=settings.fp32_sinks
     )
     q, stored, ready = operands.prepare(q, k, v, settings, call.build, call.threads, others)
@@ -379,7 +380,7 @@ class _Call(NamedTuple):
     build: ModuleType
     Br: int
     Bc: int
-    threads: int
+    threads: Team
     native: bool  # both products are of bfloat16
     top_left: bool  # of plan.py's causal_align, where offsets differ between sequences
 
@@ -476,11 +477,12 @@ def run(call, q, stored, codes=None, sequences=None, pages=None, ragged=False):
     kinds = None if q is None else arrays.kind_of(q.dtype), arrays.kind_of(out.dtype)
     tile_bytes, keys = 0, call.Bc
     if out.size:
-        tile_bytes, keys = call.build.forward(
-            q, kinds[0] or "fp32", stored, sequences, pages, codes, arrays.four_axes(direct), kinds[1],
-            None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, call.native,
-            call.Br, call.Bc, call.threads,
-        )
+        with call.threads as count:
+            tile_bytes, keys = call.build.forward(
+                q, kinds[0] or "fp32", stored, sequences, pages, codes, arrays.four_axes(direct), kinds[1],
+                None if lse is None else arrays.four_axes(lse[..., None])[..., 0], plan, ragged, call.native,
+                call.Br, call.Bc, count,
+            )
     if direct is not out:
         out[...] = direct
     return out, lse, Work(call.flops, tile_bytes, call.Br, keys, cpu.name_of(call.build))

@@ -234,11 +234,13 @@ def prepare(q, k, v, settings, build, threads, others=0):
     scales, mean, counts = _encode(operands, settings, build, threads, room, q.ndim, bool(watchers))
     where = np.arange(B)[:, None], np.zeros(B, np.intp), np.full(B, Lk)
     if operands["k"].dtype == np.int8:
-        build.pack_keys(arrays.rows_in_place(operands["k"]), room["k"], room["correction"], *where, threads)
+        with threads as n:
+            build.pack_keys(arrays.rows_in_place(operands["k"]), room["k"], room["correction"], *where, n)
     if not packed_v:
         require_finite("v", v)
     elif operands["v"].dtype == np.int8:
-        build.pack_values(arrays.rows_in_place(operands["v"]), room["v"], *where, threads)
+        with threads as n:
+            build.pack_values(arrays.rows_in_place(operands["v"]), room["v"], *where, n)
     for tell in watchers:
         tell(counts)
     floats = float_operands(q, k, v, settings) if settings.fp32_sinks else (None, None, None)
@@ -259,7 +261,7 @@ def _encode(operands, settings, build, threads, room, ndim, counted):
     Stored; counts {name: (values that saturate, values)} are of static scales, if `counted`. Errors show an operand
     with its last `ndim` axes.
     """
-    threads = quantized.threads_for(sum(x.size for x in operands.values()), threads)
+    threads = quantized.team_for(sum(x.size for x in operands.values()), threads)
     scales, encodings, mean, finite = {}, {}, None, True
     for name, x in operands.items():
         scale, centre = settings.scales[name], settings.k_mean if name == "k" else None
@@ -282,7 +284,10 @@ def _encode(operands, settings, build, threads, room, ndim, counted):
                 counted and settings.scales[name] is not None, PACKINGS[name],
                 room["correction"] if name == "k" else None,
             )
-    saturated = build.encode(list(encodings.values()), threads) if finite else [-1]
+    saturated = [-1]
+    if finite:
+        with threads as n:
+            saturated = build.encode(list(encodings.values()), n)
     if min(saturated, default=0) < 0:
         _raise_not_finite(operands, ndim)
     counts = {}

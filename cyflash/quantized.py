@@ -18,6 +18,7 @@ import numpy as np
 
 from cyflash import arrays, cpu
 from cyflash.cpu import threads
+from cyflash.cpu.team import Team
 from cyflash.files import read_safetensors, replacing, safetensors_path
 from cyflash.foreign import HOLDERS, as_numpy, maker, same_kind
 from cyflash.gpu.where import on_gpu
@@ -134,7 +135,7 @@ def quantize(x, granularity="tensor", *, scale=None, smooth=False, fp32_sinks=0)
 
 
 def quantise_call(
-    name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=1, build=None, ndim=4,
+    name, x, granularity, *, scale=None, mean=None, smooth=False, fp32_sinks=0, threads=None, build=None, ndim=4,
     codes=None, saturated=None,
 ):
     """What a call of attention uses for one float argument: `quantize`, but with one scale per sequence for "tensor".
@@ -154,8 +155,8 @@ def quantise_call(
         Subtract the mean over tokens.
     fp32_sinks : int
         How many of the first tokens have codes 0 and no part in dynamic scales; at most L.
-    threads : int
-        At most so many; bits do not depend on it.
+    threads : Team, optional
+        At most so many; bits do not depend on it. Default: one.
     build : module, optional
         The SIMD build; default `cpu.active()`.
     ndim : int
@@ -181,15 +182,15 @@ def quantise_call(
     codes = np.empty(x.shape, np.int8) if codes is None else codes
     found, mean = _encode(
         name, arrays.rows_in_place(x), codes, POOLED[granularity],
-        scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=threads_for(x.size, threads),
+        scale=scale, mean=mean, smooth=smooth, skip=fp32_sinks, threads=team_for(x.size, threads or Team(1)),
         build=cpu.active() if build is None else build, ndim=ndim, saturated=saturated,
     )
     return codes, found, mean
 
 
-def threads_for(size, most):
-    """How many threads, `most` at most, are worth their while for so many numbers."""
-    return min(most, 1 + size // ELEMENTS_PER_THREAD)
+def team_for(size, team):
+    """The part of a Team that is worth its while for so many numbers."""
+    return team.at_most(1 + size // ELEMENTS_PER_THREAD)
 
 
 class Encoding(NamedTuple):
@@ -223,7 +224,8 @@ def _encode(
             x, codes, None if mean is None else mean[:, :, 0], by_row(given, x.shape), scale[..., 0], skip,
             saturated is not None,
         )
-        (count,) = build.encode([encoding], threads)
+        with threads as n:
+            (count,) = build.encode([encoding], n)
         finite = count >= 0
         if saturated is not None:
             saturated[0] = count
@@ -252,7 +254,8 @@ def ranged(x, pooled, *, scale, mean, smooth, skip, threads, build):
     if smooth or wanted:
         top = np.zeros((B, H), np.float32)
         if x.size:
-            finite = build.find_range(x, skip, smooth, None if mean is None else mean[:, :, 0], top, threads)
+            with threads as n:
+                finite = build.find_range(x, skip, smooth, None if mean is None else mean[:, :, 0], top, n)
         if wanted:
             scale = scale_of(top.max(pooled, keepdims=True, initial=0.0))[:, :, None, None]
     return scale, mean, finite

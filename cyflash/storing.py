@@ -19,16 +19,17 @@ NUMBERS_PER_THREAD = 1 << 16
 
 
 def threads_for(x, num_threads):
-    """How many threads copy or quantise x."""
+    """The threads that copy or quantise x."""
     return threads.for_call(1 + x.size // NUMBERS_PER_THREAD, num_threads)
 
 
 def store(x, pages, table, begins, counts, num_threads):
     """Write floats (n, Hk, L, D) to their places in the pages (pages, Hk, page_size, D), in the precision of these."""
-    cpu.active().store_floats(
-        x.view(np.uint8), arrays.kind_of(x.dtype), pages.view(np.uint8), arrays.kind_of(pages.dtype), table, begins,
-        counts, threads_for(x, num_threads),
-    )
+    with threads_for(x, num_threads) as count:
+        cpu.active().store_floats(
+            x.view(np.uint8), arrays.kind_of(x.dtype), pages.view(np.uint8), arrays.kind_of(pages.dtype), table, begins,
+            counts, count,
+        )
 
 
 def format_of(
@@ -214,9 +215,10 @@ class Codes:
 
     def write(self, ready, pages, by_row, rows, table, begins, counts, num_threads):
         k, v, (k_codes, k_scale), (v_codes, v_scale), told = ready
-        build, count = cpu.active(), threads_for(k, num_threads)
-        build.pack_keys(k_codes, pages["k"], pages["k_correction"], table, begins, counts, count)
-        build.pack_values(v_codes, pages["v"], table, begins, counts, count)
+        build = cpu.active()
+        with threads_for(k, num_threads) as count:
+            build.pack_keys(k_codes, pages["k"], pages["k_correction"], table, begins, counts, count)
+            build.pack_values(v_codes, pages["v"], table, begins, counts, count)
         if k_scale is not None:
             store(k_scale, pages["k_scale"][..., None], table, begins, counts, num_threads)
         if v_scale is not None:

@@ -316,12 +316,14 @@ def _prepare(call, lengths, q, k, v, settings):
     where = np.zeros((1, 1), np.intp), np.zeros(1, np.intp), np.array([room])
     packed = np.empty((1, Hk, room, -(-D // 4) * 4), np.int8)
     correction = np.empty((1, Hk, room), np.int32)
-    call.build.pack_keys(k_codes, packed, correction, *where, call.threads)
+    with call.threads as count:
+        call.build.pack_keys(k_codes, packed, correction, *where, count)
     v_scale, values, v_kind = None, v, arrays.kind_of(v.dtype)
     if packs_v:
         v_codes, v_scale, _ = _quantised("v", v, *of_k, call, settings, counts)
         values, v_kind = np.empty((1, Hk, room // 4, -(-Dv // 16) * 16), np.int32), "int8"
-        call.build.pack_values(v_codes, values, *where, call.threads)
+        with call.threads as count:
+            call.build.pack_values(v_codes, values, *where, count)
     else:
         operands.require_finite("v", v[0].swapaxes(0, 1))
     for tell in quantized.watched.get(settings.quant, ()):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cyflash.cpu import observe
+from cyflash.cpu.team import Team
 
 __all__ = ["Counts", "Histogram"]
 
@@ -40,10 +41,11 @@ class Counts(NamedTuple):
         counts, sums = (np.zeros((heads, columns), np.int64) for columns in (BINS + 3, BINS))
         return cls(counts, sums, np.zeros(heads, np.float32))
 
-    def observe(self, x, mean=None, seen=None, threads=1):
-        """Add |x - mean| of x (H, L, D); seen: (H, L) bool, the rows that count."""
+    def observe(self, x, mean=None, seen=None, threads=None):
+        """Add |x - mean| of x (H, L, D); seen: (H, L) bool, the rows that count. threads: a Team; default one."""
         seen = None if seen is None else np.array(seen, order="C").view(np.uint8)
-        observe.count_values(x, mean, seen, *self, threads)
+        with threads or Team(1) as count:
+            observe.count_values(x, mean, seen, *self, count)
 
     def add(self, other):
         self.counts[...] += other.counts

@@ -201,7 +201,8 @@ class Layer:
         greatest = max(self.counts["k"].top.max(), np.float32(np.abs(in_fp32).max(initial=0)))
         shift = SUM_BITS - int(np.frexp(greatest)[1])
         total = np.zeros(self.k_sum.shape, np.int64)
-        observe.sum_channels(finite, flags, 2.0**shift, total, _threads(k))
+        with _threads(k) as count:
+            observe.sum_channels(finite, flags, 2.0**shift, total, count)
         self.k_sum += total.astype(object) << (UNIT - shift)
         self.k_tokens[:] = k.shape[1] if visible is None else visible.sum(axis=1)
         self._count("k_centred", k, visible, np.ascontiguousarray(self.k_mean[:, 0]))
@@ -211,7 +212,8 @@ class Layer:
         digest = hashlib.blake2b(repr((seed, self.shape, q.shape, k.shape)).encode(), digest_size=16)
         for x, shown in ((q, visible[0]), (k, visible[1]), (v, visible[1])):
             prints = np.zeros(len(x), np.uint64)
-            observe.fingerprints(x, None if shown is None else shown.view(np.uint8), prints, _threads(x))
+            with _threads(x) as count:
+                observe.fingerprints(x, None if shown is None else shown.view(np.uint8), prints, count)
             digest.update(prints)
         for x in (plan.bias, plan.mask):
             if x is not None:

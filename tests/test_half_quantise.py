@@ -11,6 +11,7 @@ from halves import KINDS, as_kind, assert_same_bits, dtype_of, exact
 
 import cyflash
 from cyflash import arrays, cpu, reference
+from cyflash.cpu.team import Team
 from cyflash.quant import QuantizedTensor, quantize
 from cyflash.quantized import GRANULARITIES, Encoding, quantise_call
 
@@ -97,7 +98,7 @@ def test_a_call_counts_what_saturates(build, kind):
 def test_threads_change_nothing(build, kind, threads):
     (x,) = as_kind(kind, random(1, 2, 3000, 64))
     for one, other in zip(
-        quantise_call("k", x, "head", smooth=True), quantise_call("k", x, "head", smooth=True, threads=threads),
+        quantise_call("k", x, "head", smooth=True), quantise_call("k", x, "head", smooth=True, threads=Team(threads)),
         strict=True,
     ):
         assert_same_bits(one, other)
@@ -147,6 +148,7 @@ def test_saved_and_loaded(tmp_path, kind):
 
 MEMORY = """
 import numpy as np, {imports}
+from cyflash.cpu.team import Team
 from cyflash.quantized import quantise_call
 
 def status(field):
@@ -155,11 +157,11 @@ def status(field):
 
 x = np.ones((1, 4, 1 << 15, 128), {dtype})  # 32 MB
 codes = np.ones(x.shape, np.int8)
-quantise_call("k", x[:, :, :100], "token", smooth=True, threads=3)
+quantise_call("k", x[:, :, :100], "token", smooth=True, threads=Team(3))
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
 before = status("VmRSS")
-quantise_call("k", {argument}, "token", smooth=True, threads=3, codes=codes)
+quantise_call("k", {argument}, "token", smooth=True, threads=Team(3), codes=codes)
 print(status("VmHWM") - before)
 """
 

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import cyflash.quantized
+from cyflash.cpu.team import Team
 from cyflash.quant import LayerScales, QuantizedTensor, quantize
 from cyflash.quantized import GRANULARITIES, checked_scale, quantise_call
 
@@ -213,7 +214,7 @@ def test_bytes_that_are_kept():
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_a_call_quantises_each_sequence_as_quantize_does(build, granularity, smooth, sinks):
     x = random(2, 3, 40, 24)
-    codes, scale, mean = quantise_call("k", x, granularity, smooth=smooth, fp32_sinks=sinks, threads=3)
+    codes, scale, mean = quantise_call("k", x, granularity, smooth=smooth, fp32_sinks=sinks, threads=Team(3))
     assert codes.flags.c_contiguous and codes.dtype == np.int8
     shape = {"tensor": (2, 1, 1, 1), "head": (2, 3, 1, 1), "token": (2, 3, 40, 1)}[granularity]
     assert scale.shape == shape and scale.dtype == F32

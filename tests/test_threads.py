@@ -112,27 +112,6 @@ print(len(os.listdir("/proc/self/task")) - before)
     assert done.stdout.strip() == str(n - 1), done.stderr
 
 
-@needs_openmp
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("parent, child", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_a_forked_child_computes_too(parent, child):
-    """GNU's OpenMP hangs in a child that was forked when it had threads: there a call must do with one."""
-    code = f"""
-import os, signal, numpy as np, cyflash
-x = np.random.default_rng(0).standard_normal((4, 512, 64), dtype=np.float32)
-expected = cyflash.flash_attention(x, x, x, num_threads={parent})
-pid = os.fork()
-if pid == 0:
-    signal.alarm(20)
-    assert np.array_equal(cyflash.flash_attention(x, x, x, num_threads={child}), expected)
-    os._exit(10 + cyflash.cpu.threads.count(3))
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-print(np.array_equal(cyflash.flash_attention(x, x, x, num_threads=2), expected))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["13" if parent == 1 else "11", "True"], done.stderr
-
-
 def write(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -72,7 +72,8 @@ def test_a_users_program_is_looked_at(tree):
 
 
 def compiled():
-    return ["cyflash.cpu.detect", "cyflash.cpu.observe", *(f"cyflash.cpu._{name}" for name in cpu.runnable())]
+    builds = (f"_{name}" for name in cpu.runnable())
+    return [f"cyflash.cpu.{name}" for name in ("detect", "team", "observe", *builds)]
 
 
 def test_stubs_of_compiled_modules(tree):

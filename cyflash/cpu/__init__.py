@@ -13,6 +13,7 @@
     store.pxi      new tokens into the pages of a cache
     driver.pxi     tasks, chunks of keys, threads, scratch; the entry `forward`
     inspect.pxi    windows into the kernels for tests and benchmarks
+    team.pyx       the threads of a call: shared by calls (share.h), kept at a fork (fork.h)
     observe.pyx    histograms, sums and fingerprints for calibration (compiled for any CPU)
     _<build>.pyx   two lines that compile the kernels for one build
 

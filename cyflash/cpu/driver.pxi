@@ -379,6 +379,7 @@ cdef void run_task(const Problem* x, Py_ssize_t task, float* scratch) noexcept n
     cdef Py_ssize_t unit = (task - sequence.first_task) // sequence.pieces
     cdef Py_ssize_t piece = (task - sequence.first_task) % sequence.pieces, panels, p, first, last
     cdef Py_ssize_t vectors = (sequence.Lq + LANES - 1) // LANES
+    cdef uint64_t environment = enter_environment()
     if sequence.short:
         panels = sequence.units // (x.H // x.group)
         p = unit % panels
@@ -391,6 +392,7 @@ cdef void run_task(const Problem* x, Py_ssize_t task, float* scratch) noexcept n
             x, &head, piece * vectors // sequence.pieces * LANES,
             min(sequence.Lq, (piece + 1) * vectors // sequence.pieces * LANES), scratch,
         )
+    leave_environment(environment)
 
 
 cdef void run_tasks(
@@ -411,10 +413,12 @@ cdef void merge_head(const Problem* x, Py_ssize_t number) noexcept nogil:
     cdef const Sequence* sequence = &x.sequences[number // x.H]
     cdef Py_ssize_t i
     cdef Head head
+    cdef uint64_t environment = enter_environment()
     if sequence.partial != NULL:
         place_head(x, sequence, number % x.H, &head)
         for i in range(sequence.Lq):
             merge_row(x, &head, i)
+    leave_environment(environment)
 
 
 cdef void merge_heads(const Problem* x, int threads) noexcept nogil:
@@ -455,10 +459,12 @@ cdef int describe_scales(Scales* scales, const float[:, :, :] x, bint ragged) ex
 cdef int describe_options(Problem* x, options) except -1:
     """Everything that is a number or belongs to no sequence. options: those of plan.py."""
     cdef const float[:] sinks = options.sinks
-    cdef double softcap = options.softcap
-    x.left, x.right, x.scale = options.left, options.right, options.scale
+    cdef double softcap = options.softcap, scale = options.scale
+    cdef uint64_t environment = enter_environment()
+    x.left, x.right, x.scale = options.left, options.right, scale
     # any cap within the normal floats: one that rounds to 0 would be none, and its inverse must be finite
     x.softcap = min(max(softcap, <double> FLT_MIN), <double> FLT_MAX) if softcap > 0.0 else 0.0
+    leave_environment(environment)
     if sinks is not None:
         x.sinks = &sinks[0] if sinks.shape[0] else NULL
         x.sinks_stride = sinks.strides[0] // <Py_ssize_t> sizeof(float)

@@ -156,15 +156,18 @@ def count_values(
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h, failed = 0
     cdef bint centred = mean is not None, some = seen is not None
+    cdef uint64_t environment
     cdef Floats source
     if x.size == 0:
         return
     source = heads_of(x)
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
+        environment = enter_environment()
         failed += not count_head(
             &source, h, L, D, &mean[h, 0] if centred else NULL, &seen[h, 0] if some else NULL,
             &counts[h, 0], &sums[h, 0], &top[h],
         )
+        leave_environment(environment)
     if failed:
         raise MemoryError("no memory for the tables of a histogram, 128 KiB for each thread")
 
@@ -201,12 +204,15 @@ def sum_channels(
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h
     cdef bint some = seen is not None
+    cdef uint64_t environment
     cdef Floats source
     if x.size == 0:
         return
     source = heads_of(x)
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
+        environment = enter_environment()
         sum_head(&source, h, L, D, &seen[h, 0] if some else NULL, factor, &total[h, 0])
+        leave_environment(environment)
 
 
 cdef uint64_t print_head(
@@ -242,9 +248,12 @@ def fingerprints(
     """
     cdef Py_ssize_t H = x.shape[0], L = x.shape[1], D = x.shape[2], h
     cdef bint some = seen is not None
+    cdef uint64_t environment
     cdef Floats source
     if x.size == 0:
         return
     source = heads_of(x)
     for h in prange(H, nogil=True, schedule="dynamic", chunksize=1, num_threads=threads):
+        environment = enter_environment()
         out[h] = print_head(&source, h, L, D, &seen[h, 0] if some else NULL)
+        leave_environment(environment)

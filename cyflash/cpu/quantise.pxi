@@ -171,6 +171,7 @@ def find_range(
     cdef Py_ssize_t size = heads * n * 3 * D * <Py_ssize_t> sizeof(float), wrong = 0
     cdef float* runs = <float*> malloc(size)
     cdef float* part
+    cdef uint64_t environment
     if runs == NULL:
         raise MemoryError(f"cannot allocate {size} bytes for the ranges of {heads} heads")
     threads = <int> min(<Py_ssize_t> threads, heads * n)
@@ -180,16 +181,20 @@ def find_range(
             begin = run * RUN if run < skipped else skip + (run - skipped) * RUN
             end = min(begin + RUN, skip if run < skipped else L)
             part = runs + task * 3 * D
+            environment = enter_environment()
             range_of_run(
                 at(&source, head // H, head % H, begin), source.stride[2], end - begin, D, source.kind,
                 part, part + D, part + 2 * D,
             )
+            leave_environment(environment)
         for head in prange(heads, nogil=True, schedule="static", num_threads=threads):
+            environment = enter_environment()
             wrong += not merge_runs(
                 runs + head * n * 3 * D, n, skipped, L, D,
                 &mean[head // H, head % H, 0] if centre else NULL, smooth,
                 &top[head // H, head % H],
             )
+            leave_environment(environment)
     finally:
         free(runs)
     return wrong == 0
@@ -443,6 +448,7 @@ cdef int describe_encoding(Encoding* e, how) except -1:
 cdef Py_ssize_t encode_task(const Encoding* e, Py_ssize_t task, signed char* room) noexcept nogil:
     """Run number `task`, as encode_run() says it; `room`, RUN x D, is for codes that are packed otherwise than in rows.
     """
+    cdef uint64_t environment = enter_environment()
     cdef Py_ssize_t b = task // e.runs // e.H, h = task // e.runs % e.H, begin = task % e.runs * RUN
     cdef Py_ssize_t n = min(e.L - begin, <Py_ssize_t> RUN), stride = e.codes_stride[2], count
     cdef signed char* place = e.codes + b * e.codes_stride[0] + h * e.codes_stride[1]
@@ -464,6 +470,7 @@ cdef Py_ssize_t encode_task(const Encoding* e, Py_ssize_t task, signed char* roo
         )
     elif e.packing == AS_VALUES:
         pack_value_rows(place, e.codes_stride[2] // 4, begin, room, e.D, n, e.D)
+    leave_environment(environment)
     return count
 
 
@@ -476,6 +483,8 @@ def encode(encodings not None, int threads):
     cdef Py_ssize_t* counts = NULL
     cdef signed char* room = NULL
     cdef list totals = []
+    if n == 0:
+        return totals
     try:
         if every == NULL:
             raise MemoryError(f"cannot allocate what is to be known of {n} arrays")

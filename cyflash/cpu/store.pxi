@@ -44,6 +44,7 @@ def store_floats(
     """
     cdef Kind from_kind = KINDS[x_kind], to_kind = KINDS[pool_kind]
     cdef Py_ssize_t heads = x.shape[1], bytes = x.shape[3], size = pool.shape[2]
+    cdef uint64_t environment
     cdef Py_ssize_t chunks = (x.shape[2] + STORE_TOKENS - 1) // STORE_TOKENS, t, i, h, j, end, n, page, place
     if heads == 0 or bytes == 0:
         return
@@ -51,6 +52,7 @@ def store_floats(
     for t in prange(x.shape[0] * chunks, nogil=True, schedule="static", num_threads=threads):
         i, j = t // chunks, t % chunks * STORE_TOKENS
         end = min(count[i], j + STORE_TOKENS)
+        environment = enter_environment()
         while j < end:
             page, place = table[i, (begin[i] + j) // size], (begin[i] + j) % size
             n = min(end - j, size - place)
@@ -60,3 +62,4 @@ def store_floats(
                     x.strides[2], from_kind, n, bytes,
                 )
             j = j + n
+        leave_environment(environment)

@@ -1,18 +1,19 @@
 """How many threads a call gets.
 
 By default min(CPU affinity, cgroup quota, OMP_NUM_THREADS); CYFLASH_NUM_THREADS, then `set_num_threads`, then a call's
-`num_threads` override it. A process forked after a call on several threads has one: see `_after_fork`.
+`num_threads` override it. Calls that run at the same time share the default: see `Team`. A fork after a call on several
+threads is prepared for (simd/fork.h); where it cannot be, calls in the child have one thread.
 """
 import functools
 import math
 import operator
 import os
+import warnings
 
-from cyflash.cpu import detect
+from cyflash.cpu import detect, team
 
 _chosen = None
-_started = False  # a call of this process, or of the one it was forked from, has run on several threads
-_orphaned = False
+_warned = False
 
 
 def checked(name, value):
@@ -124,7 +125,8 @@ def limits():
 
 
 def count(num_threads=None):
-    """Threads of a call that passes `num_threads`; one when built without OpenMP, and where a fork has lost them."""
+    """Threads of a call that passes `num_threads`, if it is alone; one when built without OpenMP, and where a fork has
+    lost them."""
     if num_threads is not None:
         wanted = checked("num_threads", num_threads)
     else:
@@ -132,22 +134,37 @@ def count(num_threads=None):
         wanted = known["set_num_threads"] or known["cyflash_num_threads"]
         if wanted is None:
             wanted = min(n for n in (known["affinity"], known["cgroup"], known["omp_num_threads"]) if n is not None)
-    return wanted if detect.openmp()[0] and not _orphaned else 1
+    if wanted > 1 and team.lost():
+        _warn()
+    return wanted if detect.openmp()[0] and not team.lost() else 1
 
 
 def for_call(most, num_threads=None):
-    """Threads of a call that keeps `most` of them busy."""
-    global _started
-    threads = 1 if most == 1 and num_threads is None else min(most, count(num_threads))
-    _started = _started or threads > 1
-    return threads
+    """The Team of a call that keeps `most` threads busy: all of them if `num_threads` says so, else its share."""
+    if num_threads is not None:
+        return team.Team(min(most, count(num_threads)))
+    budget = 1 if most == 1 else count()
+    return team.Team(min(most, budget), budget)
 
 
-def _after_fork():
-    """A fork has no copy of its parent's threads, but OpenMP's record of them: GNU's would wait for them for ever."""
-    global _orphaned
-    _orphaned = _started
+def _warn():
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "cyflash: this process was forked when its parent had threads of OpenMP that could not be ended "
+            f"({_why_not_ended()}), and has lost them: calls run on one thread. Start processes by 'spawn' or "
+            "'forkserver', or before the first call",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+def _why_not_ended():
+    if not _ENDING:
+        return "CYFLASH_ATFORK=0"
+    return "the fork came from within a parallel region, or the OpenMP library is not GNU's of GCC 9 or later"
+
+
+_ENDING = os.environ.get("CYFLASH_ATFORK") != "0"
+team.prepare_forks(_ENDING)

@@ -1,5 +1,11 @@
 # The words of simd/*.h, which every build defines.
 
+from libc.stdint cimport uint64_t
+
+cdef extern from "environment.h" nogil:
+    uint64_t enter_environment() noexcept
+    void leave_environment(uint64_t) noexcept
+
 cdef extern from "simd.h" nogil:
     ctypedef struct vf:
         pass
