@@ -159,7 +159,7 @@ def flash_attention_int8_varlen(
         _run_planned(call, lengths, q, k, v, bias, mask, config, given | how | options)
     else:
         scales = {name: _scale_heads_first(name, given[name], x) for name, x in zip(given, (q, k, v), strict=True)}
-        settings = operands.settle(*(x.swapaxes(0, 1) for x in (q, k, v)), **scales, **how)
+        settings = operands.settle(*(x.swapaxes(0, 1) for x in (q, k, v)), **scales, **how, ragged=True)
         _run(call, lengths, *_prepare(call, lengths, q, k, v, settings))
     return (call.out, call.lse) if return_lse else call.out
 

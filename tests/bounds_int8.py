@@ -16,11 +16,13 @@ the same, and a code can differ only by as much as that factor and the kernel's 
 
     bound = 2 [ sum_b |f_b sum_j p_j v8_j| (off + (8 + blocks) eps)
               + |out| (sum_j P_j (e^delta_j - 1) + (8 + blocks) eps) ]       the denominator, of unrounded P
-          + sum_b f_b (1 + off) sum_j |change of p_j| |v8_j|                 flipped codes
+          + sum_b f_b (1 + off) sum_j |change of p_j| |v8_j|                 flipped codes, which the first two lines
+                                                                             see as part of the sum and of out
           + what underflow may lose
 
 and with the kernel's own codes for p the third line is gone: it is the bound of a float32 result. Weights in bfloat16
-are like codes, but that their sums are rounded; weights in float32 are as in bounds.py.
+are like codes, but that their sums are rounded, and that the CPU's product takes denormal factors and sums for 0 (TINY for
+each, as in bounds_half.py); weights in float32 are as in bounds.py.
 """
 from typing import NamedTuple
 
@@ -132,10 +134,12 @@ def judge(part, call, block_size, given=None):
                 inexact_weights = np.abs(term) * off
             out += term
             bound += SAFETY * (inexact_weights + roundings * (np.abs(term) + inexact))
-            bound += worth * (1 + off) * (slack @ size)
+            changed = worth * (slack @ size)
+            bound += changed * (1 + off + SAFETY * (off + 2 * roundings + denominator[:, None]))
         bound += SAFETY * np.abs(out) * (denominator[:, None] + roundings)
         size = np.abs(part.v.codes * part.v.scale).sum(axis=0)
         bound += 2 * TINY * size + 255 * 128 * (Lk + 2) * SUBNORMAL
+        bound += TINY * (Lk + 2) if call.pv == "bf16" else 0.0
         lse_bound = SAFETY * (roundings + denominator + EPS * (STEPS * np.abs(top) + np.abs(lse)))
     lse_bound = np.where(np.isfinite(lse), lse_bound, 0.0)
     out = np.where((lse == -np.inf)[:, None], 0.0, out)
