@@ -149,8 +149,9 @@ def flash_attention_int8_varlen(
         "causal": causal, "causal_align": causal_align, "scale": scale, "window": window, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "num_threads": num_threads,
     }  # fmt: skip
+    of_call = getattr(quant, "pv", None) if pv is None else pv
     call = _describe(
-        q, k, v, lengths, config, ("int8", "int8"), pv=pv, bias=bias, mask=mask, return_lse=return_lse, out=out,
+        q, k, v, lengths, config, ("int8", "int8"), pv=of_call, bias=bias, mask=mask, return_lse=return_lse, out=out,
         **options,
     )
     given = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}

@@ -10,10 +10,12 @@ The functions of softmax.pxi, int8.pxi and change.pxi, called as the tiles call 
     tanh     of softcap; any x
 
 The reference is NumPy's float64 exp and tanh, which are within 4 units in the last place of a float64, so 2^-27 of one
-of a float32: no figure below changes by as much as its last digit. What a run reports at the end is computed again with
-50 decimal digits, and must be the same. An error is given in ULP (the distance between two float32 around the true
-value; between denormals it is 2^-149), and as a share of a bound. Since x log2(e) is rounded before the power of two is
-taken, the relative error of exp grows with |x|:
+of a float32: no figure below changes by as much as its last digit. Where |x| is small or large it is their series, or
+their limit. What a run reports at the end is computed again with 50 decimal digits, and must be the same.
+
+An error is given in ULP (the distance between two float32 around the true value; between denormals it is 2^-149), and
+as a share of a bound. Since x log2(e) is rounded before the power of two is taken, the relative error of exp grows with
+|x|:
 
     |error| <= (3.1 + 1.23 |x|) 2^-24 e^x + 2^-149     exp: 1.4 of the polynomial, the rest of its evaluation;
                                                        |x| of rounding x log2(e), 0.23 |x| of log2(e) as a float
@@ -36,7 +38,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CHUNK = 1 << 20
 F32 = np.finfo(np.float32)
-FUNCTIONS = {"exp": np.exp, "codes": lambda x: 255 * np.exp(x), "tanh": np.tanh}
+
+
+def exp(x):
+    """e^x; its series where the next term is below 2^-53, which is as exact and takes less time."""
+    if (np.abs(x) < 2.0**-17).all():
+        return 1 + x * (1 + x / 2)
+    if (x < -110).all():  # less than half of the least denormal
+        return np.zeros_like(x)
+    return np.exp(x)
+
+
+def tanh(x):
+    """tanh(x), in the same way."""
+    if (np.abs(x) < 2.0**-13).all():
+        return x - x * x * x / 3
+    if (np.abs(x) > 20).all():
+        return np.sign(x)
+    return np.tanh(x)
+
+
+FUNCTIONS = {"exp": exp, "codes": lambda x: 255 * exp(x), "tanh": tanh}
 BOUNDS = {"exp": (3.1, 1.23), "codes": (51.0, 1.23), "tanh": (3.8, 0.0)}  # the coefficients of 2^-24 and |x| above
 
 
@@ -68,8 +90,10 @@ def computed(module, function, x):
 
 def judge(module, function, x):
     """A `Found` for an array of floats; AssertionError where a special value gives something else than it should."""
-    out = computed(module, function, x)
     nan = np.isnan(x)
+    if function != "tanh" and not nan.any() and (x > 0).all():
+        return NONE
+    out = computed(module, function, x)
     assert np.isnan(out[nan]).all(), f"{function}({hex(x[nan].view(np.uint32)[0])}): expected NaN"
     defined = ~nan if function == "tanh" else x <= 0
     if not defined.all():
@@ -84,8 +108,8 @@ def judge(module, function, x):
         assert not np.signbit(out).any(), f"{function}: a result has a sign"
         lost = out[x == -np.inf]
         assert not lost.any(), f"{function}(-inf): expected 0, got {lost}"
-        one = out[x == 0]
-        assert (one == FUNCTIONS[function](0.0)).all(), f"{function}(0): expected {FUNCTIONS[function](0.0)}, got {one}"
+        one, expected = out[x == 0], {"exp": 1, "codes": 255}[function]
+        assert (one == expected).all(), f"{function}(0): expected {expected}, got {one}"
     else:
         assert (np.signbit(out) == np.signbit(x))[x != 0].all(), "tanh: a result has another sign than x"
     error = np.abs(out - true)

@@ -1,4 +1,6 @@
 """Options of attention for arrays of given sizes, and how a call is made: threads, tile sizes."""
+import dataclasses
+
 import numpy as np
 
 from cyflash import FlashAttentionConfig
@@ -44,20 +46,26 @@ def part_of(draw, shape):
     return tuple(n if draw.chance(0.6) else 1 for n in shape)[draw.randint(0, len(shape)) :]
 
 
-def how(draw, D, H):
-    """(num_threads, config or None)"""
-    config = None
-    if draw.chance(0.3):
-        config = FlashAttentionConfig(
-            head_dim=D, num_heads=H, block_size_q=draw.choice((1, 16, 32, 64, 200)),
-            block_size_kv=draw.choice((1, 8, 16, 32, 64, 128, 300)), causal=draw.chance(0.3),
-            scale=draw.choice((None, 0.2)),
-        )
-    return threads(draw), config
+def config(draw, D, H):
+    """None, or a config, whose tiles are still to be drawn."""
+    if draw.chance(0.7):
+        return None
+    return FlashAttentionConfig(head_dim=D, num_heads=H, causal=draw.chance(0.3), scale=draw.choice((None, 0.2)))
+
+
+def tiles(draw, config):
+    """The config with tile sizes."""
+    if config is None:
+        return None
+    return dataclasses.replace(
+        config, block_size_q=draw.choice((1, 16, 32, 64, 200)),
+        block_size_kv=draw.choice((1, 8, 16, 32, 64, 128, 300)),
+    )
 
 
 def threads(draw):
-    return draw.choice((1, 1, 1, 1, 1, 1, 2, 3))  # on a busy machine those of a call wait for each other
+    """None is one: see `run.small_work`."""
+    return draw.choice((*9 * (None,), 2, 2, 3))
 
 
 def with_config(options, config):

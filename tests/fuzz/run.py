@@ -15,30 +15,41 @@ from fuzz import dense, int8, sequences
 from fuzz.draw import Draw
 from fuzz.tally import Tally
 
+STARTING, DONE = -2, -1  # in place of the case that runs
 HANG = 120  # seconds that no case takes, counted by looking once in each: a machine that sleeps is no hang
 
 
 # Each entry point, and how often it is drawn.
 KINDS = {
-    "attention": (dense.attention, 40), "sdpa": (dense.sdpa, 10), "merge": (dense.merge, 5), "int8": (int8.int8, 25),
-    "varlen": (sequences.varlen, 7), "int8 varlen": (sequences.varlen_int8, 5), "cache": (sequences.cache, 8),
+    "attention": (dense.Attention, 40), "sdpa": (dense.Sdpa, 10), "merge": (dense.Merge, 5), "int8": (int8.Int8, 25),
+    "varlen": (sequences.Varlen, 7), "int8 varlen": (sequences.VarlenInt8, 5), "cache": (sequences.Cache, 8),
 }
+TOGETHER = 6  # so many cases in a row are of one problem, each on the next build: most time goes to the reference
 
 
 def one(seed, case, build, tally):
     """Run a case; build: a name, or None for the one that it draws."""
-    draw, modules = Draw(seed, case), builds()
-    name, tally.case = draw.choice(list(modules)) if build is None else build, case
-    kind = draw.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
+    kind, problem = _problem(seed, case // TOGETHER, tuple(KINDS.items()))
+    modules, tally.case = builds(), case
+    name = list(modules)[case % len(modules)] if build is None else build
     tally["cases"] += 1
+    tally["problems"] += case % TOGETHER == 0
     tally[f"entry {kind}"] += 1
     tally[f"build {name}"] += 1
     try:
         with mock.patch.object(cyflash.cpu, "_active", modules[name]):  # set_implementation asks the CPU: milliseconds
-            KINDS[kind][0](draw, tally, name)
+            problem.check(Draw(seed, case), tally, name)
     except Exception as error:
         error.add_note(f"{kind} on {name}")
         raise
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(seed, number, kinds):
+    """(the name of an entry point, arguments for it and what should come of them)"""
+    draw = Draw(seed, f"problem {number}")
+    name, (kind, _) = draw.choices(kinds, [weight for _, (_, weight) in kinds])[0]
+    return name, kind(draw)
 
 
 @functools.cache
@@ -55,9 +66,17 @@ def reproducer(seed, case, build, why):
 
 @contextlib.contextmanager
 def small_work():
-    """Threads are started for the smallest call: else none of these would have more than one."""
-    with mock.patch.object(attention, "FLOPS_PER_THREAD", 1.0), mock.patch.object(quantized, "ELEMENTS_PER_THREAD", 1):
-        yield
+    """Threads are started for the smallest call that asks for them, else none of these would have more than one; and
+    for no other, since on a busy machine the threads of a call wait for each other."""
+    cyflash.set_num_threads(1)
+    try:
+        with (
+            mock.patch.object(attention, "FLOPS_PER_THREAD", 1.0),
+            mock.patch.object(quantized, "ELEMENTS_PER_THREAD", 1),
+        ):
+            yield
+    finally:
+        cyflash.set_num_threads(None)
 
 
 def _cases(one, seed, first, seconds, most, build, now, results):
@@ -80,7 +99,7 @@ def _cases(one, seed, first, seconds, most, build, now, results):
                 results.send((dict(tally), tally.worst, failures))
                 tally, failures, reported = Tally(), [], time.monotonic()
     results.send((dict(tally), tally.worst, failures))
-    now.value = -1
+    now.value = DONE
 
 
 def many(seed, seconds, most, build, say=print, one=one, hang=HANG):
@@ -89,12 +108,12 @@ def many(seed, seconds, most, build, say=print, one=one, hang=HANG):
     end = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
     while first < most and time.monotonic() < end and len(failures) < 20:
-        now, (ours, theirs) = context.Value("q", first), context.Pipe(duplex=False)
+        now, (ours, theirs) = context.Value("q", STARTING), context.Pipe(duplex=False)
         given = one, seed, first, end - time.monotonic(), most, build, now, theirs
         child = context.Process(target=_cases, args=given)
         child.start()
         theirs.close()
-        seen, looks = -2, 0
+        seen, looks = STARTING, 0
         while True:
             try:
                 if ours.poll(1):
@@ -107,12 +126,12 @@ def many(seed, seconds, most, build, say=print, one=one, hang=HANG):
                 break
             looks = 0 if now.value != seen else looks + 1
             seen = now.value
-            if looks > hang:
+            if looks > (HANG if seen == STARTING else hang):
                 child.kill()
         child.join()
-        case = now.value
-        if case < 0:
+        if now.value == DONE:
             break
+        case = first if now.value == STARTING else now.value
         why = f"took more than {hang} s" if child.exitcode == -signal.SIGKILL else f"died with {child.exitcode}"
         failures.append(reproducer(seed, case, build, why))
         say(failures[-1])

@@ -1,7 +1,6 @@
 """Cases of sequences of unlike lengths: the varlen functions, and caches that are appended to, cut, forked and read."""
 import dataclasses
 
-import bounds_half
 import caching
 import numpy as np
 import ragged
@@ -9,9 +8,8 @@ import ragged
 import cyflash
 from cyflash import LayerScales, flash_attention, flash_attention_int8_varlen, flash_attention_varlen
 from cyflash.attention import attend_int8
-from fuzz import int8
+from fuzz import dense, int8
 from fuzz import options as drawn
-from fuzz.dense import is_native
 from fuzz.draw import HALVES, VALUES
 from fuzz.memory import Memory, contiguous, same_bits
 
@@ -62,56 +60,80 @@ def _call(draw, function, call, options, settings):
     return out, lse
 
 
-def varlen(draw, tally, build):
+class Varlen:
     """flash_attention_varlen: each sequence against the reference, and with the bits of a call of its own."""
-    call, pairs, options = batch(draw)
-    out, lse = _call(draw, flash_attention_varlen, call, options, {})
-    for i in range(len(pairs)):
-        q, k, v = (contiguous(x) for x in ragged.sequence(*call, i))
-        own, rows = ragged.of_sequence(options, i), slice(call[3][i], call[3][i + 1])
-        result = out[rows].swapaxes(0, 1), lse[rows].swapaxes(0, 1)
-        case = bounds_half.Case(q, k, v, native=is_native(build, q, k, v), **own)
-        report = case.check(*result, rms=False)
-        tally.add("varlen", *result, case.bounds[0], v.astype(np.float32), report.worst)
-        same_bits("a sequence alone", flash_attention(q, k, v, **own, return_lse=True), result)
-        tally["same bits"] += 1
+
+    def __init__(self, draw):
+        self.call, self.pairs, self.options = batch(draw)
+        self.alone = [_alone(self.call, self.options, i) for i in range(len(self.pairs))]
+        self.expected = [dense.Expected(*qkv, own) for _, qkv, own in self.alone]
+
+    def check(self, draw, tally, build):
+        out, lse = _call(draw, flash_attention_varlen, self.call, self.options, {})
+        for (rows, qkv, own), expected in zip(self.alone, self.expected, strict=True):
+            result = out[rows].swapaxes(0, 1), lse[rows].swapaxes(0, 1)
+            expected.check(tally, "varlen", build, *result)
+            same_bits("a sequence alone", flash_attention(*qkv, **own, return_lse=True), result)
+            tally["same bits"] += 1
 
 
-def varlen_int8(draw, tally, build):
+def _alone(call, options, i):
+    """Sequence i of a call: its rows, its arrays (H, L, D), its options."""
+    rows = slice(call[3][i], call[3][i + 1])
+    return rows, [contiguous(x) for x in ragged.sequence(*call, i)], ragged.of_sequence(options, i)
+
+
+class VarlenInt8:
     """flash_attention_int8_varlen, in the same way."""
-    call, pairs, options = batch(draw)
-    q, k, v, *cu = call
-    settings, n = {}, draw.choice((0, 0, 1, 4, 40))
-    if draw.chance(0.25):
-        q, k, v = (int8.codes(draw, x.shape) for x in (q, k, v))
-        settings = {f"{name}_scale": np.float32(draw.uniform(0.005, 0.03)) for name in "qkv"}
-    elif draw.chance(0.25):
-        scales = {f"{name}_scale": draw.uniform(0.01, 0.05) if draw.chance(0.6) else None for name in "qkv"}
-        settings = {"quant": LayerScales(**scales, fp32_sinks=n, pv=draw.choice(("int8", "bf16", "fp32")))}
-    else:
-        settings = {"fp32_sinks": n, "granularity": int8.granularity(draw),
-                    "smooth_k": draw.choice((None, True, False))}
-    if "quant" not in settings and draw.chance(0.5):
-        settings["pv"] = draw.choice(("int8", "bf16", "fp32"))
-    settings = {name: x for name, x in settings.items() if x is not None}
-    call = (q, k, v, *cu)
-    out, lse = _call(draw, flash_attention_int8_varlen, call, options, settings)
-    for i, (_, Lk) in enumerate(pairs):
-        q, k, v = (contiguous(x) for x in ragged.sequence(*call, i))
-        own, rows = ragged.of_sequence(options, i), slice(call[3][i], call[3][i + 1])
-        result = out[rows].swapaxes(0, 1), lse[rows].swapaxes(0, 1)
-        of_one = dict(settings)  # fp32_sinks are all keys of a sequence with fewer
-        if "fp32_sinks" in settings:
-            of_one["fp32_sinks"] = min(n, Lk)
-        if "quant" in settings:
-            of_one["quant"] = dataclasses.replace(settings["quant"], fp32_sinks=min(n, Lk))
-        *alone, work = attend_int8(q, k, v, **of_one, **own, return_lse=True)
-        int8.judge(tally, "int8 varlen", q, k, v, work.block_size_kv, of_one, own, *result)
-        same_bits("a sequence alone", alone, result)
-        tally["same bits"] += 1
+
+    def __init__(self, draw):
+        call, self.pairs, self.options = batch(draw)
+        q, k, v, *cu = call
+        settings, n = {}, draw.choice((0, 0, 1, 4, 40))
+        if draw.chance(0.25):
+            q, k, v = (int8.codes(draw, x.shape) for x in (q, k, v))
+            settings = {f"{name}_scale": np.float32(draw.uniform(0.005, 0.03)) for name in "qkv"}
+        elif draw.chance(0.25):
+            scales = {f"{name}_scale": draw.uniform(0.01, 0.05) if draw.chance(0.6) else None for name in "qkv"}
+            settings = {"quant": LayerScales(**scales, fp32_sinks=n, pv=draw.choice(("int8", "bf16", "fp32")))}
+        else:
+            settings = {"fp32_sinks": n, "granularity": int8.granularity(draw),
+                        "smooth_k": draw.choice((None, True, False))}
+        if "quant" not in settings and draw.chance(0.5):
+            settings["pv"] = draw.choice(("int8", "bf16", "fp32"))
+        self.settings = {name: x for name, x in settings.items() if x is not None}
+        self.call = q, k, v, *cu
+        self.alone = []
+        for i, (_, Lk) in enumerate(self.pairs):
+            of_one = dict(self.settings)  # fp32_sinks are all keys of a sequence with fewer
+            if "fp32_sinks" in of_one:
+                of_one["fp32_sinks"] = min(n, Lk)
+            if "quant" in of_one:
+                of_one["quant"] = dataclasses.replace(of_one["quant"], fp32_sinks=min(n, Lk))
+            rows, qkv, own = _alone(self.call, self.options, i)
+            self.alone.append((rows, qkv, own, of_one, int8.Expected(*qkv, of_one, own)))
+
+    def check(self, draw, tally, build):
+        out, lse = _call(draw, flash_attention_int8_varlen, self.call, self.options, self.settings)
+        for rows, qkv, own, settings, expected in self.alone:
+            result = out[rows].swapaxes(0, 1), lse[rows].swapaxes(0, 1)
+            *alone, work = attend_int8(*qkv, **settings, **own, return_lse=True)
+            expected.check(tally, "int8 varlen", work.block_size_kv, *result)
+            same_bits("a sequence alone", alone, result)
+            tally["same bits"] += 1
 
 
-def cache(draw, tally, build):
+class Cache:
+    """A cache of its own for each case; see `cache`."""
+
+    def __init__(self, draw):
+        """Nothing is drawn for all builds."""
+
+    def check(self, draw, tally, build):
+        cache(draw, tally)
+
+
+def cache(draw, tally):
     """A cache after some operations, against an oracle that keeps lists: the bits of dense arrays, and the bounds."""
     dtype, paged = draw.choice(NAMES), draw.chance(0.5)
     H, Hk = draw.heads()

@@ -48,8 +48,8 @@ class Tally(collections.Counter):
 
     def lines(self):
         """The figures of a run, as text."""
-        yield (f"{self['cases']:,} cases, {self['compared']:,} results compared with the reference, "
-               f"{self['same bits']:,} with the bits of another call; {self['outputs']:,} outputs")
+        yield f"{self['cases']:,} cases of {self['problems']:,} problems, {self['outputs']:,} outputs"
+        yield f"compared with the reference {self['compared']:,}, with the bits of another call {self['same bits']:,}"
         for prefix in ("entry ", "build "):
             names = sorted(name for name in self if name.startswith(prefix))
             yield prefix + ", ".join(f"{name.removeprefix(prefix)} {self[name]:,}" for name in names)
