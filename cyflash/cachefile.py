@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from cyflash.files import read_safetensors, safetensors_path, write_safetensors
+from cyflash.files import parsed_json, read_safetensors, safetensors_path, write_safetensors
 from cyflash.quantized import LayerScales
 from cyflash.stored import KEYS_UNIT
 from cyflash.storing import checked_count, format_of
@@ -46,9 +46,11 @@ def read(cls, path):
     try:
         if metadata["sha256"] != _digest(metadata["cache"], tensors):
             raise ValueError("damaged: its contents are not those that its sha256 was taken of")
-        return _restored(cls, json.loads(metadata["cache"]), tensors)
+        return _restored(cls, parsed_json(metadata["cache"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a file as {cls.__name__}.save writes it: {error}") from None
+    except MemoryError as error:
+        raise MemoryError(f"{path}: a cache for which there is no memory: {error}") from None
 
 
 def _digest(text, tensors):
@@ -84,9 +86,15 @@ def _restored(cls, options, tensors):
             **{name: tensors.get(f"constants.{name}") for name in ("q_scale", "k_scale", "v_scale", "k_mean")},
             fp32_sinks=how["fp32_sinks"], pv=how["pv"],
         )
+    if tensors["pages.k"].shape[1:2] != (how["kv_heads"],):  # before anything is as large as it says
+        raise ValueError(f"pages.k: expected {how['kv_heads']} kv heads, got shape {tensors['pages.k'].shape}")
     cache = cls.__new__(cls)
     kept = format_of(how["kv_heads"], how["head_dim"], how["v_head_dim"], how["dtype"], quant=quant)
     n = len(tensors["live"])
+    for kind, shapes in (("pages", kept.page_shapes(how["page_size"])), ("rows", kept.row_shapes())):
+        for name, (shape, _) in shapes.items():
+            if tensors[f"{kind}.{name}"].shape[1:] != shape:
+                raise ValueError(f"{kind}.{name}: expected {shape} in each, got {tensors[f'{kind}.{name}'].shape}")
     cache._begin(kept, n, how["pages"], how["page_size"], how["capacity"], how["left"], how["grows"])
     rows, pool = cache._rows, cache._rows.pool
     _fill("live", cache._live, tensors)

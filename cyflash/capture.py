@@ -7,12 +7,16 @@
                                     in a .npz a string entry, in a .safetensors a key of the metadata
 """
 
+import io
 import json
+import math
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cyflash.files import replacing
+from cyflash.files import existing_file, parsed_json, replacing, tensor_of
 from cyflash.foreign import as_numpy
 
 __all__ = ["OPTIONS", "Capture", "Layer", "load_capture", "natural", "save_capture"]
@@ -59,8 +63,7 @@ class Capture(Mapping):
         self.path = Path(path)
         self._format = _format(self.path)
         self._layout = layout
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
+        existing_file(self.path)
         entries, options = self._format.header(self.path)
         self.options = _decode_options(self.path, options)
         self._entries = _layers(self.path, entries)
@@ -276,8 +279,8 @@ def _encode(value):
 
 def _decode_options(path, text):
     try:
-        options = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        options = parsed_json(text or "{}")
+    except ValueError as error:
         raise ValueError(f"{path}: options: not JSON: {error}") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path}: options: expected a JSON object such as {{\"causal\": true}}, got {text}")
@@ -298,33 +301,34 @@ def _decode_options(path, text):
 
 
 # What zipfile and NumPy raise for damaged files: checksums, broken compression, flags that make no sense, ...
-BAD_NPZ = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, RuntimeError, struct.error)
+BAD_NPZ = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, RuntimeError, struct.error, TypeError,
+           SyntaxError, tokenize.TokenError)
+# A member may unpack to so many bytes, and beyond to so many times what it takes packed: activations are numbers that
+# hardly pack at all, while a megabyte of nothing but zeros unpacks to a gigabyte.
+MOST_UNPACKED, MOST_TIMES = 64 << 20, 100
+MOST_TEXT = 1 << 20  # bytes of the options
+NPY_HEADER = 1 << 16  # bytes that a header is within; NumPy takes 10,000 at most
 
 
 class _Npz:
     @staticmethod
     def header(path):
         entries, options = {}, ""
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    name = member.removesuffix(".npy")
-                    with archive.open(member) as file:
-                        if name == "options":
-                            options = str(np.lib.format.read_array(file, allow_pickle=False))
-                        else:
-                            entries[name] = _npy_header(file)
-        except BAD_NPZ as error:
-            raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+        with _reading(path), zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                _check_packing(member)
+                with archive.open(member) as file:
+                    if name == "options":
+                        options = _text(file, member)
+                    else:
+                        entries[name] = _npy_header(file, member)
         return entries, options
 
     @staticmethod
     def read(path, names):
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                return [archive[name] for name in names]
-        except BAD_NPZ as error:
-            raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+        with _reading(path), np.load(path, allow_pickle=False) as archive:
+            return [archive[name] for name in names]
 
     @staticmethod
     def write(path, arrays, options):
@@ -332,11 +336,50 @@ class _Npz:
             np.savez(file, **arrays, options=np.array(options))
 
 
-def _npy_header(file):
-    """(shape, dtype's name) of a .npy stream, without reading its data."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+@contextmanager
+def _reading(path):
+    """What damage raises as a ValueError that names the file."""
+    try:
+        yield
+    except (*BAD_NPZ, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # of the file itself, not of what it says
+            raise
+        raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+
+
+def _check_packing(member):
+    most = max(MOST_UNPACKED, MOST_TIMES * member.compress_size)
+    if member.file_size > most:
+        raise ValueError(
+            f"{member.filename} unpacks from {member.compress_size} to {member.file_size} bytes, expected at most "
+            f"{most}; save it with numpy.savez, which does not pack"
+        )
+
+
+def _text(file, member):
+    """The string that a member holds."""
+    if member.file_size > MOST_TEXT:
+        raise ValueError(f"options: expected at most {MOST_TEXT} bytes, got {member.file_size}")
+    data = io.BytesIO(file.read())
+    shape, dtype = _npy_header(data, member)
+    if shape or not dtype.startswith("str"):
+        raise ValueError(f"options: expected one string, got {dtype} of shape {shape}")
+    data.seek(0)
+    return str(np.lib.format.read_array(data, allow_pickle=False))
+
+
+def _npy_header(file, member):
+    """(shape, dtype's name) of a .npy stream, without reading its data, which has to be as long as they say."""
+    start = io.BytesIO(file.read(NPY_HEADER))
+    try:
+        version = np.lib.format.read_magic(start)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(start)
+    except (RecursionError, MemoryError):  # of brackets in brackets
+        raise ValueError(f"{member.filename}: its header cannot be read") from None
+    size, held = math.prod(shape) * dtype.itemsize, member.file_size - start.tell()
+    if size != held and not dtype.hasobject:
+        raise ValueError(f"{member.filename}: expected {size} bytes of {dtype.name} {shape}, got {held}")
     return shape, dtype.name
 
 
@@ -360,7 +403,7 @@ class _Safetensors:
     @staticmethod
     def read(path, names):
         with safetensors.safe_open(path, "numpy") as file:
-            return [file.get_tensor(name) for name in names]
+            return [tensor_of(file, path, name) for name in names]
 
     @staticmethod
     def write(path, arrays, options):

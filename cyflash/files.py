@@ -1,4 +1,5 @@
-"""Files that appear only when they are complete, and .safetensors files that say who wrote them."""
+"""Files that appear only when they are complete; files of others: what is no file, and JSON that is none; .safetensors
+files that say who wrote them."""
 import json
 import os
 from contextlib import contextmanager
@@ -30,21 +31,51 @@ def safetensors_path(path):
     return path
 
 
+def existing_file(path):
+    """`path` as a Path, or FileNotFoundError: also for a pipe or a device, which would be waited for."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'expected a file' if os.path.lexists(path) else 'no such file'}")
+    return path
+
+
+def parsed_json(text):
+    """json.loads, with ValueError for all that it does not take: nested too deeply, a name twice in one object."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
 def read_safetensors(path, file_format, writer):
     """(metadata, {name: array}) of a file whose metadata say that it has `file_format`; writer: what errors call it."""
     import safetensors
 
-    path = safetensors_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    path = existing_file(safetensors_path(path))
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
             if metadata.get("format") != file_format:
                 raise ValueError(f"{path}: expected a file that {writer} wrote, got one with {sorted(names)}")
-            return metadata, {name: file.get_tensor(name) for name in names}
+            return metadata, {name: tensor_of(file, path, name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+
+
+def tensor_of(file, path, name):
+    """An array of an open .safetensors file; ValueError where NumPy has no such dtype, or not so many axes."""
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {name}: cannot be read as an array: {error}") from None
 
 
 def write_safetensors(path, tensors, metadata):

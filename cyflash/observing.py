@@ -29,7 +29,7 @@ import safetensors
 import cyflash
 from cyflash.capture import load_capture
 from cyflash.cpu import threads
-from cyflash.files import replacing
+from cyflash.files import existing_file, parsed_json, replacing
 from cyflash.quant import Calibrator
 
 __all__ = ["UNREADABLE", "How", "Observations", "identify", "observe_files", "observe_layers", "renamed", "renaming"]
@@ -220,7 +220,10 @@ class Observations:
         text = _metadata(path).get(KEY)
         if text is None:
             raise ValueError(f"{path}: expected the observations of an earlier cyflash calibrate, got another file")
-        kept = json.loads(text)
+        try:
+            kept = parsed_json(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: {KEY}: not JSON: {error}") from None
         calibrator = Calibrator.load(path)
         now = _as_kept(how) | {"settings": self.calibrator.settings}
         then = {name: kept[name] for name in ("layout", "options", "renames")} | {"settings": calibrator.settings}
@@ -263,6 +266,7 @@ def _differences(then, now):
 
 
 def _metadata(path):
+    existing_file(path)
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return file.metadata() or {}

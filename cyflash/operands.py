@@ -66,8 +66,9 @@ def memory_of(x):
 
 
 def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=None, smooth_k=None, fp32_sinks=None,
-           pv=None, quant=None, gpu=False):
-    """Check the quantisation arguments against each other and the operands. gpu: scales may be there."""
+           pv=None, quant=None, gpu=False, ragged=False):
+    """Check the quantisation arguments against each other and the operands. gpu: scales may be there. ragged: the keys
+    are those of many sequences, of which any may have fewer than fp32_sinks."""
     operands = {"q": q, "k": k, "v": v}
     given = {"q": q_scale, "k": k_scale, "v": v_scale}
     k_mean = None
@@ -90,7 +91,7 @@ def settle(q, k, v, *, q_scale=None, k_scale=None, v_scale=None, granularity=Non
     if pv is None:
         pv = "int8" if quant is None else quant.pv
     checked_product(pv)
-    sinks = _sinks(q, k, v, fp32_sinks, quant)
+    sinks = _sinks(q, k, v, fp32_sinks, quant, ragged)
     return Settings(scales, _granularity(granularity), smooth, k_mean, sinks, str(pv), quant)
 
 
@@ -172,7 +173,7 @@ def _granularity(granularity):
     return dict.fromkeys(names, checked_granularity(granularity))
 
 
-def _sinks(q, k, v, fp32_sinks, quant):
+def _sinks(q, k, v, fp32_sinks, quant, ragged):
     """How many keys are computed in float32: given, or what quant or the QuantizedTensors were made for."""
     n = fp32_sinks
     if n is not None and (isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)) or n < 0):
@@ -191,7 +192,9 @@ def _sinks(q, k, v, fp32_sinks, quant):
                 f"fp32_sinks: {name} was quantised with fp32_sinks={count}, got {n} of this call (or of the other "
                 f"operand); quantise k and v with the same number"
             )
-    if n > k.shape[-2]:
+    if ragged:
+        n = min(n, k.shape[-2])
+    elif n > k.shape[-2]:
         raise ValueError(f"fp32_sinks: expected at most the {k.shape[-2]} keys of k {k.shape}, got {n}")
     for name, x in (("k", k), ("v", v)):
         if n and not isinstance(x, QuantizedTensor) and x.dtype == np.int8:

@@ -705,8 +705,9 @@ def _checked_parts(parts):
         if layer is not None:
             _check_part(f"parts[{i}]", layer, len(heads))
         checked.append((heads, layer))
-    if missing := [head for head in range(max(seen)) if head not in seen]:
-        raise ValueError(f"parts: expected every kv head from 0 to {max(seen)}, got none with {missing[0]}")
+    if len(seen) <= max(seen):
+        missing = next(head for head in range(len(seen) + 1) if head not in seen)
+        raise ValueError(f"parts: expected every kv head from 0 to {max(seen)}, got none with {missing}")
     return tuple(checked)
 
 

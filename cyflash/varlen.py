@@ -149,8 +149,9 @@ def flash_attention_int8_varlen(
         "causal": causal, "causal_align": causal_align, "scale": scale, "window": window, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "num_threads": num_threads,
     }  # fmt: skip
+    of_call = getattr(quant, "pv", None) if pv is None else pv
     call = _describe(
-        q, k, v, lengths, config, ("int8", "int8"), pv=pv, bias=bias, mask=mask, return_lse=return_lse, out=out,
+        q, k, v, lengths, config, ("int8", "int8"), pv=of_call, bias=bias, mask=mask, return_lse=return_lse, out=out,
         **options,
     )
     given = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
@@ -159,7 +160,7 @@ def flash_attention_int8_varlen(
         _run_planned(call, lengths, q, k, v, bias, mask, config, given | how | options)
     else:
         scales = {name: _scale_heads_first(name, given[name], x) for name, x in zip(given, (q, k, v), strict=True)}
-        settings = operands.settle(*(x.swapaxes(0, 1) for x in (q, k, v)), **scales, **how)
+        settings = operands.settle(*(x.swapaxes(0, 1) for x in (q, k, v)), **scales, **how, ragged=True)
         _run(call, lengths, *_prepare(call, lengths, q, k, v, settings))
     return (call.out, call.lse) if return_lse else call.out
 

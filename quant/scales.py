@@ -26,7 +26,7 @@ import safetensors
 
 import cyflash
 from cyflash.capture import natural
-from cyflash.files import safetensors_path, write_safetensors
+from cyflash.files import existing_file, parsed_json, safetensors_path, write_safetensors
 from cyflash.quant import vllm
 from cyflash.quantized import LayerScales
 
@@ -165,8 +165,7 @@ class Scales(Mapping):
             are NaN, infinite, zero, negative or missing. The message names the layer and the field.
         """
         path = safetensors_path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+        existing_file(path)
         try:
             return _decoded(cls, *_read(path))
         except (TypeError, ValueError) as error:
@@ -348,7 +347,7 @@ def _decoded(cls, metadata, tensors):
     """The `Scales` of a file's metadata and tensors."""
     text = metadata.get("scales", "")
     try:
-        whole = json.loads(text)
+        whole = parsed_json(text)
     except ValueError as error:
         raise ValueError(f"scales: not JSON: {error}") from None
     _check_schema(whole)

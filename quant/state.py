@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 
-from cyflash.files import read_safetensors, safetensors_path, write_safetensors
+from cyflash.files import parsed_json, read_safetensors, safetensors_path, write_safetensors
 from cyflash.quant.layer import PARTS, Layer, Shape, as_arguments
 from cyflash.quant.tiles import Tile
 
@@ -65,7 +65,7 @@ def load(path):
     metadata, tensors = read_safetensors(path, FORMAT, "Calibrator.save")
     text, left = metadata.get("calibrator", ""), dict(tensors)
     try:
-        about = json.loads(text)
+        about = parsed_json(text)
         schema = about["schema"]
         if schema != SCHEMA:
             newer = "; it is of a newer cyflash" if isinstance(schema, int) and schema > SCHEMA else ""
@@ -99,7 +99,13 @@ def _filled(x):
 
 def _layer(name, about, settings, tensors):
     """A Layer from its metadata and its tensors, which are taken out of `tensors`."""
-    layer = Layer(Shape(*about["shape"]), about["options"], settings["fp32_sinks"], settings["reservoir_mb"] * 1e6)
+    shape = Shape(*about["shape"])  # which tensors have to show, before anything is as large as it says
+    for part in PARTS:
+        if tensors[f"{name}/{part}/top"].shape != (shape.H if part == "q" else shape.Hk,):
+            raise ValueError(f"{name}/{part}/top: expected one for each head of {shape}")
+    if tensors[f"{name}/k_sum"].shape != (WORDS, shape.Hk, shape.D):
+        raise ValueError(f"{name}/k_sum: expected sums for {shape}, got shape {tensors[f'{name}/k_sum'].shape}")
+    layer = Layer(shape, about["options"], settings["fp32_sinks"], settings["reservoir_mb"] * 1e6)
     for counter in COUNTERS:
         setattr(layer, counter, about[counter])
     for part in PARTS:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from cyflash.files import replacing, write_safetensors
+from cyflash.files import existing_file, parsed_json, replacing, write_safetensors
 from cyflash.quantized import SMALLEST_SCALE, LayerScales
 
 SCALES, CONFIG, INDEX = "kv_cache_scales.safetensors", "config.json", "model.safetensors.index.json"
@@ -264,12 +264,15 @@ def _read_index(path):
     index = _read_json(path)
     if not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{path}: expected a weight_map")
+    for name in index["weight_map"].values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{path}: weight_map: expected names of files beside it, got {_short(name)}")
     return index
 
 
 def _read_json(path):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed_json(existing_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -12,15 +12,18 @@ Delta = max_j delta_j over the keys that a row has met bounds the error of its r
 
 to the output. f_b is off by a factor of at most 1 + off = e^(2 Delta + 8 eps); the sum is exact where the codes p are
 the same, and a code can differ only by as much as that factor and the kernel's polynomial for the exponential of codes
-(relative error 3e-6, which the denominator shares) can move the rounding of 255 w / omega. So
+(relative error 3.1e-6: exhaustive_exp.py; which the denominator shares, and so does omega where V's scales are per
+token, since it need not be that of e^0 then) can move the rounding of 255 w / omega. So
 
     bound = 2 [ sum_b |f_b sum_j p_j v8_j| (off + (8 + blocks) eps)
               + |out| (sum_j P_j (e^delta_j - 1) + (8 + blocks) eps) ]       the denominator, of unrounded P
-          + sum_b f_b (1 + off) sum_j |change of p_j| |v8_j|                 flipped codes
+          + sum_b f_b (1 + off) sum_j |change of p_j| |v8_j|                 flipped codes, which the first two lines
+                                                                             see as part of the sum and of out
           + what underflow may lose
 
 and with the kernel's own codes for p the third line is gone: it is the bound of a float32 result. Weights in bfloat16
-are like codes, but that their sums are rounded; weights in float32 are as in bounds.py.
+are like codes, but that their sums are rounded, and that the CPU's product takes denormal factors and sums for 0: TINY
+for each, as in bounds_half.py. Weights in float32 are as in bounds.py.
 """
 from typing import NamedTuple
 
@@ -32,7 +35,7 @@ from cyflash import reference, reference_int8
 from cyflash.reference_int8 import bf16, encode, exp, part_scores, steps, weights
 
 ARGUMENTS = ("q_scale", "k_scale", "v_scale", "granularity", "smooth_k", "fp32_sinks", "pv", "quant")
-CODE_EXP = 3e-6      # relative error of the exponential that codes are made of
+CODE_EXP = 3.1e-6    # relative error of the exponential that codes are made of
 FLIPPED = 1e-3       # at most this share of codes may differ from the simulation,
 CODES_ENOUGH = 5000  # where there are so many that a few ties do not decide
 
@@ -119,7 +122,8 @@ def judge(part, call, block_size, given=None):
             off = np.expm1(2 * delta[:, : keys.stop].max(axis=1, keepdims=True) + 8 * EPS)
             w, worth, values = (e, 1.0, head.v[keys]) if exact else weights(e, part.v, keys, call.pv)
             worth = worth * exp(unit, lse[:, None])
-            w, slack = _rounded(w, off + (CODE_EXP if coded else 0.0), None if exact else call.pv)
+            of_exp = (1 + part.v.per_token) * CODE_EXP if coded else 0.0
+            w, slack = _rounded(w, off + of_exp, None if exact else call.pv)
             if coded and given is not None:
                 flipped += _check_flips(given[:, keys], w, slack, lse)
                 w, slack = given[:, keys], np.zeros_like(slack)
@@ -132,10 +136,12 @@ def judge(part, call, block_size, given=None):
                 inexact_weights = np.abs(term) * off
             out += term
             bound += SAFETY * (inexact_weights + roundings * (np.abs(term) + inexact))
-            bound += worth * (1 + off) * (slack @ size)
+            changed = worth * (slack @ size)
+            bound += changed * (1 + off + SAFETY * (off + 2 * roundings + denominator[:, None]))
         bound += SAFETY * np.abs(out) * (denominator[:, None] + roundings)
         size = np.abs(part.v.codes * part.v.scale).sum(axis=0)
         bound += 2 * TINY * size + 255 * 128 * (Lk + 2) * SUBNORMAL
+        bound += TINY * (Lk + 2) if call.pv == "bf16" else 0.0
         lse_bound = SAFETY * (roundings + denominator + EPS * (STEPS * np.abs(top) + np.abs(lse)))
     lse_bound = np.where(np.isfinite(lse), lse_bound, 0.0)
     out = np.where((lse == -np.inf)[:, None], 0.0, out)

@@ -89,6 +89,19 @@ def test_first_tokens_of_each_sequence_in_float32(one_build, sinks, pv):
         same_bits([x[rows] for x in result], [x.swapaxes(0, 1) for x in alone])
 
 
+@pytest.mark.parametrize("pv", ["int8", "bf16", "fp32"])
+def test_more_first_tokens_than_there_are(one_build, pv):
+    """All tokens of all sequences, also where the whole batch has fewer."""
+    for batch in ([(3, 2)], [(4, 3), (2, 0), (1, 1)], [(5, 0)], []):
+        call = draw(batch)
+        result = run(call, fp32_sinks=9, pv=pv, causal=True)
+        same_bits(run(call, quant=LayerScales(fp32_sinks=9, pv=pv), causal=True), result)
+        for i, (_, Lk) in enumerate(batch):
+            rows = slice(call[3][i], call[3][i + 1])
+            alone = flash_attention_int8(*sequence(*call, i), fp32_sinks=Lk, pv=pv, causal=True, return_lse=True)
+            same_bits([x[rows] for x in result], [x.swapaxes(0, 1) for x in alone])
+
+
 def test_against_the_simulation(one_build, settings):
     batch = [(20, 60), (1, 150), (13, 9)]
     call = draw(batch)

@@ -1,4 +1,5 @@
-# Windows into the kernels for tests and benchmarks: sums of codes as the tiles compute them, rates of the products.
+# Windows into the kernels for tests and benchmarks: sums of codes and elementary functions as the tiles compute them,
+# rates of the products.
 
 
 def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::1] k not None, bint few=False):
@@ -137,6 +138,31 @@ def store_bits(const float[::1] x not None, unsigned short[::1] out not None, st
         else:
             vf_store_bf16_part(&out[i], a, n - i)
         i += LANES
+
+
+def elementary(str name not None, const float[::1] x not None, float[::1] out not None):
+    """out = e^x ("exp"), 255 e^x ("codes") or tanh(x) ("tanh") by the functions that the tiles call.
+
+    The length is a multiple of ROWS * LANES: what a tile takes at once, as here.
+    """
+    cdef int which = ("exp", "codes", "tanh").index(name), i
+    cdef Py_ssize_t begin = 0, n = x.shape[0]
+    cdef vf values[ROWS]
+    if n % (ROWS * LANES) or out.shape[0] != n:
+        raise ValueError(f"x, out: expected one length, a multiple of {ROWS * LANES}, got {n} and {out.shape[0]}")
+    while begin < n:
+        for i in range(ROWS):
+            values[i] = vf_load(&x[begin + i * LANES])
+        if which == 0:
+            exponentials(values, ROWS)
+        elif which == 1:
+            code_exponentials(values, vf_set(0.0), ROWS)
+        else:
+            for i in range(ROWS):
+                values[i] = tanhv(values[i])
+        for i in range(ROWS):
+            vf_store(&out[begin + i * LANES], values[i])
+        begin += ROWS * LANES
 
 
 cdef float fma_chains(Py_ssize_t n, float a, float b) noexcept nogil:

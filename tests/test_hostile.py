@@ -1,0 +1,101 @@
+"""Files of others: what cannot be read is an error that names the file. All of it: `python -m tests.hostile`."""
+import os
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile import __main__ as hostile
+from hostile import child, variants
+from hostile.readers import READERS, Reader
+
+from cyflash import KVCache, LayerScales, files
+from cyflash.capture import load_capture
+from cyflash.quant import Calibrator, Scales
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+
+
+def test_every_reader():
+    """Cut, bent and made to harm: ValueError or OSError with the file's name, soon, within little memory."""
+    counts, found = hostile.run(seed=0, most=12, timeout=300)
+    assert not found, found[:5]
+    assert set(counts) == set(READERS) and min(counts.values()) > 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_at_length(name):
+    counts, found = hostile.run(seed=0, most=5000, only=name)
+    assert not found, found[:5]
+    assert counts[name] > 400
+
+
+# That a reader that is not careful is noticed
+
+
+def read_all(path):
+    return Path(path).read_bytes()
+
+
+@pytest.mark.parametrize("read, fatal, why", [
+    (read_all, True, "was read"),
+    (lambda path: json_error(path, ""), True, "does not name the file"),
+    (lambda path: json_error(path, str(path), KeyError), True, "KeyError"),
+    (lambda path: json_error(path, str(path), RecursionError), True, "RecursionError"),
+    (lambda path: [np.ones(1 << 23, np.uint8), json_error(path, str(path))], True, "bytes"),
+    (lambda path: json_error(path, str(path)), True, None),
+    (read_all, False, None),
+])
+def test_what_is_not_promised_is_noticed(tmp_path, read, fatal, why):
+    path = tmp_path / "x.json"
+    path.write_bytes(b"{}")
+    tracemalloc.start()
+    try:
+        error, peak = child.peak_of(read, path)
+    finally:
+        tracemalloc.stop()
+    found = child.wrong(Reader(None, read), "label", path, error, fatal, peak, 1 << 20)
+    assert found is None if why is None else why in found
+
+
+def json_error(path, message, kind=ValueError):
+    raise kind(message)
+
+
+# What was found
+
+
+def test_a_kv_head_beyond_all_others_is_an_error_at_once():
+    """Every head below it was looked for, one after the other."""
+    with pytest.raises(ValueError, match="got none with 1"):
+        LayerScales(parts=[([0], None), ([2**40], LayerScales(0.1, 0.2, 0.3))])
+
+
+def test_json_that_is_too_deep_or_says_two_things():
+    assert files.parsed_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        files.parsed_json("[" * 100_000)
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        files.parsed_json('{"a": 1, "b": 2, "a": 3}')
+
+
+@pytest.mark.parametrize("read", [KVCache.load, Scales.load, Calibrator.load, load_capture], ids=str)
+def test_a_pipe_is_no_file(tmp_path, read):
+    path = tmp_path / "x.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors: expected a file"):
+        read(path)
+
+
+def test_npz_that_packs_too_well(tmp_path):
+    """Zeros are read as long as they are few; a gigabyte of them in a megabyte is not unpacked."""
+    path = tmp_path / "x.npz"
+    x = np.zeros((1, 3000, 64), np.float32)
+    np.savez_compressed(path, q=x, k=x, v=x)
+    assert load_capture(path)["x"].q.shape == x.shape
+    bomb = variants.Bomb(variants.npy((1, 1 << 22, 32)), 1 << 29, ("q", "k", "v"))
+    bomb(path)
+    with pytest.raises(ValueError, match=r"x\.npz: .*q\.npy unpacks from \d+ to \d+ bytes"):
+        load_capture(path)
