@@ -197,7 +197,7 @@ def observing():
             y = fence.put(x.astype(dtype), at_end)
             observe.fingerprints(y, None, np.zeros(1, np.uint64), 1)
             observe.sum_channels(y, None, 1.0, np.zeros((1, D), np.int64), 1)
-            histogram.Counts.zeros(1).observe(y, None, None, 1)
+            histogram.Counts.zeros(1).observe(y)
 
 
 def beyond_the_ends_int8():

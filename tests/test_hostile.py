@@ -81,7 +81,9 @@ def test_json_that_is_too_deep_or_says_two_things():
         files.parsed_json('{"a": 1, "b": 2, "a": 3}')
 
 
-@pytest.mark.parametrize("read", [KVCache.load, Scales.load, Calibrator.load, load_capture], ids=lambda read: read.__qualname__)
+@pytest.mark.parametrize(
+    "read", [KVCache.load, Scales.load, Calibrator.load, load_capture], ids=lambda read: read.__qualname__
+)
 def test_a_pipe_is_no_file(tmp_path, read):
     path = tmp_path / "x.safetensors"
     os.mkfifo(path)

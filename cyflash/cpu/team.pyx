@@ -1,3 +1,4 @@
+# cython: auto_pickle=False
 # The threads that compute a call: shared with calls that run at the same time (share.h), and ended before a fork, so
 # that it does not lose them (fork.h). For tests also the floating-point environment of each (environment.h).
 
