@@ -50,9 +50,7 @@ def missing(*programs):
 
 def _build(folder, builds, flags, link):
     """What setup.py does, on some of its extensions, with more flags."""
-    from distutils.core import run_setup
-
-    import setuptools  # noqa: F401  its distutils is wanted
+    from setuptools._distutils.core import run_setup  # Python 3.12 has no other
 
     command = ["-q", "build", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
     distribution = run_setup("setup.py", command, stop_after="commandline")
