@@ -50,7 +50,8 @@ def missing(*programs):
 
 def _build(folder, builds, flags, link):
     """What setup.py does, on some of its extensions, with more flags."""
-    from setuptools._distutils.core import run_setup  # Python 3.12 has no other
+    import setuptools  # noqa: F401, I001  before distutils, which is its own then
+    from distutils.core import run_setup
 
     command = ["-q", "build", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
     distribution = run_setup("setup.py", command, stop_after="commandline")
