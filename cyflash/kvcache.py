@@ -226,7 +226,7 @@ class KVCache:
             For shapes, rows and lengths; where a row's capacity would be exceeded (see `window` and `grow`) or pages
             run out; for NaN or inf in an int8 cache. The cache is as it was then.
         MemoryError
-            Where it grows and cannot.
+            Where it grows and cannot, or what is to be appended cannot be made ready. The cache is as it was then.
         """
         self._write(self._ready(k, v, rows, lengths))
 
@@ -674,7 +674,8 @@ def flash_attention_with_kvcache(
     ------
     TypeError, ValueError, NotImplementedError, MemoryError
         As `flash_attention` and `cache.append`; where queries would see tokens that the cache's window gave up. When
-        arguments are wrong nothing is appended.
+        arguments are wrong nothing is appended. After a MemoryError `cache.lengths` says whether k and v were: all of
+        them or nothing.
 
     Notes
     -----

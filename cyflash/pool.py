@@ -70,15 +70,10 @@ class Pool:
         """One reference less."""
         np.subtract.at(self.references, pages, 1)
 
-    def own(self, page):
-        """A page with the contents of `page` to which nobody else refers, in exchange for one reference to `page`."""
-        if self.references[page] == 1:
-            return page
-        (copy,) = self.take(1)
+    def copy(self, page, to):
+        """Give page `to` the contents of `page`."""
         for x in self.arrays.values():
-            x[copy] = x[page]
-        self.references[page] -= 1
-        return copy
+            x[to] = x[page]
 
     def grow(self, pages):
         """Have `pages` pages, the first of which are those of now. May raise MemoryError before anything changes."""
@@ -129,24 +124,34 @@ class Rows:
         wanted = _entries(rows, self._pages(begins), self._pages(ends))
         written = (begins % self.page_size > 0) & (ends > begins)
         begun = rows[written], begins[written] // self.page_size
-        dropped = self.table[given_up]
 
-        pool.drop(dropped)
+        references = pool.references.copy()  # as they will be: the pool's own change when nothing can fail any more
+        np.subtract.at(references, self.table[given_up], 1)
         pages, holders = np.unique(self.table[begun], return_counts=True)
-        copies = np.minimum(holders, pool.references[pages] - 1).sum()  # the last of several holders keeps the page
-        needed, free = len(wanted[0]) + int(copies), pool.free
-        if needed > free:
-            pool.share(dropped)
+        copies = np.minimum(holders, references[pages] - 1).sum()  # the last of several holders keeps the page
+        needed, free = len(wanted[0]) + int(copies), np.flatnonzero(references == 0)
+        if needed > len(free):
             raise PagesExhausted(
-                f"pages: expected {needed} free pages of {self.page_size} tokens, got {free} of {pool.pages}; free or "
-                "truncate rows, or make the cache with more pages"
+                f"pages: expected {needed} free pages of {self.page_size} tokens, got {len(free)} of {pool.pages}; "
+                "free or truncate rows, or make the cache with more pages"
             )
-        self._widen(self._pages(ends).max(initial=0))
-        self.table[given_up] = -1
-        self.first[rows] = first
-        self.table[wanted] = pool.take(len(wanted[0]))
+        taken, spare = free[: len(wanted[0])], iter(free[len(wanted[0]) : needed])
+        references[free[:needed]] = 1
+        copied = []
         for entry in zip(*begun, strict=True):
-            self.table[entry] = pool.own(self.table[entry])
+            page = self.table[entry]
+            if references[page] > 1:
+                references[page] -= 1
+                copied.append((entry, page, next(spare)))
+        self._widen(self._pages(ends).max(initial=0))
+
+        self.table[given_up] = -1
+        self.table[wanted] = taken
+        self.first[rows] = first
+        for entry, page, copy in copied:
+            pool.copy(page, copy)
+            self.table[entry] = copy
+        pool.references = references
 
     def truncate(self, rows, lengths):
         """Keep the tokens before `lengths`, which are at most the rows' own and none before `first`."""
