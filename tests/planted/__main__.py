@@ -10,7 +10,6 @@ Every test that caught a fault has to pass on the copy without one. The exit sta
 missed.
 """
 import argparse
-import contextlib
 import json
 import shutil
 import subprocess
@@ -32,8 +31,10 @@ def main():
     faults = {"python": PYTHON_FAULTS, "kernel": KERNEL_FAULTS, "all": PYTHON_FAULTS + KERNEL_FAULTS}[options.kind]
     if options.only:
         faults = [fault for fault in faults if fault.name.startswith(tuple(options.only))]
+    if options.new:
+        faults = [fault for fault in faults if fault.name not in _recorded()]
     if not faults:
-        sys.exit("no fault has such a name")
+        sys.exit("no such fault")
     folder = tempfile.mkdtemp(prefix="planted-")
     try:
         shop = Workshop(folder)
@@ -52,12 +53,18 @@ def _options():
     parser.add_argument("--kind", choices=("all", "python", "kernel"), default="all")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time (default: 1)")
     parser.add_argument("--first", action="store_true", help="run only the files of tests that a fault names")
+    parser.add_argument("--new", action="store_true", help=f"leave out those that {CAUGHT.name} has")
     parser.add_argument("--minutes", type=float, help="begin no fault after so many; those left out are not run")
     parser.add_argument("--json", type=Path, help="write all results there")
     parser.add_argument("--record", action="store_true", help=f"write which test caught which fault to {CAUGHT.name}")
     options = parser.parse_args()
     options.began = time.monotonic()
     return options
+
+
+def _recorded():
+    """{fault: the test that caught it} of earlier runs."""
+    return json.loads(CAUGHT.read_text()) if CAUGHT.exists() else {}
 
 
 def _without_a_fault(shop, faults, results):
@@ -70,11 +77,14 @@ def _without_a_fault(shop, faults, results):
         tree = shop.copy("unfaulted", build)
         if not shop.readme(tree, build):
             sys.exit(f"README's first example is wrong without a fault (build: {build or 'as installed'})")
-        tests = sorted({result["by"].partition(" (")[0] for result in caught if result["by"].startswith("tests/")})
+        by = [result["by"].partition(" (signal ")[0] for result in caught]
+        tests = sorted({one for one in by if one.startswith("tests/")})
         outcome = shop.test(tree, tests, build, stop=False) if tests else None
-        for result in caught:
-            if outcome is not None and not outcome.passed and result["by"] in outcome.failed:
+        for result, one in zip(caught, by, strict=True):
+            if outcome is not None and one in outcome.failed:
                 result["verdict"] = "fails without it too"
+        if outcome is not None and not outcome.passed and not set(tests) & set(outcome.failed):
+            sys.exit(f"without a fault {outcome.failed} (build: {build or 'as installed'}):\n{outcome.tail}")
         if outcome is not None:
             said = "pass" if outcome.passed else f"do not all pass:\n{outcome.tail}\n"
             print(f"without a fault {len(tests)} tests that caught one {said} (build: {build or 'as installed'})")
@@ -129,10 +139,7 @@ def _report(faults, results, options):
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.record:
-        known = {}
-        with contextlib.suppress(FileNotFoundError):
-            known = json.loads(CAUGHT.read_text())
-        known |= {name: one["by"] for name, one in found.items() if one["verdict"] == "caught"}
+        known = _recorded() | {name: one["by"] for name, one in found.items() if one["verdict"] == "caught"}
         CAUGHT.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 

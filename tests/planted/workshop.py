@@ -17,7 +17,7 @@ ELSEWHERE = re.compile(
     r"accuracy_tables)"
 )
 SUFFIX = ".abi3.so"
-SECONDS = 1200  # a run of tests that takes longer hangs
+SECONDS = 1200  # a run of tests that takes longer hangs, or was stopped and continued
 
 README = """
 import re, sys, numpy as np, cyflash
@@ -97,7 +97,7 @@ class Workshop:
 
     def test(self, tree, tests, build=None, stop=True):
         """The `Outcome` of these files of tests, or single tests."""
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-rfE"]
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-rfE", "--timeout=0"]
         done = _python([*command, *(["-x"] if stop else []), *tests], tree, build)
         text = done.stdout
         failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
@@ -144,4 +144,5 @@ def _python(arguments, tree, build):
     try:
         return subprocess.run(command, **options)
     except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(command, 124, (error.stdout or b"").decode(errors="replace"), "")
+        printed = error.stdout or b""  # bytes, whatever was asked for
+        return subprocess.CompletedProcess(command, 124, printed.decode(errors="replace"), "")
