@@ -82,6 +82,7 @@ CASES = {
     "scale nan": (ValueError, {"scale": float("nan")}, ["scale: expected", "nan"]),
     "scale inf": (ValueError, {"scale": float("inf")}, ["scale: expected", "inf"]),
     "scale beyond float32": (ValueError, {"scale": 1e39}, ["scale: expected", "float32", "1e+39"]),
+    "scale beyond float32, negative": (ValueError, {"scale": -1e39}, ["scale: expected", "float32", "-1e+39"]),
     "scale beyond float": (ValueError, {"scale": 10**400}, ["scale: expected", "1000000"]),
     "softcap beyond float": (ValueError, {"softcap": 10**400}, ["softcap: expected", "1000000"]),
     "causal_align array": (ValueError, {"causal_align": np.array(["top-left", "x"])}, ["causal_align: ", "top-left"]),
