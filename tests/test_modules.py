@@ -2,91 +2,70 @@
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 
 import cases
+import disassembly
 import numpy as np
 import pytest
 
 import cyflash
 
-x86 = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="x86 instructions")
-needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
-
-# Names of instructions beyond SSE2, which every x86-64 has, as far as they have no VEX form that starts with v.
-BEYOND_SSE2 = re.compile(
-    r"^(pshufb|palignr|pabs[bwd]|phadd|phsub|pmulhrsw|pmaddubsw|psign|haddp|hsubp|addsubp|lddqu|movs[hl]dup|movddup|pblend|blend|"
-    r"dpp[sd]|round[ps][sd]|ptest|pmulld|pmuldq|p(max|min)(s[bd]|u[wd])|pmov[sz]x|packusdw|pcmp[eg][qt]q|insertps|extractps|"
-    r"pinsr[bdq]|pextr[bdq]|mpsadbw|popcnt|crc32|andn|bextr|bls|bzhi|pdep|pext(?!rw)|mulx|rorx|sarx|shlx|shrx|aes|pclmul)"
+MACHINE = {"x86_64": "x86", "amd64": "x86", "aarch64": "aarch64", "arm64": "aarch64"}.get(platform.machine().lower())
+needs_objdump = pytest.mark.skipif(
+    MACHINE is None or disassembly.disassembler(MACHINE) is None,
+    reason=f"no objdump (binutils) that knows {platform.machine()}",
 )
-AVX512_REGISTERS = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]")
-# Dot products of AVX-512 VNNI; AVX-VNNI has them in the VEX encoding, which objdump marks with a prefix of its own.
-BF16 = "vdpbf16|vcvtne.*ps2bf16|tdp|tile"
-MUST_NOT = {
-    "baseline": lambda name, operands: name.startswith("v") or name == "{vex}" or BEYOND_SSE2.match(name)
-    or (name == "pextrw" and "(" in operands),  # to a register it is SSE2, to memory SSE4.1
-    "avx2": lambda name, operands: AVX512_REGISTERS.search(operands) or re.match(r"vpdp|\{vex\}", name),
-    "avxvnni": lambda name, operands: AVX512_REGISTERS.search(operands) or name.startswith("vpdp"),
-    "avx512": lambda name, operands: re.match(rf"vpdp|\{{vex\}}|{BF16}", name),
-    "avx512_vnni": lambda name, operands: re.match(rf"\{{vex\}}|{BF16}", name),
-    "avx512_bf16": lambda name, operands: re.match(r"\{vex\}|tdp|tile", name),
+# rules that have to fail on the module of a build above theirs
+BUILDS_ABOVE = {
+    "x86": [
+        ("baseline", "avx2"), ("baseline", "avx512"), ("avx2", "avx512"), ("avx2", "avxvnni"),
+        ("avxvnni", "avx512_vnni"), ("avx512", "avx512_vnni"), ("avx512", "avxvnni"), ("avx512_vnni", "avx512_bf16"),
+    ],
+    "aarch64": [("baseline", "neon")],
 }
-MUST = {
-    "baseline": "mulps", "avx2": "vpmaddwd.*%ymm", "avxvnni": "vpdpbusd.*%ymm", "avx512": "vpmaddwd.*%zmm",
-    "avx512_vnni": "vpdpbusd.*%zmm", "avx512_bf16": "vdpbf16ps.*%zmm",
-}  # fmt: skip
 
 
-def instructions(path):
-    """(name, operands) of every instruction."""
-    command = ["objdump", "-d", "--no-show-raw-insn", path]
-    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
-        if match := re.match(r"\s+[0-9a-f]+:\s+(?:(?:lock|repz?|repnz|data16|cs|notrack|bnd)\s+)*(\S+)\s*(.*)", line):
-            yield match.groups()
-
-
-def module_path(build):
+def module_path(name):
     folder = os.path.dirname(cyflash.cpu.__file__)
-    (path,) = (os.path.join(folder, name) for name in os.listdir(folder) if re.match(rf"_{build}\..*(so|pyd)$", name))
+    (path,) = (os.path.join(folder, file) for file in os.listdir(folder) if re.match(rf"{name}\..*(so|pyd)$", file))
     return path
 
 
-@x86
+def test_every_build_has_a_rule():
+    for rules in (disassembly.MUST_NOT, disassembly.MUST):
+        assert set().union(*rules.values()) == set(cyflash.cpu.BUILDS)
+
+
 @needs_objdump
-@pytest.mark.parametrize("name", MUST_NOT)
+@pytest.mark.parametrize("name", disassembly.MUST_NOT.get(MACHINE, ()))
 def test_no_instruction_above_the_build(name):
     """Of every module that was built, also of those that this machine cannot run."""
     if not cyflash.cpu_info()["builds"][name]["built"]:
         pytest.skip(f"{name} was not built")
-    listed = list(instructions(module_path(name)))
-    assert any(re.search(MUST[name], " ".join(i)) for i in listed), "this is not the kernel"
-    above = {" ".join(i) for i in listed if MUST_NOT[name](*i)}
-    assert not above, sorted(above)[:10]
+    listed = disassembly.instructions(module_path(f"_{name}"), MACHINE)
+    assert disassembly.has_kernels(listed, name, MACHINE), "this is not the kernel"
+    assert disassembly.above(listed, name, MACHINE)[:10] == []
 
 
-@x86
 @needs_objdump
-@pytest.mark.parametrize(("judge", "module"), [
-    ("baseline", "avx2"), ("baseline", "avx512"), ("avx2", "avx512"), ("avx2", "avxvnni"), ("avxvnni", "avx512_vnni"),
-    ("avx512", "avx512_vnni"), ("avx512", "avxvnni"), ("avx512_vnni", "avx512_bf16"),
-])
+@pytest.mark.parametrize(("judge", "module"), BUILDS_ABOVE.get(MACHINE, ()))
 def test_the_disassembly_notices(judge, module):
     """Each rule fails on the module of a build above."""
     if not cyflash.cpu_info()["builds"][module]["built"]:
         pytest.skip(f"{module} was not built")
-    assert any(MUST_NOT[judge](*i) for i in instructions(module_path(module)))
+    listed = disassembly.instructions(module_path(f"_{module}"), MACHINE)
+    assert disassembly.above(listed, judge, MACHINE)
 
 
-@x86
 @needs_objdump
-def test_detection_runs_anywhere():
-    """The module that probes the processor is itself of the baseline."""
-    folder = os.path.dirname(cyflash.cpu.__file__)
-    (path,) = (os.path.join(folder, name) for name in os.listdir(folder) if re.match(r"detect\..*(so|pyd)$", name))
-    above = {" ".join(i) for i in instructions(path) if MUST_NOT["baseline"](*i) and i[0] != "verr"}
-    assert not above, sorted(above)[:10]
+@pytest.mark.parametrize("name", ["detect", "observe"])
+def test_what_every_cpu_loads_runs_on_any(name):
+    """The module that probes the processor, and the other one that is not chosen by what it finds."""
+    listed = disassembly.instructions(module_path(name), MACHINE)
+    # verr: what objdump makes of data between functions
+    assert [i for i in disassembly.above(listed, "baseline", MACHINE) if not i.startswith("verr ")][:10] == []
 
 
 def python(script, **environment):

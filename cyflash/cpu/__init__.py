@@ -36,6 +36,7 @@ BUILDS = {
     "avx512": AVX512,
     "avx512_vnni": (*AVX512, "avx512_vnni"),
     "avx512_bf16": (*AVX512, "avx512_vnni", "avx512_bf16"),
+    "neon": ("asimddp", "asimdrdm", "atomics", "crc32"),  # all that Armv8.2 with the dot product adds for a compiler
 }
 
 # Keys of a block, when the caller does not say. A task's working set is PANEL * 4 bytes * (D queries + D outputs + Bc
@@ -127,7 +128,7 @@ def set_implementation(name):
 
     Parameters
     ----------
-    name : {"baseline", "avx2", "avxvnni", "avx512", "avx512_vnni", "avx512_bf16"} or None
+    name : {"baseline", "avx2", "avxvnni", "avx512", "avx512_vnni", "avx512_bf16", "neon"} or None
         None chooses automatically again: CYFLASH_ISA when it is set, else the best build that runs here.
 
     Returns

@@ -61,8 +61,8 @@ cdef void scores_of_bf16(
     """scores() from bfloat16: S^T[c][r] = factor[r] (k[c] . q[r]). Rows of s outside [begin, end) as in scores()."""
     if panel.vectors == 1:
         scores_of_bf16_tile(s, top, panel, keys, groups, begin, end, 1)
-    elif panel.vectors == 2:
-        scores_of_bf16_tile(s, top, panel, keys, groups, begin, end, 2)
+    elif panel.vectors == MIDDLE:
+        scores_of_bf16_tile(s, top, panel, keys, groups, begin, end, MIDDLE)
     else:
         scores_of_bf16_tile(s, top, panel, keys, groups, begin, end, VECTORS)
 
@@ -139,8 +139,8 @@ cdef void accumulate_bf16(
     """O^T[d][r] = alpha[r] O^T[d][r] + beta (sum of V[c][d] P^T[c][r] over n groups of keys), sums in float32."""
     if vectors == 1:
         accumulate_bf16_tile(o, p, v, pitch, Dv, alpha, beta, n, 1)
-    elif vectors == 2:
-        accumulate_bf16_tile(o, p, v, pitch, Dv, alpha, beta, n, 2)
+    elif vectors == MIDDLE:
+        accumulate_bf16_tile(o, p, v, pitch, Dv, alpha, beta, n, MIDDLE)
     else:
         accumulate_bf16_tile(o, p, v, pitch, Dv, alpha, beta, n, VECTORS)
 

@@ -186,7 +186,7 @@ cdef void change_scores(
         lines.high = vf_add(step, vf_set(relative(position + x.right)))
         lines.place = vf_add(step, vf_set(<float> position))
         lines.slope = vf_sub(vf_set(0.0), vf_load(panel.slope + j * LANES))
-        rows = min(<Py_ssize_t> LANES, panel.lanes - j * LANES)
+        rows = max(<Py_ssize_t> 0, min(<Py_ssize_t> LANES, panel.lanes - j * LANES))  # none in vectors that fill up
         highest = vf_set(-INFINITY)
         c = begin
         while c < end:

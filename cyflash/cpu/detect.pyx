@@ -17,9 +17,32 @@ cdef extern from *:
     static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t *r) { r[0] = r[1] = r[2] = r[3] = 0; }
     static uint64_t xcr0(void) { return 0; }
     #endif
+    #if defined(__aarch64__) && defined(__linux__)
+    #include <sys/auxv.h>
+    static uint64_t hwcap(void) { return getauxval(AT_HWCAP); }
+    #else
+    static uint64_t hwcap(void) { return 0; }
+    #endif
+    #if defined(__aarch64__) && defined(__APPLE__)
+    #include <sys/sysctl.h>
+    static int sysctl_flag(const char *name) {
+        int value = 0;
+        size_t size = sizeof value;
+        return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value;
+    }
+    static int sysctl_text(const char *name, char *to, size_t size) {
+        return sysctlbyname(name, to, &size, NULL, 0) == 0;
+    }
+    #else
+    static int sysctl_flag(const char *name) { (void)name; return 0; }
+    static int sysctl_text(const char *name, char *to, size_t size) { (void)name; (void)to; (void)size; return 0; }
+    #endif
     """
     void cpuid(unsigned int leaf, unsigned int subleaf, unsigned int* registers) noexcept
     unsigned long long xcr0() noexcept
+    unsigned long long hwcap() noexcept
+    bint sysctl_flag(const char* name) noexcept
+    bint sysctl_text(const char* name, char* to, size_t size) noexcept
 
 cdef extern from "openmp.h":
     enum:
@@ -48,6 +71,14 @@ FEATURES = {
     "avx512_bf16": (7, 1, EAX, 5, ZMM),
 }
 
+# feature of AArch64, by its name in /proc/cpuinfo: (bit of Linux's AT_HWCAP, what macOS calls it)
+ARM_FEATURES = {
+    "crc32": (7, b"hw.optional.armv8_crc32"),
+    "atomics": (8, b"hw.optional.arm.FEAT_LSE"),
+    "asimdrdm": (12, b"hw.optional.arm.FEAT_RDM"),
+    "asimddp": (20, b"hw.optional.arm.FEAT_DotProd"),
+}
+
 
 def read_cpuid(unsigned int leaf, unsigned int subleaf):
     """The four registers (EAX, EBX, ECX, EDX) of a CPUID leaf; zeros where there is none."""
@@ -56,11 +87,16 @@ def read_cpuid(unsigned int leaf, unsigned int subleaf):
     return tuple(registers[i] for i in range(4))
 
 
+def read_hwcap():
+    """What Linux says of an AArch64 CPU, a bit for each feature; 0 elsewhere."""
+    return hwcap()
+
+
 cdef object _features = None  # once found: a virtual machine answers each CPUID in 10 us or more: dozens of them
 
 
 def features():
-    """Names of the features of FEATURES that this CPU has and this operating system has enabled."""
+    """Names of the features of FEATURES and ARM_FEATURES that this CPU has and this operating system has enabled."""
     global _features
     if _features is None:
         _features = _find_features()
@@ -70,14 +106,20 @@ def features():
 cdef object _find_features():
     osxsave = read_cpuid(1, 0)[ECX] >> 27 & 1
     enabled = xcr0() if osxsave else 0
-    return frozenset(
+    x86 = {
         name for name, (leaf, subleaf, register, bit, saved) in FEATURES.items()
         if read_cpuid(leaf, subleaf)[register] >> bit & 1 and enabled & saved == saved
+    }
+    return frozenset(
+        x86 | {name for name, (bit, flag) in ARM_FEATURES.items() if read_hwcap() >> bit & 1 or sysctl_flag(flag)}
     )
 
 
 def model():
-    """The CPU's own name, or an empty string."""
+    """The CPU's own name, or an empty string: on Linux those of AArch64 have none."""
+    cdef char name[64]
+    if sysctl_text(b"machdep.cpu.brand_string", name, sizeof(name)):
+        return name.decode("ascii", "replace")
     if read_cpuid(0x80000000, 0)[EAX] < 0x80000004:
         return ""
     words = [word for leaf in (0x80000002, 0x80000003, 0x80000004) for word in read_cpuid(leaf, 0)]

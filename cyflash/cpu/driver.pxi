@@ -102,7 +102,7 @@ cdef void place_panel(
     panel.rows = last - first
     panel.heads = heads
     panel.lanes = panel.rows * heads
-    panel.vectors = <int> ((panel.lanes + LANES - 1) // LANES)
+    panel.vectors = vectors_of(panel.lanes)
     panel.few = sequence.short and panel.lanes <= FEW
     panel.first_key = max(<Py_ssize_t> 0, first + sequence.offset - x.left)
     panel.last_key = min(sequence.Lk - 1, last - 1 + sequence.offset + x.right)

@@ -40,7 +40,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     panel.heads, panel.few = 1, few
     while panel.row < Lq:
         panel.rows = panel.lanes = min(step, Lq - panel.row)
-        panel.vectors = <int> ((panel.rows + LANES - 1) // LANES)
+        panel.vectors = vectors_of(panel.rows)
         if few:
             few_pack_codes(&x, &head, &panel)
             few_scores_of_codes(&s[0, 0], rows, &panel, &keys, x.D, 0, Lk)
@@ -96,13 +96,13 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
                 if few:
                     (<unsigned char*> scratch.p)[r * rows + c] = p[row + r, c]
                 else:
-                    (<code*> &codes[c // GROUP, r])[c % GROUP] = <code> p[row + r, c]
+                    (<code*> &codes[c // GROUP, r])[c % GROUP] = <code> (p[row + r, c] - WEIGHT_OFFSET)
         if few:
             few_accumulate_codes(&panel, &scratch, rows, &keys, Dv, 0, Lk)
         else:
             accumulate_codes(
                 panel.o, scratch.p, keys.v_words, keys.v_pitch, round_up(Dv, ROWS), scratch.alpha, scratch.beta, 0,
-                (Lk + GROUP - 1) // GROUP, <int> ((n + LANES - 1) // LANES),
+                (Lk + GROUP - 1) // GROUP, vectors_of(n),
             )
         for r in range(n):
             for d in range(Dv):
@@ -166,20 +166,21 @@ def elementary(str name not None, const float[::1] x not None, float[::1] out no
 
 
 cdef float fma_chains(Py_ssize_t n, float a, float b) noexcept nogil:
-    """n steps of x = x * a + b on as many independent vectors as a product tile has accumulators; their sum."""
+    """n steps of x = x * a + x on as many independent vectors as a product tile has accumulators; their sum. What is
+    added is what is replaced: AArch64 has no other multiply-add."""
     cdef vf acc[ROWS * VECTORS]
-    cdef vf x = vf_set(a), y = vf_set(b)
+    cdef vf x = vf_set(a)
     cdef float lanes[LANES]
     cdef vf total = vf_set(0.0)
     cdef Py_ssize_t t
     cdef int i, j
     for i in range(ROWS):
         for j in range(VECTORS):
-            acc[i * VECTORS + j] = vf_set(<float> (i * VECTORS + j))  # all unlike, or they would be one
+            acc[i * VECTORS + j] = vf_set(b + <float> (i * VECTORS + j))  # all unlike, or they would be one
     for t in range(n):
         for i in range(ROWS):
             for j in range(VECTORS):
-                acc[i * VECTORS + j] = vf_fma(acc[i * VECTORS + j], x, y)
+                acc[i * VECTORS + j] = vf_fma(acc[i * VECTORS + j], x, acc[i * VECTORS + j])
     for i in range(ROWS):
         for j in range(VECTORS):
             total = vf_add(total, acc[i * VECTORS + j])
@@ -199,7 +200,7 @@ def fma_rate(double seconds):
     while True:
         started = perf_counter()
         with nogil:
-            result = fma_chains(n, 0.999, 0.001 * result)
+            result = fma_chains(n, 1e-9, 1e-9 * result)
         if result != result:  # each window starts from the last one's result, and it is used: none can be left out
             raise FloatingPointError("the chains of multiply-adds did not stay finite")
         windows.append(perf_counter() - started)

@@ -108,17 +108,29 @@ cdef void scores_of_codes(
     if keys.k_scale == NULL:
         if panel.vectors == 1:
             scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 1, False)
-        elif panel.vectors == 2:
-            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 2, False)
+        elif panel.vectors == MIDDLE:
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, MIDDLE, False)
         else:
             scores_of_codes_tile(s, top, panel, keys, groups, begin, end, VECTORS, False)
     else:
         if panel.vectors == 1:
             scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 1, True)
-        elif panel.vectors == 2:
-            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, 2, True)
+        elif panel.vectors == MIDDLE:
+            scores_of_codes_tile(s, top, panel, keys, groups, begin, end, MIDDLE, True)
         else:
             scores_of_codes_tile(s, top, panel, keys, groups, begin, end, VECTORS, True)
+
+
+cdef inline void taken_from_sums(int* taken, const int* v, Py_ssize_t pitch, Py_ssize_t n) noexcept nogil:
+    """taken[i] = WEIGHT_OFFSET times the sum of the codes of column i < HALF over n groups, what sums of products lack
+    where that is taken from the codes of weights; of signed bytes, 64 at a time."""
+    cdef Py_ssize_t t
+    cdef int lanes[LANES]
+    cdef vi acc = vi_set(0)
+    for t in range(n):
+        acc = vi_dot(acc, vi_load_part(v + t * pitch, HALF), vi_set(0x40404040))
+    vf_store(<float*> lanes, vf_bits(vi_add(acc, acc)))
+    memcpy(taken, lanes, HALF * sizeof(int))
 
 
 cdef inline void accumulate_codes_tile(
@@ -130,6 +142,7 @@ cdef inline void accumulate_codes_tile(
     cdef const float* factor
     cdef vf x
     cdef vi y
+    cdef int taken[HALF]
     cdef vi acc[HALF * VECTORS]
     cdef vf sum[HALF * VECTORS]
     for d in range(columns // HALF):
@@ -141,9 +154,11 @@ cdef inline void accumulate_codes_tile(
         while low < end:
             high = min(end, (low // PART_GROUPS + 1) * PART_GROUPS)
             factor = beta + low // PART_GROUPS * PANEL
+            if WEIGHT_OFFSET != 0:
+                taken_from_sums(taken, v + low * pitch + d * HALF, pitch, high - low)
             for i in range(HALF):
                 for j in range(vectors):
-                    acc[i * VECTORS + j] = vi_set(0)
+                    acc[i * VECTORS + j] = vi_set(taken[i] if WEIGHT_OFFSET != 0 else 0)
             for t in range(low, high):
                 multiply_codes(acc, p + t * PANEL, v + t * pitch + d * HALF, 1, HALF, vectors)
             for j in range(vectors):
@@ -162,13 +177,14 @@ cdef void accumulate_codes(
 ) noexcept nogil:
     """O^T[d][r] = alpha[r] O^T[d][r] + sum over parts of beta[part][r] (sum of V8[c][d] P8^T[c][r] over its keys).
 
-    p, v: groups of the block, of which begin <= t < end count. columns: Dv rounded up to ROWS. A tile has half as many
-    rows as elsewhere: beside its sums of codes it holds as many of floats, into which each part goes.
+    p, v: groups of the block, of which begin <= t < end count; p less WEIGHT_OFFSET. columns: Dv rounded up to ROWS. A
+    tile has half as many rows as elsewhere: beside its sums of codes it holds as many of floats, into which each part
+    goes.
     """
     if vectors == 1:
         accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, 1)
-    elif vectors == 2:
-        accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, 2)
+    elif vectors == MIDDLE:
+        accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, MIDDLE)
     else:
         accumulate_codes_tile(o, p, v, pitch, columns, alpha, beta, begin, end, VECTORS)
 
@@ -253,8 +269,9 @@ cdef void softmax_codes(
     """softmax() into codes: P^T[c][r] = round(255 w / omega[r]) with w = e^(S - top[r]) v_scale[c] and omega = max_c w,
     where top and omega are those of each part of PART_KEYS keys.
 
-    p: groups [c // GROUP][r] of a block; groups of rows begin <= c < end (multiples of ROWS) are written. top: [part]
-    [PANEL]. v_scale: one for each key, where `tokens`, else one alone, which is left out of w: omega is 1 then.
+    p: groups [c // GROUP][r] of a block, codes less WEIGHT_OFFSET; those of rows begin <= c < end (multiples of ROWS)
+    are written. top: [part][PANEL]. v_scale: one for each key, where `tokens`, else one alone, which is left out of w:
+    omega is 1 then.
     beta[part][r] = e^(top - m') / 255 times omega, or times that one scale; 0 for a row that sees nothing there.
     """
     cdef Py_ssize_t part, low, high, first = begin // PART_KEYS, last = (end - 1) // PART_KEYS

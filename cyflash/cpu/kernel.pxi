@@ -119,7 +119,7 @@ cdef struct Panel:
     Py_ssize_t rows             # how many, of each head
     Py_ssize_t heads
     Py_ssize_t lanes            # heads * rows
-    int vectors                 # ceil(lanes / LANES)
+    int vectors                 # see vectors_of()
     bint few                    # computed by few.pxi
     Py_ssize_t first_key        # keys that its first row ...
     Py_ssize_t last_key         # ... to its last row may see: [first_key, last_key]
@@ -218,6 +218,11 @@ cdef inline Py_ssize_t lane_at(
     return lane // panel.rows * head_stride + (panel.row + lane % panel.rows) * row_stride
 
 
+cdef inline int vectors_of(Py_ssize_t lanes) noexcept nogil:
+    """Vectors of a panel that hold so many lanes: as many as products are compiled for, so the last may be empty."""
+    return 1 if lanes <= LANES else MIDDLE if lanes <= MIDDLE * LANES else VECTORS
+
+
 cdef inline Py_ssize_t keys_of_block(const Problem* x, bint few) noexcept nogil:
     """Keys of a block. Few rows do not come back to it, so it need not stay in a cache; what counts is that keys and
     values are read with few pauses."""
@@ -312,7 +317,7 @@ cdef void write_trace(
     for r in range(panel.lanes):
         row = head.trace + lane_at(panel, r, head.sequence.Lq * Lk, Lk) + block
         for c in range(begin, end):
-            row[c] = (<const code*> (p + c // GROUP * PANEL + r))[c % GROUP]
+            row[c] = <unsigned char> ((<const code*> (p + c // GROUP * PANEL + r))[c % GROUP] + WEIGHT_OFFSET)
 
 
 cdef void multiply_keys(

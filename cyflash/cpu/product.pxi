@@ -86,8 +86,8 @@ cdef void scores(
     """
     if vectors == 1:
         scores_tile(s, top, q, k, k_stride, D, begin, end, 1)
-    elif vectors == 2:
-        scores_tile(s, top, q, k, k_stride, D, begin, end, 2)
+    elif vectors == MIDDLE:
+        scores_tile(s, top, q, k, k_stride, D, begin, end, MIDDLE)
     else:
         scores_tile(s, top, q, k, k_stride, D, begin, end, VECTORS)
 
@@ -126,8 +126,8 @@ cdef void accumulate(
     """
     if vectors == 1:
         accumulate_tile(o, p, v, v_stride, Dv, alpha, n, 1)
-    elif vectors == 2:
-        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, 2)
+    elif vectors == MIDDLE:
+        accumulate_tile(o, p, v, v_stride, Dv, alpha, n, MIDDLE)
     else:
         accumulate_tile(o, p, v, v_stride, Dv, alpha, n, VECTORS)
 

@@ -15,6 +15,7 @@ cdef extern from "simd.h" nogil:
         ROWS     # keys (or value columns) of a register tile; divides LANES
         UNROLL   # steps of a product between two tests of its end
         PANEL    # LANES * VECTORS
+        MIDDLE   # half of VECTORS, at least 2
         CACHE_LINE
     void prefetch(const void*) noexcept
     void prefetch_far(const void*) noexcept
@@ -47,6 +48,7 @@ cdef extern from "simd.h" nogil:
     enum:
         GROUP       # codes that share a 32-bit lane
         ZERO_POINT  # what the dot product wants added to the codes of its first factor
+        WEIGHT_OFFSET  # what is taken from the codes of weights: 128 where the dot product is of signed bytes, else 0
         RESIDENT    # operand vectors of a tile that stay in registers in a product of codes
         BF16_GROUP  # bfloat16 values that share a 32-bit lane: 2, or 1 where they are floats that were rounded
     vi vi_set(int) noexcept
@@ -65,7 +67,7 @@ cdef extern from "simd.h" nogil:
     vf vf_byte(vi, int i) noexcept                               # signed byte i of each lane
     vf vf_from_int(vi) noexcept
     vf vf_code(vi, int i) noexcept                               # code i of each group, without ZERO_POINT
-    void vi_store_codes(int*, const vf*) noexcept                # GROUP vectors, each rounded half to even, as groups
+    void vi_store_codes(int*, const vf*) noexcept  # GROUP vectors, rounded half to even, less WEIGHT_OFFSET, as groups
     void vf_store_bytes(unsigned char*, vf) noexcept             # 0 to 255, rounded half to even
     vf vf_dot_bf16(vf acc, vi a, vi b) noexcept                  # acc + BF16_GROUP products
     void vi_store_bf16(int*, const vf*) noexcept                 # BF16_GROUP vectors, rounded half to even

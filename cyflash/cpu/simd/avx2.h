@@ -126,7 +126,7 @@ WORD void vf_store_bytes(unsigned char *p, vf x) {
 
 #ifdef __AVXVNNI__
 
-enum { GROUP = 4, ZERO_POINT = 128, RESIDENT = 3 };
+enum { GROUP = 4, ZERO_POINT = 128, WEIGHT_OFFSET = 0, RESIDENT = 3 };
 typedef int8_t code;
 
 /* As assembly: around the intrinsic GCC 12 spills. Without the prefix the assembler would take the EVEX form. */
@@ -150,7 +150,7 @@ WORD void vi_store_codes(int32_t *p, const vf *x) {
 #else
 
 /* Without VNNI: codes of 16 bits, since vpmaddubsw saturates. */
-enum { GROUP = 2, ZERO_POINT = 0, RESIDENT = 2 };
+enum { GROUP = 2, ZERO_POINT = 0, WEIGHT_OFFSET = 0, RESIDENT = 2 };
 typedef int16_t code;
 
 /* As assembly: GCC 12 puts the multiplications of a tile first, and then spills their results. 12 accumulators + 1

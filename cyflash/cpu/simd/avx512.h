@@ -112,7 +112,7 @@ SUMS(vi_sums, vi, vf_bits, vi_bits, vi_add)
 
 #ifdef __AVX512VNNI__
 
-enum { GROUP = 4, ZERO_POINT = 128, RESIDENT = 3 };
+enum { GROUP = 4, ZERO_POINT = 128, WEIGHT_OFFSET = 0, RESIDENT = 3 };
 typedef int8_t code;
 
 /* As assembly: around the intrinsic GCC 12 spills the accumulators of a tile, which halves the speed. */
@@ -135,7 +135,7 @@ WORD void vi_store_codes(int32_t *p, const vf *x) {
 #else
 
 /* Without VNNI: codes of 16 bits, since vpmaddubsw saturates. */
-enum { GROUP = 2, ZERO_POINT = 0, RESIDENT = 3 };
+enum { GROUP = 2, ZERO_POINT = 0, WEIGHT_OFFSET = 0, RESIDENT = 3 };
 typedef int16_t code;
 
 /* As assembly: GCC 12 puts the multiplications of a tile first, and then spills their results. */

@@ -65,7 +65,7 @@ WORD void vf_transpose(vf *t) {
 
 /* ---- integers: the same tile, one dot product of two codes of 16 bits where fp32 has one multiply-add ---- */
 
-enum { GROUP = 2, ZERO_POINT = 0, RESIDENT = 2 };
+enum { GROUP = 2, ZERO_POINT = 0, WEIGHT_OFFSET = 0, RESIDENT = 2 };
 typedef int16_t code;
 
 WORD vi vi_set(int32_t x) { return (vi){x, x, x, x}; }

@@ -22,8 +22,9 @@ enum { CACHE_LINE = 64 };
 
 #include CYFLASH_SIMD
 
-/* Query rows of a full panel: one in each lane of VECTORS vectors. */
-enum { PANEL = LANES * VECTORS };
+/* Query rows of a full panel: one in each lane of VECTORS vectors. Products are compiled for one vector, for MIDDLE and
+ * for VECTORS of them. */
+enum { PANEL = LANES * VECTORS, MIDDLE = VECTORS > 4 ? VECTORS / 2 : 2 };
 
 /* LANES values of 16 bits in memory, as floats: every header says how it moves and how it converts them. Stores round
  * half to even, beyond the largest value to infinity, and keep NaN. */

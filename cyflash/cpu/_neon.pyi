@@ -1,0 +1,1 @@
+from cyflash.cpu._baseline import *  # noqa: F403
