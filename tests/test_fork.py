@@ -3,7 +3,6 @@ import ctypes.util
 import glob
 import importlib.util
 import os
-import sys
 
 import forking
 import pytest
@@ -52,14 +51,14 @@ def test_every_entry_that_uses_threads():
     run("""
 import cyflash
 from cyflash.quant import Calibrator, quantize
-y = np.random.default_rng(1).standard_normal((1, 4, 2000, 64), dtype=np.float32)
+y = np.random.default_rng(1).standard_normal((1, 4, 700, 64), dtype=np.float32)
 cyflash.set_num_threads(2)
 def everything():
-    cache = cyflash.KVCache(1, 4, 64, 2000, "int8"); cache.append(y, y)
-    floats = cyflash.KVCache(1, 4, 64, 2000, "fp16"); floats.append(y, y)
+    cache = cyflash.KVCache(1, 4, 64, 700, "int8"); cache.append(y, y)
+    floats = cyflash.KVCache(1, 4, 64, 700, "fp16"); floats.append(y, y)
     calibrator = Calibrator(); calibrator.observe("a", y[0], y[0], y[0])
     ragged = y[0].transpose(1, 0, 2)
-    edges = np.array([0, 700, 2000])
+    edges = np.array([0, 200, 700])
     q = quantize(y, "head", smooth=True)
     scales = calibrator.compute("max")["a"]
     return [
@@ -171,7 +170,7 @@ forked = []
 def handler(*_):
     forked.append(os.fork())
 signal.signal(signal.SIGALRM, handler)
-for delay in (0.05, 0.1, 0.2, 0.4):
+for delay in (0.05, 0.15):
     signal.setitimer(signal.ITIMER_REAL, delay)
     out = cyflash.flash_attention(y, y, y, num_threads=2)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -220,18 +219,19 @@ if __name__ == "__main__":
             assert np.array_equal(out, want) and count >= 2, count
         # a worker, which has no threads but those of OpenMP, and a child of it that has those too
         assert all(count >= 2 for count in pool.map(nested, range(4)))
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        for want, (out, count) in zip(expected, pool.map(work, range(6)), strict=True):
-            assert np.array_equal(out, want) and count >= 2, count
-    with ThreadPoolExecutor(3) as pool:
-        for want, (out, _) in zip(expected, pool.map(work, range(6)), strict=True):
-            assert np.array_equal(out, want)
+    if method == "fork":
+        with ThreadPoolExecutor(3) as pool:
+            for want, (out, _) in zip(expected, pool.map(work, range(6)), strict=True):
+                assert np.array_equal(out, want)
+        with ProcessPoolExecutor(2, mp_context=context) as pool:
+            for want, (out, count) in zip(expected, pool.map(work, range(6)), strict=True):
+                assert np.array_equal(out, want) and count >= 2, count
 """
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_multiprocessing(method, tmp_path):
-    """Pool and concurrent.futures, and forks within their workers."""
+    """Pools, forks within their workers, and concurrent.futures."""
     path = tmp_path / "pools.py"
     path.write_text(POOLS)
     run("import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')" if method == "fork"
@@ -487,10 +487,14 @@ whole()
 
 def test_the_checks_notice():
     """Of the scripts above: a child that hangs, wrong bits and missing threads each fail them."""
-    for child, message in (
-        ("lambda: time.sleep(60)", "hung"), ("lambda: whole(1) or whole(2) or whole(2)", "ended with 1"),
-        ("lambda: globals().update(expected=expected + 1) or right()", "ended with 1"),
-    ):
-        script = f"expected = call()\ntry:\n    in_child({child}, 2)\nexcept AssertionError as e:\n    print(e)"
-        assert message in run(script), child
-    assert sys.platform == "linux"
+    said = run("""
+expected = call()
+for work in (
+    lambda: time.sleep(60), lambda: whole() or whole(), lambda: globals().update(expected=expected + 1) or right(),
+):
+    try:
+        in_child(work, 2)
+    except AssertionError as error:
+        print(error)
+""")
+    assert said.splitlines() == ["the child hung", "the child ended with 1", "the child ended with 1"]

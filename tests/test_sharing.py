@@ -1,4 +1,5 @@
 """Calls that run at the same time share the threads of the process."""
+import os
 import threading
 
 import forking
@@ -70,26 +71,35 @@ def test_threads_are_given_back_after_an_error():
 
 @needs_openmp
 def test_many_python_threads_share_the_budget():
-    """Counted from outside, as threads of the process: eight calls at once have four threads' worth of OpenMP's."""
+    """Counted from outside, as threads of the process: eight calls at once have three others to help them."""
     forking.run("""
 import cyflash
 cyflash.set_num_threads(4)
-y = np.random.default_rng(0).standard_normal((4, 1500, 64), dtype=np.float32)
+y = np.random.default_rng(0).standard_normal((4, 3000, 64), dtype=np.float32)
 expected = cyflash.flash_attention(y, y, y, num_threads=1)
-assert tasks() == 1
-together, outputs, counts, done = threading.Barrier(8), [], [], threading.Event()
-def work():
-    together.wait()
-    outputs.append(cyflash.flash_attention(y, y, y))
-def watch():
-    while not done.is_set():
-        counts.append(tasks()); time.sleep(0.0005)
-watcher = threading.Thread(target=watch); watcher.start()
-callers = [threading.Thread(target=work) for _ in range(8)]
-[t.start() for t in callers]; [t.join() for t in callers]
-done.set(); watcher.join()
-assert len(outputs) == 8 and all(np.array_equal(out, expected) for out in outputs)
-assert 10 < max(counts) <= 2 + 8 + 3, max(counts)
+def one_round():
+    "What was counted, if all eight calls did run at the same time; nothing else is a test."
+    together, begins, ends, counts, done = threading.Barrier(8), [], [], [], threading.Event()
+    def work():
+        together.wait()
+        begins.append(time.monotonic())
+        assert np.array_equal(cyflash.flash_attention(y, y, y), expected)
+        ends.append(time.monotonic())
+    def watch():
+        while not done.is_set():
+            counts.append(tasks()); time.sleep(0.0005)
+    assert idle(1)
+    watcher = threading.Thread(target=watch); watcher.start()
+    callers = [threading.Thread(target=work) for _ in range(8)]
+    [t.start() for t in callers]; [t.join() for t in callers]
+    done.set(); watcher.join()
+    assert len(ends) == 8, "other bits"
+    return max(counts) if max(begins) < min(ends) else None
+for _ in range(20):
+    most = one_round()
+    if most:
+        break
+assert most and 2 + 8 <= most <= 2 + 8 + 3, most
 assert idle(1)
 cyflash.flash_attention(y, y, y)
 assert tasks() == 4, "threads were not given back"
@@ -107,10 +117,9 @@ def append(dtype):
     cyflash.KVCache(1, 4, 64, 2000, dtype).append(y, y)
 def decode(dtype):
     cache = cyflash.KVCache(1, 4, 64, 2000, dtype)
-    with Team(4, 4):
-        cache.append(y, y)
+    cache.append(y, y)
     return lambda: cyflash.flash_attention_with_kvcache(y[:, :, :1], cache)
-entry = {
+entries = {
     "flash_attention": lambda: cyflash.flash_attention(y, y, y),
     "flash_attention_int8": lambda: cyflash.flash_attention_int8(y, y, y),
     "flash_attention_varlen": lambda: cyflash.flash_attention_varlen(ragged, ragged, ragged, edges, edges),
@@ -118,27 +127,31 @@ entry = {
     "sdpa": lambda: cyflash.scaled_dot_product_attention(y, y, y),
     "forward": lambda: cyflash.FlashAttention(cyflash.FlashAttentionConfig(64, 4)).forward_multi_head(y, y, y),
     "append fp16": lambda: append("fp16"), "append int8": lambda: append("int8"),
-    "decode fp32": lambda: decode("fp32")(), "decode int8": lambda: decode("int8")(),
+    "decode fp32": decode("fp32"), "decode int8": decode("int8"),
     "quantize": lambda: quantize(y, "head", smooth=True),
     "observe": lambda: Calibrator().observe("a", y[0], y[0], y[0]),
-}[sys.argv[1]]
-assert tasks() == 1
-with Team(4, 4):
+}
+def alone(entry):
+    with Team(4, 4):
+        entry()
+    assert tasks() == 1, "more than the budget"
     entry()
-assert tasks() == 1, "more than the budget"
-entry()
-assert 1 < tasks() <= 4, "no threads at all"
+    assert 1 < tasks() <= 4, "no threads at all"
+wrong = []
+for name, entry in entries.items():
+    try:
+        in_child(lambda: alone(entry))  # a process of its own, with one thread to begin with
+    except AssertionError:
+        wrong.append(name)
+assert len(entries) == 12 and not wrong, wrong
 """
 
 
 @needs_openmp
-@pytest.mark.parametrize("entry", [
-    "flash_attention", "flash_attention_int8", "flash_attention_varlen", "flash_attention_int8_varlen", "sdpa",
-    "forward", "append fp16", "append int8", "decode fp32", "decode int8", "quantize", "observe",
-])
-def test_every_entry_shares(entry):
-    """While another call has the whole budget, it starts no thread."""
-    forking.run(ENTRIES, entry)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_every_entry_shares():
+    """While another call has the whole budget, none starts a thread."""
+    forking.run(ENTRIES)
 
 
 @needs_openmp
