@@ -1,5 +1,7 @@
 """Files of others: what cannot be read is an error that names the file. All of it: `python -m tests.hostile`."""
+import json
 import os
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -10,9 +12,8 @@ from hostile import __main__ as hostile
 from hostile import child, variants
 from hostile.readers import READERS, Reader
 
-from cyflash import KVCache, LayerScales, files
+from cyflash import LayerScales, files
 from cyflash.capture import load_capture
-from cyflash.quant import Calibrator, Scales
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 
@@ -81,14 +82,40 @@ def test_json_that_is_too_deep_or_says_two_things():
         files.parsed_json('{"a": 1, "b": 2, "a": 3}')
 
 
-@pytest.mark.parametrize(
-    "read", [KVCache.load, Scales.load, Calibrator.load, load_capture], ids=lambda read: read.__qualname__
-)
-def test_a_pipe_is_no_file(tmp_path, read):
-    path = tmp_path / "x.safetensors"
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_is_no_file(tmp_path, name):
+    """It would be waited for: the observations of `cyflash calibrate` were."""
+    reader = READERS[name]
+    path = tmp_path / reader.name
+    reader.make(path)
+    path.unlink()
     os.mkfifo(path)
-    with pytest.raises(FileNotFoundError, match=r"x\.safetensors: expected a file"):
-        read(path)
+    with pytest.raises(FileNotFoundError, match=re.escape(reader.name)):
+        reader.read(path)
+
+
+def test_an_index_names_files_beside_it(tmp_path):
+    """No others, wherever they are."""
+    reader = READERS["vLLM's index"]
+    path = tmp_path / reader.name
+    reader.make(path)
+    for name in ("/etc/x.safetensors", "../x.safetensors", 3, None, "a/b.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"a.k_scale": name}}))
+        with pytest.raises(ValueError, match="weight_map: expected names of files beside it"):
+            reader.read(path)
+
+
+@pytest.mark.parametrize("field", ["kv_heads", "head_dim", "v_head_dim", "page_size", "fp32_sinks"])
+def test_a_cache_is_no_larger_than_its_file(tmp_path, field):
+    """Its numbers are compared with its tensors before arrays of that size are made."""
+    reader = READERS["KVCache of codes"]
+    path = tmp_path / reader.name
+    reader.make(path)
+    wanted = f"cache ('{field}',) = {2**31}"
+    (data,) = (made for label, made, _ in variants.tampered_text(path.read_bytes(), "cache") if label == wanted)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=path.name):
+        reader.read(path)
 
 
 def test_npz_that_packs_too_well(tmp_path):
