@@ -140,14 +140,14 @@ FAULTS = [
     Fault(
         "page-leak", "cyflash/pool.py",
         "a page that a row gave up for a copy keeps its reference, and is never free again",
-        "        self.references[page] -= 1\n        return copy", "        return copy",
+        "                references[page] -= 1\n                copied", "                copied",
         "paged kvcache",
     ),
     Fault(
         "last-holder", "cyflash/pool.py",
         "the last of several rows that write to a page is thought to need a copy too: pages seem to run out",
-        "copies = np.minimum(holders, pool.references[pages] - 1).sum()",
-        "copies = (holders * (pool.references[pages] > 1)).sum()",
+        "copies = np.minimum(holders, references[pages] - 1).sum()",
+        "copies = (holders * (references[pages] > 1)).sum()",
         "paged kvcache",
     ),
     Fault(
