@@ -476,6 +476,8 @@ def encode(encodings not None, int threads):
     cdef Py_ssize_t* counts = NULL
     cdef signed char* room = NULL
     cdef list totals = []
+    if n == 0:
+        return totals
     try:
         if every == NULL:
             raise MemoryError(f"cannot allocate what is to be known of {n} arrays")
