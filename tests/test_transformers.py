@@ -188,15 +188,15 @@ def test_a_mask_of_ones_own(kind):
 # What the kernels are told
 
 
-def calls(monkeypatch, function="flash_attention"):
+def calls(monkeypatch, function="attend"):
     """A list that grows by (shape of q, shape of k, options) with each call."""
-    seen, original = [], getattr(cyflash, function)
+    seen, original = [], getattr(module_under_test, function)
 
     def watched(q, k, *v, **options):
         seen.append((q.shape, getattr(k, "shape", None), options))
         return original(q, k, *v, **options)
 
-    monkeypatch.setattr(cyflash, function, watched)
+    monkeypatch.setattr(module_under_test, function, watched)
     return seen
 
 
@@ -213,13 +213,14 @@ def test_rules_reach_the_kernels_as_rules(name, windows, monkeypatch):
         assert q[2] == (24 if call < 2 else 1)
         assert options["causal"] is True
         assert options["window"] == windows[call % 2]
-        assert options.keys() <= {"causal", "window", "scale", "softcap", "sinks", "out"}
+        assert options.keys() <= {"causal", "window", "scale", "softcap", "sinks", "out", "out_is_new"}
 
 
 @pytest.mark.parametrize(("name", "padding"), [("mistral", "left"), ("llama", "right"), ("bert", "right")])
 def test_padding_is_one_row_of_a_mask(name, padding, monkeypatch):
     seen = calls(monkeypatch)
     logits(made(name), "cyflash", inputs(name, padding))
+    assert len(seen) == 2
     for _, _, options in seen:
         assert options["causal"] is (name != "bert")
         assert options["mask"].shape == (2, 1, 1, 24)
@@ -235,7 +236,7 @@ def test_a_static_cache_is_read_as_far_as_it_is_filled(monkeypatch):
 
 def test_nothing_is_copied(monkeypatch):
     """The arrays are the tensors' memory, transposed as the model has them; the output is written where it stays."""
-    seen, tensors, original = [], [], cyflash.flash_attention
+    seen, tensors, original = [], [], module_under_test.attend
 
     def watched(q, k, v, *, out, **options):
         seen.append([q, k, v, out])
@@ -246,7 +247,7 @@ def test_nothing_is_copied(monkeypatch):
         tensors.append([query, key, value, result[0].transpose(1, 2)])
         return result
 
-    monkeypatch.setattr(cyflash, "flash_attention", watched)
+    monkeypatch.setattr(module_under_test, "attend", watched)
     tf.AttentionInterface.register("remembering", remembering)
     tf.AttentionMaskInterface.register("remembering", mask_of)
     for dtype in (torch.float32, torch.bfloat16):
@@ -354,7 +355,7 @@ def test_models_without_masks_rely_on_is_causal():
 
 
 def options_given(monkeypatch, model, **how):
-    seen = calls(monkeypatch, "flash_attention_int8")
+    seen = calls(monkeypatch, "attend_int8")
     register(**how)
     logits(model, "cyflash-int8", inputs("llama"))
     return [{name: options.get(name) for name in (*layers.OPTIONS, "quant")} for _, _, options in seen]
@@ -377,7 +378,7 @@ def test_int8_scales_of_a_model(monkeypatch, tmp_path):
     scales = scales_for(model)
     register(model, int8=scales.save(tmp_path / "scales.safetensors"))
     assert model.config._attn_implementation == "cyflash-int8"
-    seen = calls(monkeypatch, "flash_attention_int8")
+    seen = calls(monkeypatch, "attend_int8")
     logits(copy.deepcopy(model), "cyflash-int8", inputs("llama"))
     assert [options["quant"].q_scale for _, _, options in seen] == [np.float32(0.03), np.float32(0.031)]
     logits(other, "cyflash-int8", inputs("llama"))  # another model has none of this
