@@ -142,7 +142,7 @@ def judge(part, call, block_size, given=None):
         size = np.abs(part.v.codes * part.v.scale).sum(axis=0)
         bound += 2 * TINY * size + 255 * 128 * (Lk + 2) * SUBNORMAL
         if call.pv == "bf16":
-            in_weights = np.abs(part.v.codes).sum(axis=0) if part.v.per_token else 0.0  # V's scale is a factor of theirs
+            in_weights = np.abs(part.v.codes).sum(axis=0) if part.v.per_token else 0.0  # V's scale is in them
             bound += TINY * (Lk + 2 + in_weights)
         lse_bound = SAFETY * (roundings + denominator + EPS * (STEPS * np.abs(top) + np.abs(lse)))
     lse_bound = np.where(np.isfinite(lse), lse_bound, 0.0)
