@@ -23,7 +23,7 @@ token, since it need not be that of e^0 then) can move the rounding of 255 w / o
 
 and with the kernel's own codes for p the third line is gone: it is the bound of a float32 result. Weights in bfloat16
 are like codes, but that their sums are rounded, and that the CPU's product takes denormal factors and sums for 0: TINY
-for each, as in bounds_half.py. Weights in float32 are as in bounds.py.
+times the other factor for each, as in bounds_half.py. Weights in float32 are as in bounds.py.
 """
 from typing import NamedTuple
 
@@ -141,7 +141,9 @@ def judge(part, call, block_size, given=None):
         bound += SAFETY * np.abs(out) * (denominator[:, None] + roundings)
         size = np.abs(part.v.codes * part.v.scale).sum(axis=0)
         bound += 2 * TINY * size + 255 * 128 * (Lk + 2) * SUBNORMAL
-        bound += TINY * (Lk + 2) if call.pv == "bf16" else 0.0
+        if call.pv == "bf16":
+            in_weights = np.abs(part.v.codes).sum(axis=0) if part.v.per_token else 0.0  # V's scale is in them
+            bound += TINY * (Lk + 2 + in_weights)
         lse_bound = SAFETY * (roundings + denominator + EPS * (STEPS * np.abs(top) + np.abs(lse)))
     lse_bound = np.where(np.isfinite(lse), lse_bound, 0.0)
     out = np.where((lse == -np.inf)[:, None], 0.0, out)

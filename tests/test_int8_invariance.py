@@ -302,6 +302,21 @@ def test_rows_of_a_task_change_no_bit(build):
         cases.assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("pv", ["int8", "fp32"])
+def test_rows_that_see_nothing_but_float32_keys(build, pv):
+    """They have the same bits whether other rows of their panel see more or not: in tasks of any size, which cut panels
+    in different places."""
+    for Lq, Lk, sinks in ((38, 34, 4), (38, 34, 9), (100, 96, 20), (150, 140, 60)):
+        q, k, v = cases.arrays(1, 2, 2, Lq, Lk, 28)
+        k += cases.arrays(1, 2, 2, 1, 1, 28)[1]  # a mean
+        for options in ({"causal": True, "window": (1, 1)}, {"causal": True}):
+            arguments = options | {"fp32_sinks": sinks, "pv": pv}
+            results = [run((q, k, v), arguments, config=FlashAttentionConfig(28, 2, rows, 64))
+                       for rows in (8, 32, 48, 64, 96, 200)]
+            for result in results[1:]:
+                cases.assert_same_bits(result, results[0])
+
+
 def test_builds(call):
     for name in cyflash.cpu.runnable():
         with cyflash.set_implementation(name):

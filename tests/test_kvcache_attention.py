@@ -147,6 +147,16 @@ def test_a_life_on_every_build(build, dtype):
         verify(cache, oracle, q[:, :, :Lq], **ragged_options("all", 3, Lq, int(oracle.lengths.max())))
 
 
+def test_rows_without_codes_yet(build):
+    """All tokens so far are in float32: the bits of attention in float32, and from the first code on those of codes."""
+    for length in (1, 4, 5, 6, 9, 40):
+        cache, oracle = make(1, 64, "int8", k_mean=MEAN, fp32_sinks=5)
+        for Lq in (min(2, length), length):
+            q, k, v = tokens(length)
+            cache.reset(), oracle.reset()
+            verify(cache, oracle, q[:, :, length - Lq :], k, v)
+
+
 # Ragged batches
 
 

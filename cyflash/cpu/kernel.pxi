@@ -465,7 +465,8 @@ cdef void begin_panel(const Problem* x, const Head* head, Panel* panel) noexcept
             few_pack(x, head, panel)
         else:
             pack_floats(x, head, panel)
-    if coded and panel.last_key >= x.precise:
+    # A row's lift depends on its sequence, not on what others of its panel see
+    if coded and (panel.last_key >= x.precise or (head.k_mean != NULL and head.sequence.Lk > x.precise)):
         if panel.few:
             few_pack_codes(x, head, panel)
         else:
