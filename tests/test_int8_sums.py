@@ -24,11 +24,16 @@ def unsigned(fill, r, *shape):
 
 
 def check_scores(q, k):
-    assert_equal(cyflash.cpu.active().integer_scores(q, k), q.astype(np.int64) @ k.astype(np.int64).T)
+    """Of full panels, and of panels with few rows."""
+    expected = q.astype(np.int64) @ k.astype(np.int64).T
+    for few in (False, True):
+        assert_equal(cyflash.cpu.active().integer_scores(q, k, few), expected)
 
 
 def check_values(p, v):
-    assert_equal(cyflash.cpu.active().integer_values(p, v), p.astype(np.int64) @ v.astype(np.int64))
+    expected = p.astype(np.int64) @ v.astype(np.int64)
+    for few in (False, True):
+        assert_equal(cyflash.cpu.active().integer_values(p, v, few), expected)
 
 
 def assert_equal(sums, expected):

@@ -79,7 +79,7 @@ def integer_values(const unsigned char[:, ::1] p not None, const signed char[:, 
     cdef float[:, ::1] to = sums
     zeros, count = np.zeros((1, 1), np.intp), np.array([Lk], np.intp)
     pack_values(np.asarray(v)[None, None], packed, zeros, zeros[0], count, 1)
-    x.Dv, x.page_size, x.codes.product = Dv, UNPAGED, INT8
+    x.Dv, x.page_size, x.Bc, x.codes.product = Dv, UNPAGED, Lk, INT8
     x.k.kind = x.v.kind = INT8
     x.v.data, x.v.row = <const char*> &packed[0, 0, 0, 0], columns
     sequence.pages = &first_page
