@@ -1,11 +1,13 @@
 """Arrays beside inaccessible memory: a kernel that touches what it must not dies, whatever the instructions it uses.
 
-Run as `python guarded.py SCENARIO BUILD` by test_skipping.py, in a process of its own because it may die.
+Run as `python guarded.py SCENARIO BUILD...` by test_skipping.py, for each build in a process of its own: it may die.
 """
 import ctypes
 import itertools
 import mmap
+import os
 import sys
+import traceback
 from contextlib import contextmanager
 from unittest import mock
 
@@ -383,7 +385,23 @@ SCENARIOS = (
 )
 CONTROLS = (control, control_fence, control_skipping)
 
+
+
+def in_a_child(scenario, build):
+    """The exit status of a process forked for it, which need not import everything again; no thread is started yet."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        with cyflash.set_implementation(build):
+            scenario()
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    with cyflash.set_implementation(sys.argv[2]):
-        globals()[sys.argv[1]]()
-    print("finished")
+    for build in sys.argv[2:]:
+        print(build, in_a_child(globals()[sys.argv[1]], build))
