@@ -163,15 +163,20 @@ right()
 def test_a_fork_from_a_signal_handler_within_a_call():
     """Parent and child both go on with the call."""
     run("""
-import cyflash
-y = np.random.default_rng(0).standard_normal((1, 6000, 64), dtype=np.float32)
-expected = cyflash.flash_attention(y, y, y, num_threads=2)
+import time, cyflash
+L, took = 3000, 0
+while took < 0.25:  # signals are looked for some times a call only, where it is long enough
+    L = 2 * L
+    y = np.random.default_rng(0).standard_normal((1, L, 64), dtype=np.float32)
+    begun = time.monotonic()
+    expected = cyflash.flash_attention(y, y, y, num_threads=2)
+    took = time.monotonic() - begun
 forked = []
 def handler(*_):
     forked.append(os.fork())
 signal.signal(signal.SIGALRM, handler)
-for delay in (0.05, 0.15):
-    signal.setitimer(signal.ITIMER_REAL, delay)
+for part in (0.1, 0.4):
+    signal.setitimer(signal.ITIMER_REAL, part * took)
     out = cyflash.flash_attention(y, y, y, num_threads=2)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if forked and forked[-1] == 0:
