@@ -55,7 +55,7 @@ def _build(folder, builds, flags, link):
 
     command = ["-q", "build", f"--build-lib={folder}/lib", f"--build-temp={folder}/temp"]
     distribution = run_setup("setup.py", command, stop_after="commandline")
-    wanted = {f"{CPU}.{name}" for name in ("detect", "observe", *(f"_{name}" for name in builds))}
+    wanted = {f"{CPU}.{name}" for name in ("detect", "observe", "team", *(f"_{name}" for name in builds))}
     unknown = wanted - {extension.name for extension in distribution.ext_modules}
     if unknown:
         raise SystemExit(f"no such builds: {', '.join(sorted(unknown))}")

@@ -2,7 +2,7 @@
 
 By default min(CPU affinity, cgroup quota, OMP_NUM_THREADS); CYFLASH_NUM_THREADS, then `set_num_threads`, then a call's
 `num_threads` override it. Calls that run at the same time share the default: see `Team`. A fork after a call on several
-threads is prepared for (simd/fork.h); where it cannot be, calls in the child have one thread.
+threads is prepared for (fork.h); where it cannot be, calls in the child have one thread.
 """
 import functools
 import math
