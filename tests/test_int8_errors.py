@@ -103,9 +103,10 @@ def scales_that_conflict():
             yield f"{argument} beside quant, {how}", ValueError, operand | quant, [
                 f"{argument}: expected None beside quant", "pass one of the two",
             ]
-        yield f"{x} QuantizedTensor, quant of another {argument}", ValueError, {
-            x: TENSORS[x], "quant": LayerScales(**{argument: 0.5}),
-        }, [f"quant: expected the scale that {x} was quantised with", f"quant.{argument}"]
+        for another, scale in (("another", 0.5), ("another of one shape", 2 * TENSORS[x].scale)):
+            yield f"{x} QuantizedTensor, quant of {another} {argument}", ValueError, {
+                x: TENSORS[x], "quant": LayerScales(**{argument: scale}),
+            }, [f"quant: expected the scale that {x} was quantised with", f"quant.{argument}"]
 
 
 def choices():
