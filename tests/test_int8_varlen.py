@@ -293,12 +293,15 @@ def test_bad_arguments(call, error, parts):
     assert np.array_equal(out, before)
 
 
-@pytest.mark.parametrize("which", ["mixed", "without keys"])
+PLANNED = LayerScales(parts=[([0], LayerScales(pv="bf16", fp32_sinks=2)), ([1], None)])
+
+
+@pytest.mark.parametrize("which", BATCHES)
 def test_a_planned_layer(one_build, which):
     """Heads of a layer that differ: the parts of quant, as in single calls."""
-    layer = LayerScales(parts=[([0], LayerScales(pv="bf16", fp32_sinks=2)), ([1], None)])
-    call = draw(BATCHES[which])
-    try:
-        equals_the_loop(call, quant=layer, causal=True)
-    except NotImplementedError as error:
-        assert "parts" in str(error)
+    equals_the_loop(draw(BATCHES[which]), quant=PLANNED, causal=True)
+
+
+@pytest.mark.parametrize("name", ragged.NAMES)
+def test_options_of_a_planned_layer(one_build, name):
+    equals_the_loop(draw(BATCHES["mixed"]), quant=PLANNED, **ragged.options(name, BATCHES["mixed"]))

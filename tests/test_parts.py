@@ -103,6 +103,15 @@ def test_three_axes(group):
     cases.assert_same_bits(actual, one_by_one(plan, q, k, v, **options))
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_heads_that_begin_and_end_as_evenly_spaced_ones(group):
+    """0, 2, 3, 6 are as many as 0, 2, 4, 6."""
+    q, k, v = cases.arrays(2, 7 * group, 7, 20, 30, 16)
+    plan = (((0, 2, 3, 6), LayerScales(pv="fp32")), ((1, 4, 5), None))
+    actual = flash_attention_int8(q, k, v, quant=LayerScales(parts=plan), return_lse=True)
+    cases.assert_same_bits(actual, one_by_one(plan, q, k, v))
+
+
 @pytest.mark.parametrize("layer", [None, LayerScales(), LayerScales(np.full((1, 1, 1), 0.02, np.float32), 0.03, 0.02)])
 def test_one_head_with_two_axes(layer):
     q, k, v = (x[0, 0] for x in cases.arrays(1, 1, 1, 20, 30, 16))
