@@ -5,7 +5,7 @@ The bound of one output element, derived by following the roundings (eps = 2^-23
     delta_j = D eps |scale| sum_d |q_d k_jd|          one rounding per term of the dot product
             + 4 eps (|s_j| + |bias_j| + |alibi_j| + |s_j - max s|)      and four of what comes after it
     w_j     = exp(delta_j) - 1                        relative error of the weight p_j
-    bound   = 2 [ (8 + blocks) eps sum_j p_j |v_j|    exp, the sums over keys and the rescaling between key blocks
+    bound   = 2 [ roundings sum_j p_j |v_j|           exp and the sums over keys: see `roundings`
                 + sum_j p_j w_j |v_j|                 errors of the numerator's weights
                 + |out| (sum_j p_j w_j + p_sink w_sink) ]               and of the denominator's
             + what underflow may lose
@@ -25,7 +25,8 @@ TINY = float(np.finfo(np.float32).tiny)
 SUBNORMAL = float(np.finfo(np.float32).smallest_subnormal)
 STEPS = 4           # roundings of a score after its dot product
 SAFETY = 2          # second-order terms
-KEYS_PER_BLOCK = 64
+KEYS_PER_BLOCK = 64  # at least
+KEYS_PER_SUM = 128   # keys that are added one after another, unless the caller asks for larger blocks
 RMS_FACTOR = 1.5
 RMS_OUTPUTS = 4096  # fewer outputs make no stable statistic,
 RMS_ROWS = 50       # nor do fewer rows that carry the error: with huge scores a handful of near ties carry it all
@@ -80,6 +81,13 @@ class Case(metaclass=Shared):
         with np.errstate(invalid="ignore", divide="ignore"):
             gap = np.abs(self.expected - other.expected) / self.bounds[0]
         return float(np.nanmax(gap))
+
+
+def roundings(Lk):
+    """Relative error of a row's sums over keys: four of exp and the division, half of eps for each addition within a
+    block, as all may be off in one direction (where weights and values are the same for every key), and one for each
+    block that is added to those before."""
+    return (4 + min(Lk, KEYS_PER_SUM) / 2 + -(-Lk // KEYS_PER_BLOCK)) * EPS
 
 
 def compare(name, actual, expected, bound):
@@ -153,10 +161,10 @@ def _head_bounds(head):
         size = np.abs(np.where(np.isfinite(head.v), head.v, 0.0))
         out = np.abs(reference.weighted_sum(p, head.visible, head.v))
         denominator = weight_error.sum(axis=1) + sink_error
-        roundings = (8 + -(-len(head.k) // KEYS_PER_BLOCK)) * EPS
-        bound = SAFETY * (roundings * (p @ size) + weight_error @ size + denominator[:, None] * out)
+        of_sums = roundings(len(head.k))
+        bound = SAFETY * (of_sums * (p @ size) + weight_error @ size + denominator[:, None] * out)
         underflow = TINY * (seen @ size) + (len(head.k) + 2) * SUBNORMAL
-        lse_bound = SAFETY * (roundings + denominator + EPS * (STEPS * np.abs(top) + np.abs(lse)))
+        lse_bound = SAFETY * (of_sums + denominator + EPS * (STEPS * np.abs(top) + np.abs(lse)))
     return bound + underflow, np.where(np.isfinite(lse), lse_bound, 0.0)
 
 

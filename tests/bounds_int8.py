@@ -15,8 +15,8 @@ the same, and a code can differ only by as much as that factor and the kernel's 
 (relative error 3.1e-6: exhaustive_exp.py; which the denominator shares, and so does omega where V's scales are per
 token, since it need not be that of e^0 then) can move the rounding of 255 w / omega. So
 
-    bound = 2 [ sum_b |f_b sum_j p_j v8_j| (off + (8 + blocks) eps)
-              + |out| (sum_j P_j (e^delta_j - 1) + (8 + blocks) eps) ]       the denominator, of unrounded P
+    bound = 2 [ sum_b |f_b sum_j p_j v8_j| (off + roundings)
+              + |out| (sum_j P_j (e^delta_j - 1) + roundings) ]       the denominator, of unrounded P
           + sum_b f_b (1 + off) sum_j |change of p_j| |v8_j|                 flipped codes, which the first two lines
                                                                              see as part of the sum and of out
           + what underflow may lose
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import bounds
 import numpy as np
-from bounds import EPS, KEYS_PER_BLOCK, SAFETY, STEPS, SUBNORMAL, TINY
+from bounds import EPS, SAFETY, STEPS, SUBNORMAL, TINY
 
 from cyflash import reference, reference_int8
 from cyflash.reference_int8 import bf16, encode, exp, part_scores, steps, weights
@@ -112,7 +112,7 @@ def judge(part, call, block_size, given=None):
         out = np.zeros((len(scores), part.v.codes.shape[1]))
         bound, flipped = np.zeros_like(out), 0
         highest = np.full((len(scores), 1), -np.inf)
-        roundings = (8 + -(-Lk // KEYS_PER_BLOCK)) * EPS
+        roundings = bounds.roundings(Lk)
         for keys, exact in steps(Lk, block_size, call.fp32_sinks, call.pv):
             coded = call.pv == "int8" and not exact
             block_top = scores[:, keys].max(axis=1, keepdims=True)
