@@ -689,6 +689,17 @@ def test_a_calibrator_goes_on_where_its_file_stopped(tmp_path, granularity):
     assert loaded.merge(observing([4], **arguments)).compute("max")["a"] is not None
 
 
+def test_what_was_left_out_is_in_the_file(tmp_path):
+    q, k, v = normal(0)
+    calibrator = Calibrator(nonfinite="ignore")
+    q[0, 0, 0], k[0, 0, :2] = np.nan, np.inf
+    calibrator.observe("a", q, k, np.zeros_like(v))
+    calibrator.observe("a", *normal(1))
+    (row,) = calibrator.summary()
+    assert (row["q_nonfinite"], row["k_nonfinite"], row["v_all_zero"]) == (1, 2, 1)
+    assert copy_of(calibrator, tmp_path).summary() == [row]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_alone_gives_the_same_scales(tmp_path, method):
     calibrator = calibrated(*(long_tailed(seed, H=4, Hk=2) for seed in range(3)), options={

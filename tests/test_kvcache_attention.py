@@ -195,6 +195,18 @@ def test_what_padding_holds_does_not_matter(one_build, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_arguments_stay_as_they_are(one_build, dtype):
+    """Beyond a row's length too."""
+    given = q, k, v = tokens(20, 2)
+    before = [x.tobytes() for x in given]
+    cache, _ = make(2, 64, dtype)
+    attend(q, cache, k, v, lengths=[5, 20])
+    cache.append(k, v, lengths=[20, 1])
+    attend(q, cache, causal=True)
+    assert [x.tobytes() for x in given] == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_other_rows_change_nothing(one_build, dtype):
     """A row alone, in a cache of its own, and among rows of other lengths, NaN among them where that can be stored."""
     q, k, v = tokens(70, 3)

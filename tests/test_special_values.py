@@ -255,3 +255,12 @@ def test_tiny_softcap_is_not_none(build, softcap):
     """All scores are as good as 0, so every key weighs the same."""
     q, k, v = cases.arrays(1, 1, 1, 20, 64, 8)
     cases.verify(q, k, v, softcap=softcap)
+
+
+def test_rounding_that_goes_one_way(build):
+    """Where all weights and values are the same, every addition of a sum errs in one direction: within the bound too."""
+    for Lk, value in ((207, -0.7346458), (247, 0.060968876), (1000, 1.1), (128, 0.3)):
+        q, k, v = cases.arrays(1, 2, 1, 40, Lk, 15)
+        q, k, v = np.float32(1e-20) * q, np.float32(1e-20) * k, np.full_like(v, value)
+        out, lse = flash_attention(q, k, v, return_lse=True)
+        bounds.Case(q, k, v).check(out, lse)

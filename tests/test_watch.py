@@ -7,7 +7,7 @@ import cases
 import numpy as np
 import pytest
 
-from cyflash import cpu, flash_attention_int8
+from cyflash import KVCache, cpu, flash_attention_int8
 from cyflash.quant import LayerScales, Scales, quantize, watch, watching
 from cyflash.quantized import Encoding
 
@@ -113,6 +113,20 @@ def test_masked_keys_count(build):
     q, k, v = arrays()
     layer = LayerScales(0.01, 0.012, 0.008)
     assert counted(q, k, v, layer, causal=True, window=(3, 0)) == counted(q, k, v, layer)
+
+
+@pytest.mark.parametrize("lengths", [None, [300, 7], [2, 1]])
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_appended_tokens(build, sinks, lengths):
+    """Those that count, and are codes."""
+    _, k, v = arrays()
+    layer = LayerScales(0.01, 0.012, 0.008, fp32_sinks=sinks)
+    cache = KVCache(2, 2, 40, 400, "int8", v_head_dim=24, quant=layer)
+    with watch({"layer": layer}) as w:
+        cache.append(k, v, lengths=lengths)
+    for name, x, scale in (("k", k, 0.012), ("v", v, 0.008)):
+        of_rows = [expected(x[i, :, :n], scale, skip=min(sinks, n)) for i, n in enumerate(lengths or (300, 300))]
+        assert w.counts["layer"][name] == tuple(map(sum, zip(*of_rows, strict=True)))
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
