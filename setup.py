@@ -155,6 +155,7 @@ setup(
             "cdivision": True,
             "initializedcheck": False,
             "embedsignature": True,
+            "freethreading_compatible": True,  # what calls share is atomic, or Python's own and locked by it
         },
         build_dir="build/cython",
     ),

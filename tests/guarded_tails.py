@@ -1,4 +1,5 @@
-"""Every head size with every length, all arrays beside inaccessible memory (guarded.py), and so is what a call makes:
+"""Every head size with every length, all arrays beside inaccessible memory (guarded.py), and so is what a call makes,
+its scratch among that (allocator.py):
 
     python -m tests.guarded_tails [--builds avx2 ...] [--kinds fp32 int8 ...] [--thin]
 
@@ -12,10 +13,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import allocator
+
 HEAD_DIMS, LENGTHS = range(1, 161), range(1, 131)
 KINDS = ("fp32", "fp16", "bf16", "int8")
 
@@ -84,6 +88,10 @@ def child(build, kinds, thin):
     cyflash.set_num_threads(1)
     calls = {}
     with cyflash.set_implementation(build):
+        if not allocator.why_not():
+            scratch = allocator.Allocator()
+            scratch.watch({f"cyflash/cpu/_{build}.": 1})
+            scratch.fence(1)
         for kind in kinds:
             sweep, calls[kind] = Sweep(kind), 0
             for D, L in shapes(thin):
@@ -101,7 +109,10 @@ def run(build, kinds, thin):
     """(calls or None, what to say)"""
     command = [sys.executable, "-P", "-X", "faulthandler", __file__, "--child", "--builds", build, "--kinds", *kinds]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    result = subprocess.run(command + ["--thin"] * thin, capture_output=True, text=True, env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        if not allocator.why_not():
+            environment = allocator.environment(folder)
+        result = subprocess.run(command + ["--thin"] * thin, capture_output=True, text=True, env=environment)
     lines = result.stdout.splitlines()
     if result.returncode == 0:
         return json.loads(lines[-1]), ""

@@ -2,10 +2,10 @@
 
     python -m tests.memcheck [--builds baseline avx2] [--seconds 60] [--seed 0]
 
-Memcheck sees reads of memory that was never written, which no sanitizer of GCC does, and what lies beyond a block of the
-heap. It knows no AVX-512. Only errors with a compiled module of cyflash on the stack count: Python's start and OpenMP's
-runtime have some of their own. Before the calls two errors are planted, which have to be reported, or the run proves
-nothing.
+Memcheck sees reads of memory that was never written, which no sanitizer of GCC does, and what lies beyond a block of
+the heap. It knows no AVX-512. Only errors with a compiled module of cyflash on the stack count: Python's start and
+OpenMP's runtime have some of their own. Before the calls two errors are planted, which have to be reported, or the run
+proves nothing.
 """
 import argparse
 import ctypes

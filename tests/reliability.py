@@ -4,8 +4,8 @@
     python -m tests.reliability --long             what the published figures come from; hours on two cores
     python -m tests.reliability --long --only fuzz exhaustive_exp --json figures.json
 
-Each part is a command of its own, which is printed and can be run alone. Parts whose tools are not installed are left out
-and say why. The exit status is 1 where a part failed.
+Each part is a command of its own, which is printed and can be run alone. Parts whose tools are not installed are left
+out and say why. The exit status is 1 where a part failed.
 """
 import argparse
 import json

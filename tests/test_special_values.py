@@ -258,7 +258,7 @@ def test_tiny_softcap_is_not_none(build, softcap):
 
 
 def test_rounding_that_goes_one_way(build):
-    """Where all weights and values are the same, every addition of a sum errs in one direction: within the bound too."""
+    """Where all weights and values are the same, every addition of a sum errs in one direction."""
     for Lk, value in ((207, -0.7346458), (247, 0.060968876), (1000, 1.1), (128, 0.3)):
         q, k, v = cases.arrays(1, 2, 1, 40, Lk, 15)
         q, k, v = np.float32(1e-20) * q, np.float32(1e-20) * k, np.full_like(v, value)

@@ -92,18 +92,7 @@ def read_hwcap():
     return hwcap()
 
 
-cdef object _features = None  # once found: a virtual machine answers each CPUID in 10 us or more: dozens of them
-
-
-def features():
-    """Names of the features of FEATURES and ARM_FEATURES that this CPU has and this operating system has enabled."""
-    global _features
-    if _features is None:
-        _features = _find_features()
-    return _features
-
-
-cdef object _find_features():
+cdef frozenset _find_features():
     osxsave = read_cpuid(1, 0)[ECX] >> 27 & 1
     enabled = xcr0() if osxsave else 0
     x86 = {
@@ -113,6 +102,14 @@ cdef object _find_features():
     return frozenset(
         x86 | {name for name, (bit, flag) in ARM_FEATURES.items() if read_hwcap() >> bit & 1 or sysctl_flag(flag)}
     )
+
+
+cdef frozenset _features = _find_features()  # once: a virtual machine answers each CPUID in 10 us or more
+
+
+def features():
+    """Names of the features of FEATURES and ARM_FEATURES that this CPU has and this operating system has enabled."""
+    return _features
 
 
 def model():

@@ -148,6 +148,31 @@ FAULTS = [
         "limit = vf_set(127.5)", "limit = vf_set(127.0)",
         "watch quantise", BEST,
     ),
+    # memory
+    Fault(
+        "offset-of-32-bits", "cyflash/cpu/driver.pxi",
+        "the place of a head's queries is an int",
+        "sequence.q + h * x.q_stride[0] if", "sequence.q + <int> (h * x.q_stride[0]) if",
+        "large", BEST,
+    ),
+    Fault(
+        "tail-beyond", "cyflash/cpu/floats.pxi",
+        "the rest of a row is read as a whole vector",
+        "    return vf_load_part(<const float*> p, n)", "    return vf_load(<const float*> p)",
+        "guarded_tails", BEST,
+    ),
+    Fault(
+        "unaligned-room", "cyflash/cpu/driver.pxi",
+        "the scratch is aligned, but has no room for that",
+        "partial) * <Py_ssize_t> sizeof(float) + 64", "partial) * <Py_ssize_t> sizeof(float)",
+        "guarded_tails", BEST,
+    ),
+    Fault(
+        "room-of-chunks", "cyflash/cpu/driver.pxi",
+        "what chunks of keys leave has no room in the scratch",
+        "total = (threads * size + partial) *", "total = (threads * size) *",
+        "split kvcache_attention", BEST,
+    ),
     # the words of one build
     Fault(
         "code-minus-128", "cyflash/cpu/simd/avx512.h",
