@@ -68,15 +68,18 @@ static int fails(void *caller, size_t size) {
     return 1;
 }
 
+/* Flush with the second page, or by turns 16 bytes beyond a multiple of 64, as little as malloc has to align. */
 static void *between_pages(size_t size) {
-    size_t room = (size + PAGE - 1) / PAGE * PAGE, whole = room + 2 * PAGE;
+    static atomic_uint turn;
+    size_t back = turn++ % 2 ? (size + 15) / 64 * 64 + 48 : (size + 15) / 16 * 16;
+    size_t room = (back + PAGE - 1) / PAGE * PAGE, whole = room + 2 * PAGE;
     for (int i = 0; i < FENCED; i++) {
         char *none = NULL, *memory;
         if (!atomic_compare_exchange_strong(&fenced[i].data, &none, (char *)1)) continue;
         memory = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED || mprotect(memory + PAGE, room, PROT_READ | PROT_WRITE)) return NULL;
         fenced[i].memory = memory, fenced[i].whole = whole;
-        return fenced[i].data = memory + PAGE + room - (size + 15) / 16 * 16;
+        return fenced[i].data = memory + PAGE + room - back;
     }
     return NULL;  /* more than this file has room for: callers notice */
 }
