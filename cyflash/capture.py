@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from cyflash.files import existing_file, parsed_json, replacing, tensor_of
+from cyflash.files import existing_file, open_safetensors, parsed_json, replacing, tensor_of
 from cyflash.foreign import as_numpy
 
 __all__ = ["OPTIONS", "Capture", "Layer", "load_capture", "natural", "save_capture"]
@@ -389,24 +387,23 @@ SAFETENSORS_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF1
 class _Safetensors:
     @staticmethod
     def header(path):
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                entries = {
-                    name: (tuple(x.get_shape()), SAFETENSORS_DTYPES.get(x.get_dtype(), x.get_dtype()))
-                    for name, x in slices.items()
-                }
-                return entries, (file.metadata() or {}).get("options", "")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+        with open_safetensors(path) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            entries = {
+                name: (tuple(x.get_shape()), SAFETENSORS_DTYPES.get(x.get_dtype(), x.get_dtype()))
+                for name, x in slices.items()
+            }
+            return entries, (file.metadata() or {}).get("options", "")
 
     @staticmethod
     def read(path, names):
-        with safetensors.safe_open(path, "numpy") as file:
+        with open_safetensors(path) as file:
             return [tensor_of(file, path, name) for name in names]
 
     @staticmethod
     def write(path, arrays, options):
+        import safetensors.numpy
+
         arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
         safetensors.numpy.save_file(arrays, path, metadata={"options": options})
 

@@ -55,19 +55,26 @@ def _once(pairs):
     return found
 
 
-def read_safetensors(path, file_format, writer):
-    """(metadata, {name: array}) of a file whose metadata say that it has `file_format`; writer: what errors call it."""
+@contextmanager
+def open_safetensors(path):
+    """The file at `path`, open to read; ValueError where it is none."""
     import safetensors
 
-    path = existing_file(safetensors_path(path))
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            if metadata.get("format") != file_format:
-                raise ValueError(f"{path}: expected a file that {writer} wrote, got one with {sorted(names)}")
-            return metadata, {name: tensor_of(file, path, name) for name in names}
+            yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+
+
+def read_safetensors(path, file_format, writer):
+    """(metadata, {name: array}) of a file whose metadata say that it has `file_format`; writer: what errors call it."""
+    path = existing_file(safetensors_path(path))
+    with open_safetensors(path) as file:
+        metadata, names = file.metadata() or {}, list(file.keys())
+        if metadata.get("format") != file_format:
+            raise ValueError(f"{path}: expected a file that {writer} wrote, got one with {sorted(names)}")
+        return metadata, {name: tensor_of(file, path, name) for name in names}
 
 
 def tensor_of(file, path, name):

@@ -24,12 +24,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-
 import cyflash
 from cyflash.capture import load_capture
 from cyflash.cpu import threads
-from cyflash.files import existing_file, parsed_json, replacing
+from cyflash.files import existing_file, open_safetensors, parsed_json, replacing
 from cyflash.quant import Calibrator
 
 __all__ = ["UNREADABLE", "How", "Observations", "identify", "observe_files", "observe_layers", "renamed", "renaming"]
@@ -267,11 +265,8 @@ def _differences(then, now):
 
 def _metadata(path):
     existing_file(path)
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+    with open_safetensors(path) as file:
+        return file.metadata() or {}
 
 
 def _copy_with(source, target, key, text):

@@ -22,7 +22,6 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
-import safetensors
 
 import cyflash
 from cyflash.capture import natural
@@ -330,6 +329,8 @@ def _digest(text, tensors):
 
 def _read(path):
     """({key: text}, {name: array}) of a file."""
+    import safetensors
+
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata, names = file.metadata() or {}, file.keys()

@@ -17,9 +17,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import safetensors
 
-from cyflash.files import existing_file, parsed_json, replacing, write_safetensors
+from cyflash.files import existing_file, open_safetensors, parsed_json, replacing, write_safetensors
 from cyflash.quantized import SMALLEST_SCALE, LayerScales
 
 SCALES, CONFIG, INDEX = "kv_cache_scales.safetensors", "config.json", "model.safetensors.index.json"
@@ -218,7 +217,7 @@ def _imported(name, fields, strategy):
 
 def _numbers(path, name):
     """One tensor as float64."""
-    with safetensors.safe_open(path, "numpy") as file:
+    with open_safetensors(path) as file:
         dtype = file.get_slice(name).get_dtype()
         if name.endswith("zero_point") and dtype in ("I8", "U8", "I32", "I64"):
             return file.get_tensor(name).astype(np.float64)
@@ -252,11 +251,8 @@ def _entries(paths):
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, though {INDEX} lists it")
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                names = list(file.keys())
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable .safetensors file: {error}") from None
+        with open_safetensors(path) as file:
+            names = list(file.keys())
         yield from ((path, name) for name in names)
 
 
