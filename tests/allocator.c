@@ -7,18 +7,19 @@
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
 extern void __libc_free(void *);
 
-enum { MODULES = 64, FENCED = 256, PAGE = 4096 };
+enum { MODULES = 64, FENCED = 256, PAGE = 4096, UNUSED = 0xa5 };
 static struct { uintptr_t begin, end; size_t least; } watched[MODULES];
 static size_t least_now;
 static int modules, fencing;
 static atomic_long left, live;
-static struct { _Atomic(char *) data; size_t whole; char *memory; } fenced[FENCED];
+static struct { _Atomic(char *) data; size_t size, rest, whole; char *memory; } fenced[FENCED];
 
 static int note(struct dl_phdr_info *info, size_t size, void *part) {
     if (!strstr(info->dlpi_name, part) || modules == MODULES) return 0;
@@ -68,7 +69,8 @@ static int fails(void *caller, size_t size) {
     return 1;
 }
 
-/* Flush with the second page, or by turns 16 bytes beyond a multiple of 64, as little as malloc has to align. */
+/* Flush with the second page, or by turns 16 bytes beyond a multiple of 64, as little as malloc has to align. What is
+   left up to the page has to be as it was when the block is freed. */
 static void *between_pages(size_t size) {
     static atomic_uint turn;
     size_t back = turn++ % 2 ? (size + 15) / 64 * 64 + 48 : (size + 15) / 16 * 16;
@@ -78,8 +80,10 @@ static void *between_pages(size_t size) {
         if (!atomic_compare_exchange_strong(&fenced[i].data, &none, (char *)1)) continue;
         memory = mmap(NULL, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED || mprotect(memory + PAGE, room, PROT_READ | PROT_WRITE)) return NULL;
-        fenced[i].memory = memory, fenced[i].whole = whole;
-        return fenced[i].data = memory + PAGE + room - back;
+        fenced[i].memory = memory, fenced[i].whole = whole, fenced[i].size = size, fenced[i].rest = back - size;
+        memory += PAGE + room - back;
+        memset(memory + size, UNUSED, back - size);
+        return fenced[i].data = memory;
     }
     return NULL;  /* more than this file has room for: callers notice */
 }
@@ -114,6 +118,8 @@ void free(void *block) {
     if (block == NULL) return;
     for (int i = 0; fencing && i < FENCED; i++)
         if (fenced[i].data == block) {
+            for (size_t n = 0; n < fenced[i].rest; n++)
+                if (((unsigned char *)block)[fenced[i].size + n] != UNUSED) abort();
             munmap(fenced[i].memory, fenced[i].whole);
             fenced[i].data = NULL;
             return;
