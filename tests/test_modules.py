@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 
 import cases
 import disassembly
@@ -136,3 +137,14 @@ def test_floating_point_state_is_left_alone(build):
     cyflash.flash_attention(*cases.arrays(1, 2, Lq=300), num_threads=2)
     assert np.float32(1e-38) / np.float32(4) > 0
     assert sys.float_info.min / 4 > 0
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python is not free-threaded")
+def test_no_module_brings_the_gil_back():
+    """Python turns it on, with a warning, at the import of a module that does not declare that it can do without."""
+    modules = ", ".join(f"cyflash.cpu._{build}" for build in cyflash.cpu.runnable())
+    program = f"import sys; import cyflash, cyflash.cpu.observe, {modules}; print(sys._is_gil_enabled())"
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHON_GIL"}
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("False\n", "")
