@@ -32,13 +32,19 @@ LEFT_OUT = {
     "test_implementation.py::test_features_agree_with_the_kernel": "that kernel knows the CPU that emulates",
     "test_implementation.py::test_fma_rate_is_plausible": "a rate of the emulator",
 }
+# vmaskmovps of AVX2, which reads the lanes that it is told: qemu reads the others too, which may lie beyond memory
+MASKED_LOADS = [
+    f"test_skipping.py::test_never_touches[{name}]"
+    for name in ("pages_of_a_cache", "beyond_the_ends", "beyond_the_ends_int8", "quantising", "converting")
+]
 SECONDS_OF_A_TEST = 3600  # an emulated CPU is some thirty times slower than the one that emulates it
 
 
 def run(cpu, arguments, **options):
     """pytest on this CPU; returns the process. arguments: files and options, by default all tests of the kernels."""
     files = arguments or [f"tests/{name}.py" for name in KERNEL_TESTS]
-    left_out = [f"--deselect=tests/{name}" for name in LEFT_OUT]
+    masked = MASKED_LOADS if MODELS[cpu].build == "avx2" else []
+    left_out = [f"--deselect=tests/{name}" for name in (*LEFT_OUT, *masked)]
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("CYFLASH_ISA", "PYTEST_"))}
     with tempfile.TemporaryDirectory() as folder:
         command = [python.interpreter(cpu, folder), "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
