@@ -4,8 +4,9 @@ its scratch among that (allocator.py):
     python -m tests.guarded_tails [--builds avx2 ...] [--kinds fp32 int8 ...] [--thin]
 
 D = 1..160 with L = 1..130, each with a full and with few query rows, with and without options by turns, all arrays once
-flush with the page after them and once with that before; and some D with keys that are cut into chunks. Each build runs in a process of its own: SIGSEGV ends it, and
-the last line that it printed says where it was. --thin: each D and each L once.
+flush with the page after them and once with that before; and some D with keys that are cut into chunks. Each build runs
+in a process of its own: SIGSEGV ends it, and the last line that it printed says where it was. --thin: each D and each L
+once.
 """
 import argparse
 import json
