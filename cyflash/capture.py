@@ -304,6 +304,7 @@ BAD_NPZ = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, Runti
 # A member may unpack to so many bytes, and beyond to so many times what it takes packed: activations are numbers that
 # hardly pack at all, while a megabyte of nothing but zeros unpacks to a gigabyte.
 MOST_UNPACKED, MOST_TIMES = 64 << 20, 100
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 MOST_TEXT = 1 << 20  # bytes of the options
 NPY_HEADER = 1 << 16  # bytes that a header is within; NumPy takes 10,000 at most
 
@@ -313,9 +314,9 @@ class _Npz:
     def header(path):
         entries, options = {}, ""
         with _reading(path), zipfile.ZipFile(path) as archive:
+            _check_packing(path, archive.infolist())
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
-                _check_packing(member)
                 with archive.open(member) as file:
                     if name == "options":
                         options = _text(file, member)
@@ -343,15 +344,25 @@ def _reading(path):
         if isinstance(error, OSError) and error.filename is not None:  # of the file itself, not of what it says
             raise
         raise ValueError(f"{path}: not a readable .npz file: {error}") from None
+    except MemoryError as error:
+        raise MemoryError(f"{path}: arrays for which there is no memory: {error}") from None
 
 
-def _check_packing(member):
-    most = max(MOST_UNPACKED, MOST_TIMES * member.compress_size)
-    if member.file_size > most:
-        raise ValueError(
-            f"{member.filename} unpacks from {member.compress_size} to {member.file_size} bytes, expected at most "
-            f"{most}; save it with numpy.savez, which does not pack"
-        )
+def _check_packing(path, members):
+    """Raise ValueError where members say that they are larger than they can be: as much memory would be taken."""
+    size = path.stat().st_size
+    if sum(member.compress_size for member in members) > size:
+        raise ValueError(f"its members take more than the {size} bytes of the file")
+    for member in members:
+        if member.compress_type not in PACKINGS:  # of others zipfile unpacks more at a time than it is asked for
+            raise ValueError(f"{member.filename} is packed in another way than numpy.savez and savez_compressed do")
+        packed = member.compress_type != zipfile.ZIP_STORED
+        most = max(MOST_UNPACKED, MOST_TIMES * member.compress_size) if packed else member.compress_size
+        if member.file_size > most:
+            raise ValueError(
+                f"{member.filename} unpacks from {member.compress_size} to {member.file_size} bytes, expected at most "
+                f"{most}; save it with numpy.savez, which does not pack"
+            )
 
 
 def _text(file, member):

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ def test_json_that_is_too_deep_or_says_two_things():
         files.parsed_json('{"a": 1, "b": 2, "a": 3}')
 
 
+@pytest.mark.timeout(60)
+def test_json_of_many_names_does_not_hang():
+    """It would take hours, if each name were looked for among all others."""
+    many = ",".join(f'"{i}": 0' for i in range(200_000))
+    with pytest.raises(ValueError, match="'199999' is there twice"):
+        files.parsed_json(f'{{{many}, "199999": 1}}')
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_pipe_is_no_file(tmp_path, name):
     """It would be waited for: the observations of `cyflash calibrate` were."""
@@ -128,3 +137,23 @@ def test_npz_that_packs_too_well(tmp_path):
     bomb(path)
     with pytest.raises(ValueError, match=r"x\.npz: .*q\.npy unpacks from \d+ to \d+ bytes"):
         load_capture(path)
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_packed_in_ways_that_unpack_more_than_asked_for(tmp_path, how):
+    """A kilobyte of bzip2 is a gigabyte of zeros, at the first read of whatever size."""
+    path = tmp_path / "x.npz"
+    x = variants.npy((1, 3, 4), data=bytes(48))
+    path.write_bytes(variants.npz({f"{name}.npy": x for name in "qkv"}, how))
+    with pytest.raises(ValueError, match=r"x\.npz: .*q\.npy is packed in another way than numpy\.savez"):
+        load_capture(path)
+
+
+def test_npz_that_says_it_is_larger_than_its_file(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(variants.claiming(1 << 30))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"x\.npz: .*its members take more than the \d+ bytes of the file"):
+        load_capture(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

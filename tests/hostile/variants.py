@@ -177,6 +177,17 @@ def npz(members, how=zipfile.ZIP_STORED):
     return memory.getvalue()
 
 
+def claiming(size, dtype="<f4"):
+    """An archive whose directory, and the header of its arrays, say that each is of `size` bytes, and is not packed."""
+    head = npy((1, (size - 128) // 4), dtype)
+    data = bytearray(npz({f"{name}.npy": head.ljust(4096, b"\0") for name in "qkv"}))
+    at = data.find(b"PK\x01\x02")
+    while at >= 0:
+        data[at + 20 : at + 28] = struct.pack("<II", len(head) + size - 128, len(head) + size - 128)
+        at = data.find(b"PK\x01\x02", at + 1)
+    return bytes(data)
+
+
 def hostile_npz(bombs):
     """Archives that unpack to much more than they are, or to code. bombs: those that take seconds to make, too."""
     x = npy((1, 3, 4), data=bytes(48))
@@ -197,6 +208,9 @@ def hostile_npz(bombs):
         yield "zip bomb", Bomb(npy((1, 1 << 24, 4)), 1 << 28, ("q", "k", "v")), True
         yield "bomb in the options", Bomb(npy((1 << 26,)), 1 << 28, ("options",), good), True
         yield "bomb in a header", Bomb(npy((3, 4), version=(2, 0), length=2**28), 1 << 28, ("q",), good), True
+    for how in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        yield f"packed by method {how}", npz(good, how), True
+    yield "sizes beyond the file", claiming(1 << 30), True
     yield "options of 2^40", npz(good | {"options.npy": npy((2**40,), "<U1")}), True
     yield "options of a long string", npz(good | {"options.npy": npy((), "<U2000000000")}), True
     yield "deep options", npz(good | {"options.npy": npy((), f"<U{DEEP}", ("[" * DEEP).encode("utf-32-le"))}), True
