@@ -346,21 +346,26 @@ class KVCache:
 
     def _write(self, tokens):
         rows = self._rows
-        if not tokens.fits:
+        if tokens.fits:
+            table = rows.table if tokens.whole else rows.table[tokens.rows]
+        else:
             if self._grows:
                 self._grow_for(int((tokens.ends - tokens.first).max(initial=0)))
-            rows.reserve(tokens.rows, tokens.ends, tokens.first)
-            self._room = None
-        else:
-            self._room -= tokens.most
-            if self._left is not None:
+            table = rows.reserve(tokens.rows, tokens.ends, tokens.first)
+        self._room = self._room - tokens.most if tokens.fits else None
+        try:
+            self._format.write(
+                tokens.ready, rows.pool.arrays, self._by_row, tokens.rows, table, tokens.begins, tokens.counts,
+                tokens.num_threads,
+            )
+            if tokens.fits and self._left is not None:
                 rows.first[tokens.rows] = tokens.first
-        table = rows.table if tokens.whole else rows.table[tokens.rows]
-        self._format.write(
-            tokens.ready, rows.pool.arrays, self._by_row, tokens.rows, table, tokens.begins, tokens.counts,
-            tokens.num_threads,
-        )
-        rows.lengths[tokens.rows] = tokens.ends
+            rows.lengths[tokens.rows] = tokens.ends
+        except BaseException:  # Ctrl-C as well
+            self._room = None
+            if not tokens.fits:
+                rows.give_back(tokens.rows, tokens.ends)
+            raise
 
     def _check_floats(self, k, v, n):
         """L, after checking what is to be appended to n rows."""

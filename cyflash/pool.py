@@ -117,7 +117,8 @@ class Rows:
     def reserve(self, rows, ends, first):
         """Give up tokens before `first` and have pages for those from the row's length to `ends`, not shared.
 
-        The lengths stay: they change when the tokens are written. Raises PagesExhausted before anything changes.
+        The lengths stay: they change when the tokens are written, or `give_back` is called. Returns the rows of the
+        table. Raises PagesExhausted and MemoryError before anything changes.
         """
         begins, pool = self.lengths[rows], self.pool
         given_up = _entries(rows, self.first[rows] // self.page_size, first // self.page_size)
@@ -144,6 +145,7 @@ class Rows:
                 references[page] -= 1
                 copied.append((entry, page, next(spare)))
         self._widen(self._pages(ends).max(initial=0))
+        table = np.empty((len(rows), self.table.shape[1]), self.table.dtype)
 
         self.table[given_up] = -1
         self.table[wanted] = taken
@@ -152,6 +154,13 @@ class Rows:
             pool.copy(page, copy)
             self.table[entry] = copy
         pool.references = references
+        return self.table.take(rows, axis=0, out=table, mode="clip")  # "raise" would need memory
+
+    def give_back(self, rows, ends):
+        """Have no pages beyond the rows' lengths, where some were reserved up to `ends`."""
+        beyond = _entries(rows, self._pages(self.lengths[rows]), self._pages(ends))
+        self.pool.drop(self.table[beyond])
+        self.table[beyond] = -1
 
     def truncate(self, rows, lengths):
         """Keep the tokens before `lengths`, which are at most the rows' own and none before `first`."""

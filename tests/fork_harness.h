@@ -16,6 +16,6 @@ void call_within(int n, int who, void (*callback)(void)) {
     if (omp_get_thread_num() == who) callback();
 }
 
-int handlers(void) { return survive_forks(1); }
+int handlers(void) { return survive_forks(1, 1); }
 int can_end_threads(void) { return find_end_threads() != NULL; }
 int was_forked(void) { return is_fork(); }

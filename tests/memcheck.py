@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import instrumented
 
 CALLS = Path(__file__).with_name("random_calls.py")
-MODULES = re.compile(r"/cyflash/cpu/\w+\.abi3\.so$|/planted\.so$")
+MODULES = re.compile(r"/cyflash/cpu/[^/]+\.so$|/planted\.so$")  # whatever they are called for a version of Python
 LEAKS = "Leak_"  # blocks that Python keeps to its end
 PLANTED = """
 #include <stdlib.h>

@@ -283,6 +283,32 @@ assert not other.was_forked()
 """, harness)
 
 
+def test_threads_that_may_be_those_of_a_record_alone(harness):
+    """In a process that was forked before the import, the thread of the fork may have a record without threads,
+    whatever was called: one call takes two threads and needs one. What it forks has one thread, and says so."""
+    run("""
+import ctypes
+other = ctypes.CDLL(sys.argv[1])
+def grandchild():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert np.array_equal(call(2), expected) and tasks() == 1
+    assert "had been forked with OpenMP before it imported cyflash" in str(caught[0].message)
+def child(before):
+    global expected
+    import cyflash
+    cyflash.flash_attention(x[:1, :8], x[:1, :8], x[:1, :8], num_threads=2)
+    assert tasks() == 1
+    expected = call(1)
+    if not before:
+        assert other.region(2) == 2
+    in_child(grandchild)
+in_child(lambda: child(False))
+assert other.region(2) == 2
+in_child(lambda: child(True))
+""", harness)
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_forks_within_a_region(harness, who):
     """Of its master, and of another of its threads: there the child has one thread, and says so once."""
@@ -447,7 +473,7 @@ spec = importlib.util.spec_from_file_location("team", {path!r})
 try:
     team = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(team)
-    team.prepare_forks(True)
+    team.prepare_forks(True, True)
 except ImportError as error:  # not more than one interpreter has it
     assert "interpreter" in str(error), error
 '''

@@ -48,6 +48,52 @@ def part(x, start, stop):
     return x[:, :, start:stop]
 
 
+# Appends that fail
+
+
+def rules_of_rows(cache):
+    """Those at the head of pool.py."""
+    rows = cache._rows
+    held = rows.table[rows.table >= 0]
+    assert np.array_equal(rows.pool.references, np.bincount(held, minlength=rows.pool.pages))
+    for table, first, length in zip(rows.table, rows.first, rows.lengths, strict=True):
+        pages = np.flatnonzero(table >= 0)
+        assert pages.tolist() == list(range(first // rows.page_size, -(-length // rows.page_size)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("settings", [{}, {"window": (20, 0)}, {"grow": True}, {"pages": 12}], ids=str)
+def test_an_append_that_ends_within_loses_nothing(monkeypatch, dtype, settings, error):
+    """While tokens are written, as Ctrl-C may: no page is lost, and the same append after it is right."""
+    _, k, v = tokens(64, 3)
+    caches = []
+    for _ in range(2):
+        if "pages" in settings:
+            cache, _ = make_paged(settings["pages"], 16, dtype)
+            rows = {"rows": [cache.add(), cache.add(), cache.add()]}
+        else:
+            cache, rows = make(3, 64, dtype, **settings)[0], {}
+        cache.append(part(k, 0, 30), part(v, 0, 30), **rows)
+        caches.append(cache)
+    cache, other = caches
+
+    def end(*_):
+        raise error
+
+    for start, stop in ((30, 31), (30, 64)):  # within the last page, and beyond it
+        with monkeypatch.context() as patch:
+            patch.setattr(type(cache._format), "write", end)
+            for _ in range(3):
+                with pytest.raises(error):
+                    cache.append(part(k, start, stop), part(v, start, stop), **rows)
+        assert cache.lengths.tolist() == [30, 30, 30]
+        rules_of_rows(cache)
+    for one in caches:
+        one.append(part(k, 30, 64), part(v, 30, 64), **rows)
+    rules_of_rows(cache)
+    same_bits(attend(tokens(1, 3)[0], cache, **rows), attend(tokens(1, 3)[0], other, **rows))
+
+
 # What it says of itself
 
 

@@ -40,7 +40,7 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
-_lock, _entered, _fused_before = threading.Lock(), 0, True  # of _without_fused_layers
+_lock, _entered, _fused_before = threading.Lock(), 0, True  # of what contexts share
 
 # Operators take numbers: those of LayerScales, as long as somebody holds them.
 _numbers = itertools.count()
@@ -297,11 +297,12 @@ _attended = same_kind(sdpa.attended)
 
 def _number(layer):
     """The number of a LayerScales, the same as long as it lives."""
-    number = _number_of.get(layer)
-    if number is None:
-        number = _number_of[layer] = next(_numbers)
-        _layer_of[number] = layer
-    return number
+    with _lock:
+        number = _number_of.get(layer)
+        if number is None:
+            number = _number_of[layer] = next(_numbers)
+            _layer_of[number] = layer
+        return number
 
 
 def _without_fused_layers(entered):

@@ -24,7 +24,10 @@ import importlib.util
 import os
 import re
 
-from cyflash.cpu import detect, threads
+from cyflash.cpu import threads  # first: it looks at what was loaded before the others
+
+# isort: split
+from cyflash.cpu import detect
 
 AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 

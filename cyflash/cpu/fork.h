@@ -7,8 +7,9 @@ only, and refuses within a region; LLVM's aborts in the child, so it is called o
 be ended, the child is marked, and its calls have one thread.
 
 The handlers stand from the import on, for another library may begin regions of the same runtime before we do. A process
-that was forked before the import may have such a record itself, and ending its threads would wait as well: there only
-a thread that has made calls of ours on several threads is known to have living ones. */
+that was forked before the import may have such a record itself, if the runtime was there before us, and ending its
+threads would wait as well: its first thread, which is that of the fork, is left alone there, and what it forks is
+marked. */
 #ifndef CYFLASH_FORK_H
 #define CYFLASH_FORK_H
 #include <stdio.h>
@@ -26,11 +27,13 @@ static int threads_lost(void) { return lost; }
 #include <pthread.h>
 
 static int (*end_threads)(int); /* omp_pause_resource_all of GNU's OpenMP, or NULL */
-static int first;               /* no fork came before the import, as far as the system says */
+static int clean;               /* no record can be older than this process, as far as the system says */
 static __thread int left;       /* of the fork under way: threads that could not be ended */
 
 #ifdef __linux__
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Asked of the very library that runs our regions: a process may have several. */
 static int (*find_end_threads(void))(int) {
@@ -62,14 +65,21 @@ static int is_fork(void) {
     if (rest == NULL || sscanf(rest + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) return 1;
     return (flags & 0x40) != 0;
 }
+
+static int is_first_thread(void) { return syscall(SYS_gettid) == getpid(); }
 #else
 static int (*find_end_threads(void))(int) { return NULL; }
 static int is_fork(void) { return 1; }
+static int is_first_thread(void) { return 1; }
 #endif
 
 static void before_fork(void) {
-    left = started || omp_in_parallel();
-    if (end_threads && !lost && (first || started)) left = omp_in_parallel() || end_threads(2 /* omp_pause_hard */);
+    if (end_threads == NULL || lost)
+        left = started || omp_in_parallel();
+    else if (omp_in_parallel() || (!clean && is_first_thread()))
+        left = 1;
+    else
+        left = end_threads(2 /* omp_pause_hard */);
 }
 
 static void in_child(void) {
@@ -77,18 +87,18 @@ static void in_child(void) {
     forget_others();
 }
 
-/* Register the handlers, once. ending: whether threads may be ended. Returns an error number, or 0. glibc takes the
-handlers back when the module that holds them is unloaded. */
-static int survive_forks(int ending) {
+/* Register the handlers, once. ending: whether threads may be ended. loaded: whether there was a runtime before us.
+Returns an error number, or 0. glibc takes the handlers back when the module that holds them is unloaded. */
+static int survive_forks(int ending, int loaded) {
     static int registered;
     if (__atomic_exchange_n(&registered, 1, __ATOMIC_RELAXED)) return 0;
-    first = !is_fork();
+    clean = !loaded || !is_fork();
     end_threads = ending ? find_end_threads() : NULL;
     return pthread_atfork(before_fork, NULL, in_child);
 }
 #else
-static int survive_forks(int ending) {
-    (void)ending;
+static int survive_forks(int ending, int loaded) {
+    (void)ending, (void)loaded;
     return 0;
 }
 #endif

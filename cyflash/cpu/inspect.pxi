@@ -36,6 +36,7 @@ def integer_scores(const signed char[:, ::1] q not None, const signed char[:, ::
     scratch.k = <char*> &room[0]
     x.Bc = Lk
     load_keys(&x, &head, 0, 0, Lk, False, few, &scratch, &keys)
+    keys.few_v = keys.few_k  # values are asked for beside the keys, and here are none
     panel.codes, panel.factor, panel.shift, panel.lift = &codes[0], &rest[0, 0], &rest[1, 0], &rest[3, 0]
     panel.heads, panel.few = 1, few
     while panel.row < Lq:

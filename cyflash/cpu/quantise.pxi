@@ -479,12 +479,13 @@ def encode(encodings not None, int threads):
     saturate from row `skip` on, 0 where that is not counted, or -1: a value is not finite, and nothing written is of
     use. May raise MemoryError before anything is written."""
     cdef Py_ssize_t n = len(encodings), tasks = 0, widest = 0, i, task
-    cdef Encoding* every = <Encoding*> calloc(n, sizeof(Encoding))
+    cdef Encoding* every
     cdef Py_ssize_t* counts = NULL
     cdef signed char* room = NULL
     cdef list totals = []
     if n == 0:
         return totals
+    every = <Encoding*> calloc(n, sizeof(Encoding))
     try:
         if every == NULL:
             raise MemoryError(f"cannot allocate what is to be known of {n} arrays")

@@ -10,7 +10,7 @@ cdef extern from "share.h" nogil:
     void give(int n)
 
 cdef extern from "fork.h" nogil:
-    int survive_forks(int ending)
+    int survive_forks(int ending, int loaded)
     void starts_threads()
     int threads_lost()
 
@@ -46,9 +46,12 @@ cdef class Team:
         give(self.taken)
 
 
-def prepare_forks(bint ending):
-    """Register what has to be done at a fork, once in a process. ending: whether threads of OpenMP may be ended."""
-    if survive_forks(ending):
+def prepare_forks(bint ending, bint loaded):
+    """Register what has to be done at a fork, once in a process.
+
+    ending: whether threads of OpenMP may be ended. loaded: whether the process had OpenMP before it had this module.
+    """
+    if survive_forks(ending, loaded):
         raise MemoryError("cannot register handlers of fork")
 
 

@@ -10,7 +10,19 @@ import operator
 import os
 import warnings
 
-from cyflash.cpu import detect, team
+
+def _openmp_is_loaded():
+    """Whether this process has GNU's OpenMP, as far as the system says."""
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return b"libgomp" in file.read()
+    except OSError:
+        return True
+
+
+_LOADED = _openmp_is_loaded()  # before the modules below, which need it
+
+from cyflash.cpu import detect, team  # noqa: E402
 
 _chosen = None
 _warned = False
@@ -163,8 +175,11 @@ def _warn():
 def _why_not_ended():
     if not _ENDING:
         return "CYFLASH_ATFORK=0"
-    return "the fork came from within a parallel region, or the OpenMP library is not GNU's of GCC 9 or later"
+    return (
+        "the fork came from within a parallel region, or its parent had been forked with OpenMP before it imported "
+        "cyflash, or the OpenMP library is not GNU's of GCC 9 or later"
+    )
 
 
 _ENDING = os.environ.get("CYFLASH_ATFORK") != "0"
-team.prepare_forks(_ENDING)
+team.prepare_forks(_ENDING, _LOADED)
