@@ -20,6 +20,15 @@ import numpy as np
 include "vocabulary.pxi"
 include "floats.pxi"
 
+cdef extern from *:
+    """
+    #include <string.h>
+    static inline uint32_t bits_of_float(float x) { uint32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+    static inline int64_t bits_of_double(double x) { int64_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+    """
+    uint32_t bits_of_float(float) noexcept nogil
+    int64_t bits_of_double(double) noexcept nogil
+
 cdef enum:
     LOW_BITS = 19                        # of the mantissa, below the bins
     ENTRIES = 1 << (31 - LOW_BITS)       # all bins that float32 has
@@ -77,8 +86,8 @@ cdef inline void count_row(
     while d + 2 <= D:
         first = x[d] - mean[d] if mean != NULL else x[d]
         second = x[d + 1] - mean[d + 1] if mean != NULL else x[d + 1]
-        a = (<uint32_t*> &first)[0] & 0x7fffffff
-        b = (<uint32_t*> &second)[0] & 0x7fffffff
+        a = bits_of_float(first) & 0x7fffffff
+        b = bits_of_float(second) & 0x7fffffff
         even[a >> LOW_BITS] += (<uint64_t> 1 << 40) + (a & ((1 << LOW_BITS) - 1))
         odd[b >> LOW_BITS] += (<uint64_t> 1 << 40) + (b & ((1 << LOW_BITS) - 1))
         largest = max(largest, a if a < 0x7f800000 else 0)
@@ -86,7 +95,7 @@ cdef inline void count_row(
         d += 2
     if d < D:
         first = x[d] - mean[d] if mean != NULL else x[d]
-        a = (<uint32_t*> &first)[0] & 0x7fffffff
+        a = bits_of_float(first) & 0x7fffffff
         even[a >> LOW_BITS] += (<uint64_t> 1 << 40) + (a & ((1 << LOW_BITS) - 1))
         largest = max(largest, a if a < 0x7f800000 else 0)
     top[0] = largest
@@ -178,8 +187,7 @@ cdef void sum_head(
     cdef float room[PIECE]
     cdef const float* row
     cdef Py_ssize_t i, j, d, n
-    cdef double rounded
-    cdef int64_t origin = (<int64_t*> &ROUNDER)[0]
+    cdef int64_t origin = bits_of_double(ROUNDER)
     for i in range(L):
         if seen != NULL and not seen[i]:
             continue
@@ -188,8 +196,7 @@ cdef void sum_head(
             n = min(D - d, <Py_ssize_t> PIECE)
             row = values(x, h, i, d, n, room)
             for j in range(n):
-                rounded = <double> row[j] * factor + ROUNDER
-                total[d + j] += (<int64_t*> &rounded)[0] - origin
+                total[d + j] += bits_of_double(<double> row[j] * factor + ROUNDER) - origin
             d += n
 
 
