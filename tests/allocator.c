@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+extern void *__libc_memalign(size_t, size_t);
 extern void __libc_free(void *);
 
 enum { MODULES = 64, FENCED = 256, PAGE = 4096, UNUSED = 0xa5 };
@@ -112,6 +113,26 @@ void *realloc(void *old, size_t size) {
     block = __libc_realloc(old, size);
     live += (block != NULL) - (old != NULL && (block != NULL || size == 0));
     return block;
+}
+
+void *memalign(size_t alignment, size_t size) {
+    void *block = fails(__builtin_return_address(0), size) ? NULL : __libc_memalign(alignment, size);
+    live += block != NULL;
+    return block;
+}
+
+void *aligned_alloc(size_t alignment, size_t size) {
+    void *block = fails(__builtin_return_address(0), size) ? NULL : __libc_memalign(alignment, size);
+    live += block != NULL;
+    return block;
+}
+
+int posix_memalign(void **to, size_t alignment, size_t size) {
+    void *block = fails(__builtin_return_address(0), size) ? NULL : __libc_memalign(alignment, size);
+    if (block == NULL) return ENOMEM;
+    live++;
+    *to = block;
+    return 0;
 }
 
 void free(void *block) {

@@ -61,6 +61,11 @@ def int8_static():
     return None, lambda _: (cyflash.flash_attention_int8(q, k, v, **given, pv="bf16"),)
 
 
+def int8_of_codes():
+    tensors = [cyflash.quantize(x, "token") for x in _qkv()]
+    return None, lambda _: cyflash.flash_attention_int8(*tensors, return_lse=True)
+
+
 def varlen():
     q, k, v = (np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in _qkv(Lq=70))
     ends = np.array([0, 3, 3, 70], np.int32)
@@ -186,8 +191,9 @@ def observe():
 CALLS = {
     "flash_attention": attention, "flash_attention, copies": attention_of_strided,
     "flash_attention, chunks": few_rows_of_many_keys, "flash_attention_int8": int8,
-    "flash_attention_int8, static": int8_static, "flash_attention_varlen": varlen,
-    "flash_attention_int8_varlen": int8_varlen, "quantize": quantize, "merge_states": merge,
+    "flash_attention_int8, static": int8_static, "flash_attention_int8, codes": int8_of_codes,
+    "flash_attention_varlen": varlen, "flash_attention_int8_varlen": int8_varlen, "quantize": quantize,
+    "merge_states": merge,
     "append, growing": lambda: _append_only(_grown, "fp32"),
     "append, int8, growing": lambda: _append_only(_grown, "int8"),
     "append, int8, window": lambda: _append_only(_windowed, "int8"),
