@@ -60,6 +60,8 @@ def why_not():
     absent = [name for name, path in libraries().items() if path is None]
     if absent:
         return f"{compiler()} has no {', '.join(absent)}: on Debian `apt install libomp-14-dev libclang-rt-14-dev`"
+    if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        return "this Python has no shared library to link an interpreter with"
     return "" if shutil.which("setarch") else "setarch is not installed"
 
 

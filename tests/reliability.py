@@ -23,6 +23,7 @@ from cyflash.cpu import detect
 
 ROOT = Path(__file__).resolve().parents[1]
 CANNOT = "cannot run: "  # what a part says whose tools are not there
+SECONDS = {False: 900, True: 36000}  # of a part at most, by whether it is long: beyond, it hangs
 
 
 class Part(NamedTuple):
@@ -50,14 +51,18 @@ class Outcome(NamedTuple):
     lines: list  # that it printed, the last ones
 
 
-def run(name, arguments):
+def run(name, arguments, long=False):
     command = [sys.executable, "-m", f"tests.{name}", *arguments.split()]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    absent = done.returncode and lines and lines[-1].startswith(CANNOT)
-    outcome = "not run" if absent else "FAILED" if done.returncode else "passed"
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=SECONDS[long], **pipes)
+        printed, status = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        printed, status = (error.stdout or b"").decode() + f"\nhangs: not done in {SECONDS[long]} s", 1
+    lines = [line for line in printed.splitlines() if line.strip()]
+    absent = status and lines and lines[-1].startswith(CANNOT)
+    outcome = "not run" if absent else "FAILED" if status else "passed"
     shown = f"python -m tests.{name} {arguments}".rstrip()
     return Outcome(shown, outcome, round(time.monotonic() - began), lines[-40:])
 
@@ -82,7 +87,7 @@ def main():
         arguments = PARTS[name].long if options.long else PARTS[name].fast
         if arguments is not None:
             print(f"python -m tests.{name} {arguments}", flush=True)
-            outcomes[name] = run(name, arguments)
+            outcomes[name] = run(name, arguments, options.long)
             if outcomes[name].outcome == "FAILED":
                 print(*outcomes[name].lines, sep="\n", flush=True)
     Console().print(table(outcomes.values()))
