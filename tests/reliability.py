@@ -34,9 +34,9 @@ class Part(NamedTuple):
 PARTS = {
     "fuzz": Part("--seed 0 --cases 15000 --seconds 90", "--seed 1 --cases 1000000 --seconds 36000"),
     "hostile": Part("--most 20", "--most 100000"),
-    "memcheck": Part("--seconds 20", "--seconds 900"),
-    "sanitized": Part("--builds baseline -- -k not(slow) tests/test_tails.py", ""),
-    "races": Part("--seconds 20", "--builds baseline avx2 --seconds 900"),
+    "memcheck": Part("--seconds 20", "--seconds 400"),
+    "sanitized": Part("--builds baseline -- tests/test_tails.py tests/test_int8_sums.py", ""),
+    "races": Part("--seconds 20", "--builds baseline avx2 --seconds 400"),
     "guarded_tails": Part(None, ""),
     "exhaustive_exp": Part(None, ""),
     "emulated": Part(None, "--cpu SandyBridge --cpu Haswell --cpu cortex-a53 --cpu cortex-a76"),
