@@ -34,6 +34,8 @@ __all__ = ["UNREADABLE", "How", "Observations", "identify", "observe_files", "ob
 
 UNREADABLE = (OSError, ValueError, TypeError)  # what a file can cause that leaves the others to be observed
 KEY = "cyflash calibrate"  # of the metadata
+KEPT = ("layout", "options", "renames", "files")  # there
+OF_A_FILE = ("name", "size", "sha256")
 
 
 class How(NamedTuple):
@@ -222,9 +224,11 @@ class Observations:
             kept = parsed_json(text)
         except ValueError as error:
             raise ValueError(f"{path}: {KEY}: not JSON: {error}") from None
+        if not _is_kept(kept):
+            raise ValueError(f"{path}: {KEY}: expected {', '.join(KEPT)}, each file with its {', '.join(OF_A_FILE)}")
         calibrator = Calibrator.load(path)
         now = _as_kept(how) | {"settings": self.calibrator.settings}
-        then = {name: kept[name] for name in ("layout", "options", "renames")} | {"settings": calibrator.settings}
+        then = {name: kept[name] for name in KEPT if name != "files"} | {"settings": calibrator.settings}
         if different := _differences(then, now):
             raise ValueError(
                 f"{path}: the observations of an earlier run are with other settings ({different}); pass --restart to "
@@ -255,6 +259,14 @@ class Observations:
 def _as_kept(how):
     """What is kept of a How beside the calibrator's own settings, as JSON gives it back."""
     return json.loads(json.dumps({"layout": how.layout, "options": how.options, "renames": how.renames}))
+
+
+def _is_kept(kept):
+    """Whether this is what save() keeps beside the calibrator."""
+    return isinstance(kept, dict) and kept.keys() == set(KEPT) and isinstance(kept["files"], list) and all(
+        isinstance(file, dict) and [type(file.get(name)) for name in OF_A_FILE] == [str, int, str]
+        for file in kept["files"]
+    )
 
 
 def _differences(then, now):

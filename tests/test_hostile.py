@@ -157,3 +157,20 @@ def test_npz_that_says_it_is_larger_than_its_file(tmp_path):
         load_capture(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("change", [
+    {"files": None}, {"layout": None}, {"files": {}}, {"files": [3]}, {"files": [{"name": "x", "size": 3}]},
+    {"files": [{"name": 1, "size": 3, "sha256": "0"}]}, {"other": 1},
+], ids=str)  # fmt: skip
+def test_observations_with_other_metadata(tmp_path, change):
+    """None: without it."""
+    path = tmp_path / "x.safetensors"
+    READERS["observations"].make(path)
+    header, body = variants.parts(path.read_bytes())
+    kept = json.loads(header["__metadata__"]["cyflash calibrate"])
+    changed = {name: x for name, x in (kept | change).items() if x is not None}
+    header["__metadata__"]["cyflash calibrate"] = json.dumps(changed)
+    path.write_bytes(variants.safetensors(header, body))
+    with pytest.raises(ValueError, match=r"x\.safetensors: cyflash calibrate: expected layout, options"):
+        READERS["observations"].read(path)
