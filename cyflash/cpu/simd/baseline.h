@@ -124,12 +124,14 @@ WORD void vf_store_bytes(unsigned char *p, vf x) {
 
 /* ---- bfloat16: floats that were rounded to it ---- */
 
+typedef uint32_t vu __attribute__((vector_size(4 * LANES))); /* where bits of NaN may overflow before they are left out */
+
 enum { BF16_GROUP = 1 };
 
 WORD vf vf_dot_bf16(vf acc, vi a, vi b) { return vf_fma((vf)a, (vf)b, acc); }
 WORD void vi_store_bf16(int32_t *p, const vf *x) {
-    vi u = (vi)x[0];
-    u = (u + 0x7fff + (u >> 16 & 1)) & (int32_t)0xffff0000;
+    vu u = (vu)x[0];
+    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
     memcpy(p, &u, sizeof u);
 }
 
@@ -158,20 +160,20 @@ WORD vf from_half(v16 x) {
     vi h = __builtin_convertvector(x, vi), size = h & 0x7fff, u = (size << 13) + (112 << 23);
     vf denormal = (vf)(u + (1 << 23)) - (vf)vi_set(113 << 23); /* 2^-14 (1 + size / 2^10) - 2^-14 */
     u = choose_int(size < 0x400, (vi)denormal, choose_int(size < 0x7c00, u, u + (112 << 23)));
-    return (vf)(u | (h & 0x8000) << 16);
+    return (vf)((vu)u | (vu)(h & 0x8000) << 16);
 }
 WORD v16 to_half(vf x) {
     vi size = (vi)x & 0x7fffffff;
-    vi normal = (size - (112 << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    vi normal = (vi)(((vu)size - (112 << 23) + 0xfff + ((vu)size >> 13 & 1)) >> 13);
     vi denormal = (vi)((vf)size + 0.5f) - (vi)vf_set(0.5f); /* the last bit of 0.5 is 2^-24, as a denormal half's */
     vi special = choose_int(size > 0x7f800000, 0x7e00 | (size >> 13 & 0x3ff), vi_set(0x7c00));
     vi h = choose_int(size < 113 << 23, denormal, choose_int(size < 143 << 23, normal, special));
     return __builtin_convertvector(h | ((vi)x >> 16 & 0x8000), v16);
 }
-WORD vf from_bf16(v16 x) { return (vf)(__builtin_convertvector(x, vi) << 16); }
+WORD vf from_bf16(v16 x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 WORD v16 to_bf16(vf x) {
-    vi u = (vi)x, nan = (u >> 16 & 0x8000) | 0x7fc0;
-    return __builtin_convertvector(choose_int(x != x, nan, (u + 0x7fff + (u >> 16 & 1)) >> 16), v16);
+    vu u = (vu)x, nan = (u >> 16 & 0x8000) | 0x7fc0, rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    return __builtin_convertvector(choose_int(x != x, (vi)nan, (vi)rounded), v16);
 }
 
 WORD v16 load_16(const uint16_t *p) { v16 x; memcpy(&x, p, sizeof x); return x; }
