@@ -16,6 +16,7 @@ COMMANDS = re.findall(r"`python -m tests\.(\w+)([^`]*)`", DOCUMENT)
 
 
 def test_every_part_has_a_figure():
+    assert not re.search("@[A-Z0-9]+@", DOCUMENT)
     assert set(reliability.PARTS) <= {name for name, _ in COMMANDS}
 
 

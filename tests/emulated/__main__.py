@@ -46,6 +46,8 @@ def run(cpu, arguments, **options):
     masked = MASKED_LOADS if MODELS[cpu].build == "avx2" else []
     left_out = [f"--deselect=tests/{name}" for name in (*LEFT_OUT, *masked)]
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("CYFLASH_ISA", "PYTEST_"))}
+    if MODELS[cpu].machine == "x86_64":
+        settings["OPENBLAS_CORETYPE"] = "Prescott"  # NumPy's may take an emulated CPU for one that it is not, and die
     settings["PYTHONSAFEPATH"] = "1"  # tests start processes here, where the modules of this machine are
     with tempfile.TemporaryDirectory() as folder:
         command = [python.interpreter(cpu, folder), "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
