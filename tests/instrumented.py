@@ -3,6 +3,7 @@
 The folder holds the whole package: a Python process that has it first in PYTHONPATH imports that one.
 """
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -46,6 +47,12 @@ def runtime(compiler, library):
 def missing(*programs):
     """The names of those programs that are not installed."""
     return [program for program in programs if shutil.which(program) is None]
+
+
+def why_not():
+    """Why modules cannot be compiled here; an empty string when they can."""
+    absent = [name for name in ("setuptools", "Cython") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed: the extra `test` has them" if absent else ""
 
 
 def _build(folder, builds, flags, link):

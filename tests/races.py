@@ -57,6 +57,8 @@ def why_not():
     """What is missing here; an empty string when it can run."""
     if compiler() is None:
         return "clang is not installed"
+    if reason := instrumented.why_not():
+        return reason
     absent = [name for name, path in libraries().items() if path is None]
     if absent:
         return f"{compiler()} has no {', '.join(absent)}: on Debian `apt install libomp-14-dev libclang-rt-14-dev`"

@@ -68,9 +68,9 @@ def run(name, arguments, long=False):
 
 
 def table(outcomes):
-    found = Table("command", "outcome", "seconds", "said last")
-    for one in outcomes:
-        found.add_row(one.command, one.outcome, str(one.seconds), one.lines[-1] if one.lines else "")
+    found = Table("", "outcome", "seconds", "said last")
+    for name, one in outcomes.items():
+        found.add_row(name, one.outcome, str(one.seconds), one.lines[-1] if one.lines else "")
     return found
 
 
@@ -90,7 +90,7 @@ def main():
             outcomes[name] = run(name, arguments, options.long)
             if outcomes[name].outcome == "FAILED":
                 print(*outcomes[name].lines, sep="\n", flush=True)
-    Console().print(table(outcomes.values()))
+    Console().print(table(outcomes))
     if options.json:
         machine = {"cpu": detect.model(), "builds": cpu.runnable()}
         parts = {name: one._asdict() for name, one in outcomes.items()}

@@ -38,6 +38,8 @@ def environment(folder):
 
 def why_not():
     """What is missing here; an empty string when it can run."""
+    if reason := instrumented.why_not():
+        return reason
     if instrumented.missing("gcc"):
         return "gcc is not installed"
     absent = [name for name in LIBRARIES if instrumented.runtime("gcc", name) is None]
