@@ -364,7 +364,7 @@ class KVCache:
         except BaseException:  # Ctrl-C as well
             self._room = None
             if not tokens.fits:
-                rows.give_back(tokens.rows, tokens.ends)
+                rows.give_back(tokens.rows, rows.lengths[tokens.rows], tokens.ends)
             raise
 
     def _check_floats(self, k, v, n):

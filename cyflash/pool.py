@@ -156,17 +156,15 @@ class Rows:
         pool.references = references
         return self.table.take(rows, axis=0, out=table, mode="clip")  # "raise" would need memory
 
-    def give_back(self, rows, ends):
-        """Have no pages beyond the rows' lengths, where some were reserved up to `ends`."""
-        beyond = _entries(rows, self._pages(self.lengths[rows]), self._pages(ends))
+    def give_back(self, rows, begins, ends):
+        """Have no pages that hold tokens from `begins` to `ends` alone."""
+        beyond = _entries(rows, self._pages(begins), self._pages(ends))
         self.pool.drop(self.table[beyond])
         self.table[beyond] = -1
 
     def truncate(self, rows, lengths):
         """Keep the tokens before `lengths`, which are at most the rows' own and none before `first`."""
-        beyond = _entries(rows, self._pages(lengths), self._pages(self.lengths[rows]))
-        self.pool.drop(self.table[beyond])
-        self.table[beyond] = -1
+        self.give_back(rows, lengths, self.lengths[rows])
         self.lengths[rows] = lengths
 
     def clear(self, rows):

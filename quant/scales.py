@@ -25,7 +25,7 @@ import numpy as np
 
 import cyflash
 from cyflash.capture import natural
-from cyflash.files import existing_file, parsed_json, safetensors_path, write_safetensors
+from cyflash.files import existing_file, open_safetensors, parsed_json, safetensors_path, write_safetensors
 from cyflash.quant import vllm
 from cyflash.quantized import LayerScales
 
@@ -163,12 +163,12 @@ class Scales(Mapping):
             For another suffix, a file that holds something else, is damaged or is of a newer cyflash; for scales that
             are NaN, infinite, zero, negative or missing. The message names the layer and the field.
         """
-        path = safetensors_path(path)
-        existing_file(path)
-        try:
-            return _decoded(cls, *_read(path))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        path = existing_file(safetensors_path(path))
+        with open_safetensors(path) as file:
+            try:
+                return _decoded(cls, *_read(file))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from None
 
     def to_vllm(self, directory):
         """Write the scales into a model's directory in the form of compressed-tensors, which vLLM reads.
@@ -327,21 +327,15 @@ def _digest(text, tensors):
 # Reading: everything is looked at, nothing is assumed
 
 
-def _read(path):
-    """({key: text}, {name: array}) of a file."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata, names = file.metadata() or {}, file.keys()
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"expected a file that Scales.save wrote, got one with {_few(names)}")
-            for name in names:
-                if (dtype := file.get_slice(name).get_dtype()) != "F32":
-                    raise ValueError(f"{name}: expected float32 (F32), got {dtype}")
-            return metadata, {name: file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"not a readable .safetensors file: {error}") from None
+def _read(file):
+    """({key: text}, {name: array}) of an open file."""
+    metadata, names = file.metadata() or {}, file.keys()
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"expected a file that Scales.save wrote, got one with {_few(names)}")
+    for name in names:
+        if (dtype := file.get_slice(name).get_dtype()) != "F32":
+            raise ValueError(f"{name}: expected float32 (F32), got {dtype}")
+    return metadata, {name: file.get_tensor(name) for name in names}
 
 
 def _decoded(cls, metadata, tensors):

@@ -115,22 +115,18 @@ void *realloc(void *old, size_t size) {
     return block;
 }
 
-void *memalign(size_t alignment, size_t size) {
-    void *block = fails(__builtin_return_address(0), size) ? NULL : __libc_memalign(alignment, size);
+static void *aligned(void *caller, size_t alignment, size_t size) {
+    void *block = fails(caller, size) ? NULL : __libc_memalign(alignment, size);
     live += block != NULL;
     return block;
 }
 
-void *aligned_alloc(size_t alignment, size_t size) {
-    void *block = fails(__builtin_return_address(0), size) ? NULL : __libc_memalign(alignment, size);
-    live += block != NULL;
-    return block;
-}
+void *memalign(size_t alignment, size_t size) { return aligned(__builtin_return_address(0), alignment, size); }
+void *aligned_alloc(size_t alignment, size_t size) { return aligned(__builtin_return_address(0), alignment, size); }
 
 int posix_memalign(void **to, size_t alignment, size_t size) {
-    void *block = fails(__builtin_return_address(0), size) ? NULL : __libc_memalign(alignment, size);
+    void *block = aligned(__builtin_return_address(0), alignment, size);
     if (block == NULL) return ENOMEM;
-    live++;
     *to = block;
     return 0;
 }

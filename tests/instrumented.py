@@ -3,11 +3,14 @@
 The folder holds the whole package: a Python process that has it first in PYTHONPATH imports that one.
 """
 import argparse
+import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +56,37 @@ def why_not():
     """Why modules cannot be compiled here; an empty string when they can."""
     absent = [name for name in ("setuptools", "Cython") if importlib.util.find_spec(name) is None]
     return f"{' and '.join(absent)} not installed: the extra `test` has them" if absent else ""
+
+
+# Runs of random_calls.py, before which errors are planted
+
+
+@contextmanager
+def planted(source, *command):
+    """A library compiled from C text by `command`, within."""
+    with tempfile.TemporaryDirectory() as place:
+        text, library = Path(place, "planted.c"), Path(place, "planted.so")
+        text.write_text(source)
+        subprocess.run([*command, "-shared", "-fPIC", str(text), "-o", str(library)], check=True)
+        yield library
+
+
+def call_planted(name, library, n):
+    """A function of such a library."""
+    function = getattr(ctypes.CDLL(library), name)
+    function.argtypes = [ctypes.c_long]
+    function(n)
+
+
+def options(description, builds):
+    """(What was asked for, the options of random_calls.py for it); --control: a planted function, and its library."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--builds", nargs="+", default=builds, help=f"SIMD builds (default: {' '.join(builds)})")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--control", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    return asked, ["--builds", *asked.builds, "--seconds", asked.seconds, "--seed", asked.seed]
 
 
 def _build(folder, builds, flags, link):

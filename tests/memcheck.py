@@ -7,8 +7,6 @@ the heap. It knows no AVX-512. Only errors with a compiled module of cyflash on 
 OpenMP's runtime have some of their own. Before the calls two errors are planted, which have to be reported, or the run
 proves nothing.
 """
-import argparse
-import ctypes
 import os
 import re
 import subprocess
@@ -75,34 +73,19 @@ def _errors(report):
 
 def controls():
     """Whether planted errors are reported, and the same without them is not."""
-    with tempfile.TemporaryDirectory() as place:
-        source, library = Path(place, "planted.c"), Path(place, "planted.so")
-        source.write_text(PLANTED)
-        subprocess.run(["gcc", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with instrumented.planted(PLANTED, "gcc", "-O1") as library:
         found = {name: run(__file__, "--control", name, library)[1] for name in ("unwritten", "beyond", "clean")}
     return "uninitialised" in str(found["unwritten"]) and "Invalid read" in str(found["beyond"]) and not found["clean"]
 
 
-def _control(name, library):
-    function = getattr(ctypes.CDLL(library), name)
-    function.argtypes = [ctypes.c_long]
-    function(1000)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--builds", nargs="+", default=["baseline", "avx2"], help="SIMD builds (default: these two)")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--control", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.control:
-        return _control(*arguments.control)
+    asked, how = instrumented.options(__doc__, ["baseline", "avx2"])
+    if asked.control:
+        return instrumented.call_planted(*asked.control, 1000)
     if why_not():
         sys.exit(f"cannot run: {why_not()}")
     if not controls():
         sys.exit("memcheck: FAILED: planted errors were not reported, or one where there is none")
-    how = ["--builds", *arguments.builds, "--seconds", arguments.seconds, "--seed", arguments.seed]
     printed, errors = run(CALLS, *how)
     print(printed.splitlines()[-1], *errors, sep="\n")
     if errors:

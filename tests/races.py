@@ -5,14 +5,11 @@
 Needs clang with its OpenMP runtime, whose Archer tells ThreadSanitizer what OpenMP orders: with GCC's runtime correct
 programs are reported. Before the calls a race is planted, which has to be reported, or the run proves nothing.
 """
-import argparse
-import ctypes
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -95,37 +92,21 @@ def run(*arguments, folder):
 
 def controls(folder):
     """Whether a planted race is reported, and the same without it is not."""
-    with tempfile.TemporaryDirectory() as place:
-        source, library = Path(place, "planted.c"), Path(place, "planted.so")
-        source.write_text(PLANTED)
-        command = [compiler(), *FLAGS, "-g", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
+    with instrumented.planted(PLANTED, compiler(), *FLAGS, "-g", "-O1") as library:
         planted, ordered = (run(__file__, "--control", name, library, folder=folder) for name in ("planted", "ordered"))
     return planted.returncode == 66 and "data race" in planted.stderr and ordered.returncode == 0
 
 
-def _control(name, library):
-    function = getattr(ctypes.CDLL(library), name)
-    function.argtypes = [ctypes.c_long]
-    function(100000)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--builds", nargs="+", default=["baseline"], help="SIMD builds (default: baseline)")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--control", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.control:
-        return _control(*arguments.control)
+    asked, how = instrumented.options(__doc__, ["baseline"])
+    if asked.control:
+        return instrumented.call_planted(*asked.control, 100000)
     if why_not():
         sys.exit(f"cannot run: {why_not()}")
-    folder = instrumented.build("races", FLAGS, arguments.builds, compiler=compiler(), link=FLAGS)
+    folder = instrumented.build("races", FLAGS, asked.builds, compiler=compiler(), link=FLAGS)
     interpreter(folder)
     if not controls(folder):
         sys.exit("races: FAILED: the planted race was not reported, or one where there is none")
-    how = ["--builds", *arguments.builds, "--seconds", arguments.seconds, "--seed", arguments.seed]
     result = run(CALLS, *how, folder=folder)
     print(result.stdout, result.stderr[-20000:], sep="")
     if result.returncode:

@@ -153,8 +153,8 @@ FAULTS = [
     Fault(
         "truncate-page", "cyflash/pool.py",
         "truncate() gives up the page of which some tokens stay",
-        "_entries(rows, self._pages(lengths), self._pages(self.lengths[rows]))",
-        "_entries(rows, lengths // self.page_size, self._pages(self.lengths[rows]))",
+        "self.give_back(rows, lengths, self.lengths[rows])",
+        "self.give_back(rows, lengths - lengths % self.page_size, self.lengths[rows])",
         "kvcache paged",
     ),
     Fault(
